@@ -1,0 +1,68 @@
+"""Checks of arguments: the error names the argument, the rule, the value."""
+
+import math
+import numbers
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number (a bool is not)."""
+    return isinstance(value, numbers.Real) and not is_boolean(value)
+
+
+def is_boolean(value: Any) -> bool:
+    """Whether `value` is True or False, of Python or of NumPy."""
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value` as a float, infinities allowed."""
+    if not is_number(value):
+        raise TypeError(
+            f"`{name}` must be a number. Received: {name}={value!r}."
+        )
+    if math.isnan(value):
+        raise ValueError(f"`{name}` must not be NaN. Received: {name}={value}.")
+    return float(value)
+
+
+def check_integer(name: str, value: Any, minimum: int | None = None) -> int:
+    """`value` as an int of at least `minimum`."""
+    if not isinstance(value, numbers.Integral) or is_boolean(value):
+        raise TypeError(
+            f"`{name}` must be an integer. Received: {name}={value!r}."
+        )
+    if minimum is not None and value < minimum:
+        raise ValueError(
+            f"`{name}` must be at least {minimum}. Received: {name}={value}."
+        )
+    return int(value)
+
+
+def check_boolean(name: str, value: Any) -> bool:
+    """`value` as a bool."""
+    if not is_boolean(value):
+        raise TypeError(
+            f"`{name}` must be True or False. Received: {name}={value!r}."
+        )
+    return bool(value)
+
+
+def check_momentum(value: Any) -> float:
+    """`value` as a float in [0, 1]."""
+    momentum = check_number("momentum", value)
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"`momentum` must be in [0, 1]. Received: momentum={value}."
+        )
+    return momentum
+
+
+def check_epsilon(value: Any) -> float:
+    """`value` as a positive, finite float."""
+    epsilon = check_number("epsilon", value)
+    if not 0 < epsilon < math.inf:
+        raise ValueError(
+            f"`epsilon` must be positive and finite. Received: epsilon={value}."
+        )
+    return epsilon

@@ -1,0 +1,189 @@
+"""Callbacks: what `fit` does with the layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_renorm import schedules
+from keras_renorm.layers.batch_renormalization import BatchRenormalization
+from keras_renorm.models.traversal import find_layers
+from keras_renorm.schedules import LinearRamp
+
+Limit = float | LinearRamp | Callable[[int], float]
+
+_MINIMA = {"r_max": 1, "d_max": 0}
+
+
+class RenormScheduler(keras.callbacks.Callback):
+    """Sets the limits of every `BatchRenormalization` layer for one run.
+
+    Without arguments, the shape of the paper (`schedules.ioffe2017`) scaled
+    to `epochs * steps` of the run. The limits are set once, when `fit`
+    begins, and relax inside the graph: nothing runs per step.
+
+    The ramps are over each layer's own step counter, which is saved with the
+    model and never reset here. So a run that `BackupAndRestore`, or loading
+    and `initial_epoch=`, takes up again goes on where it stood; and a second
+    `fit` of a trained model stays relaxed (`layer.step.assign(0)` begins
+    anew). A layer that is called several times a step (shared branches, the
+    discriminator of a GAN) counts each call: the scaled ramps are stretched
+    by that number, as measured on the first batch.
+
+    At the end of each epoch it writes the limits as they stand, the largest
+    of all layers, into `logs` as `r_max` and `d_max`: History has them, and
+    so have `CSVLogger` and `TensorBoard` if they stand behind this callback
+    in the list.
+
+    Args:
+        r_max: `None` (default) for the paper's ramp scaled to the run; a
+            number >= 1; a `LinearRamp` over the step; or a function from the
+            step (an `int`) to a number, asked before every batch.
+        d_max: The same for d_max, >= 0.
+
+    With a function, each batch assigns a weight of each layer. Keras's JAX
+    backend takes what callbacks assign only between epochs; there a function
+    acts once an epoch. With `steps_per_execution`, it acts once an
+    execution.
+
+    Raises:
+        TypeError: If a limit is of another kind.
+        ValueError: If a limit is out of range; when `fit` begins, if the
+            model has no `BatchRenormalization` layer, or if the ramp has to
+            be scaled and the number of steps of an epoch is unknown.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.layers.Dense(8), BatchRenormalization(), keras.layers.Dense(1)
+    ... ])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.random.normal(size=(64, 4)), np.zeros((64, 1))
+    >>> history = model.fit(
+    ...     x, y, batch_size=2, epochs=5, verbose=0,
+    ...     callbacks=[RenormScheduler()],
+    ... )
+    >>> [round(r_max, 1) for r_max in history.history["r_max"]]
+    [1.6, 2.7, 3.0, 3.0, 3.0]
+    """
+
+    def __init__(
+        self, r_max: Limit | None = None, d_max: Limit | None = None
+    ) -> None:
+        super().__init__()
+        self.limits: dict[str, Any] = {"r_max": r_max, "d_max": d_max}
+        for name, value in self.limits.items():
+            if value is not None and not _is_function(value):
+                schedules.limit(name, value, _MINIMA[name])
+        self._layers: list[BatchRenormalization] = []
+        self._steps_before: list[int] | None = None
+        self._is_measured = False
+        # During an epoch Keras's JAX trainer holds the weights itself.
+        self._reaches_batches = keras.backend.backend() != "jax"
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Sets the ramps: everything that needs no function."""
+        layers = find_layers(self.model, BatchRenormalization)
+        if not layers:
+            raise ValueError(
+                "`model` must contain a `BatchRenormalization` layer. "
+                f"Received: model={self.model.name}."
+            )
+        self._layers = layers
+        self._steps_before = None
+        self._is_measured = not self._is_scaled
+        ramps = self._ramps(calls_per_step=1)  # raises before it sets
+        for layer in layers:
+            _set_limits(layer, ramps)
+
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Asks the functions; notes where the counters stand."""
+        self._ask_functions()
+        if self._steps_before is None:
+            # Not in `on_train_begin`: a callback behind this one may restore
+            # the counters there.
+            self._steps_before = [_step(layer) for layer in self._layers]
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Asks the functions."""
+        if self._reaches_batches:
+            self._ask_functions()
+
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """After the first batch, stretches what was scaled."""
+        if self._reaches_batches and not self._is_measured:
+            self._stretch(batch + 1)
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Writes the limits into `logs`."""
+        if not self._is_measured:
+            self._stretch(self.params["steps"])
+        if logs is not None:
+            limits = [layer.current_limits() for layer in self._layers]
+            logs["r_max"], logs["d_max"] = (
+                max(values) for values in zip(*limits, strict=True)
+            )
+
+    @property
+    def _is_scaled(self) -> bool:
+        return any(value is None for value in self.limits.values())
+
+    def _ramps(self, calls_per_step: int) -> dict[str, Any]:
+        """What to assign to a layer, but for functions."""
+        scaled: dict[str, Any] = {}
+        if self._is_scaled:
+            steps = self.params.get("steps")
+            if steps is None:
+                raise ValueError(
+                    "`steps_per_epoch` must be given where the length of the "
+                    "data is unknown, or `r_max` and `d_max` as ramps: the "
+                    "paper's ramp is scaled to the number of steps. Received: "
+                    "steps=None."
+                )
+            total_steps = max(1, self.params["epochs"] * steps)
+            r_max, d_max = schedules.ioffe2017(total_steps * calls_per_step)
+            scaled = {"r_max": r_max, "d_max": d_max}
+        return {
+            name: scaled[name] if value is None else value
+            for name, value in self.limits.items()
+            if not _is_function(value)
+        }
+
+    def _stretch(self, batches: int) -> None:
+        self._is_measured = True
+        for layer, before in zip(
+            self._layers, self._steps_before or [], strict=True
+        ):
+            calls_per_step = round((_step(layer) - before) / batches)
+            if calls_per_step > 1:
+                _set_limits(layer, self._ramps(calls_per_step))
+
+    def _ask_functions(self) -> None:
+        for name, value in self.limits.items():
+            if _is_function(value):
+                for layer in self._layers:
+                    limit = value(_step(layer))
+                    if getattr(layer, name) != limit:
+                        setattr(layer, name, limit)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, LinearRamp)
+
+
+def _step(layer: BatchRenormalization) -> int:
+    return 0 if layer.step is None else int(ops.convert_to_numpy(layer.step))
+
+
+def _set_limits(layer: BatchRenormalization, limits: dict[str, Any]) -> None:
+    for name, value in limits.items():
+        setattr(layer, name, value)

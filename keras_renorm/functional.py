@@ -1,0 +1,214 @@
+"""The mathematics of batch (re)normalization, as functions of tensors.
+
+Nothing here owns a variable, knows a layer or picks a kernel. Parameters
+(means, variances, scales) are vectors of one value a channel; `axis` is the
+non-negative channel axis of `inputs`.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+Tensor = Any
+
+
+class Moments(NamedTuple):
+    """Statistics of the examples that one training step normalizes together.
+
+    Attributes:
+        count: Number of unmasked elements behind each channel, scalar float.
+        mean: Mean per channel, shape `(channels,)`.
+        variance: Population variance per channel (divisor `count`), shape
+            `(channels,)`.
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def reduction_axes(rank: int, axis: int) -> tuple[int, ...]:
+    """All axes of a tensor of `rank` axes but the channel `axis`."""
+    return tuple(index for index in range(rank) if index != axis)
+
+
+def per_channel(vector: Tensor, rank: int, axis: int) -> Tensor:
+    """Shapes a `(channels,)` vector so that it broadcasts along `axis`."""
+    if axis == rank - 1:
+        return vector
+    return ops.reshape(vector, [-1] + [1] * (rank - 1 - axis))
+
+
+def element_count(inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+    """Number of (unmasked) elements a channel, as a scalar of inputs' dtype.
+
+    `mask` has the rank of `inputs` and size 1 along the channel axis.
+    """
+    sizes = ops.shape(inputs)
+    known = 1.0  # a Python product: what is static costs nothing
+    unknown = []
+    for index in reduction_axes(len(sizes), axis):
+        size = sizes[index]
+        if mask is not None:
+            # An entry of the mask stands for this many elements.
+            mask_size = ops.shape(mask)[index]
+            if isinstance(size, int) and isinstance(mask_size, int):
+                size = size / max(mask_size, 1)
+            else:
+                size = ops.cast(size, inputs.dtype) / ops.maximum(
+                    ops.cast(mask_size, inputs.dtype), 1.0
+                )
+        if isinstance(size, int | float):
+            known = known * size
+        else:
+            unknown.append(ops.cast(size, inputs.dtype))
+    count = ops.convert_to_tensor(known, dtype=inputs.dtype)
+    for size in unknown:
+        count = count * size
+    if mask is not None:
+        count = count * ops.sum(ops.cast(mask, inputs.dtype))
+    return count
+
+
+def centered_moments(
+    inputs: Tensor, axis: int, mask: Tensor | None = None
+) -> tuple[Tensor, Moments]:
+    """Inputs less their mean, and the moments of the batch.
+
+    The mean of the first pass carries the rounding error of a long float32
+    sum. The second pass measures that error on the residuals, which are
+    small, and takes it out; the variance is then the mean of the squared
+    corrected residuals. This holds where E[x²] − E[x]² and a one-pass mean
+    do not: a channel that is constant at 1e7 comes out as exactly zero.
+
+    Args:
+        inputs: Tensor of any rank.
+        axis: The channel axis.
+        mask: Boolean tensor of the rank of `inputs`, size 1 along `axis`;
+            `True` marks what counts. Masked elements may hold NaN.
+
+    Returns:
+        `(centered, moments)`. Masked elements of `centered` hold whatever
+        the input held. Without any element, mean and variance are 0.
+    """
+    rank = len(inputs.shape)
+    axes = reduction_axes(rank, axis)
+    count = element_count(inputs, axis, mask)
+    divisor = ops.maximum(count, ops.ones_like(count))
+
+    def mean_of(values: Tensor) -> Tensor:
+        if mask is not None:
+            values = ops.where(mask, values, ops.zeros_like(values))
+        return ops.sum(values, axis=axes) / divisor
+
+    # No gradient passes through the shift: whatever it is, it cancels.
+    shift = ops.stop_gradient(mean_of(inputs))
+    residuals = inputs - per_channel(shift, rank, axis)
+    correction = mean_of(residuals)
+    centered = residuals - per_channel(correction, rank, axis)
+    variance = mean_of(ops.square(centered))
+    return centered, Moments(count, shift + correction, variance)
+
+
+def renorm_correction(
+    moments: Moments,
+    moving_mean: Tensor,
+    moving_variance: Tensor,
+    epsilon: float,
+    r_max: Tensor,
+    d_max: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The correction (r, d) of batch renormalization, constant to gradients.
+
+        r = clip(σ_B / σ, 1 / r_max, r_max)
+        d = clip((μ_B − μ) / σ, −d_max, d_max)
+
+    with σ_B = sqrt(batch_variance + epsilon) and σ = sqrt(moving_variance +
+    epsilon); r = 1 and d = 0 for a batch without elements. Ioffe 2017,
+    arXiv:1702.03275, Algorithm 1.
+    """
+    stddev = ops.sqrt(moving_variance + epsilon)
+    r = ops.sqrt(moments.variance + epsilon) / stddev
+    d = (moments.mean - moving_mean) / stddev
+    r = ops.minimum(ops.maximum(r, 1 / r_max), r_max)
+    d = ops.minimum(ops.maximum(d, -d_max), d_max)
+    has_elements = moments.count > 0
+    r = ops.where(has_elements, r, ops.ones_like(r))
+    d = ops.where(has_elements, d, ops.zeros_like(d))
+    return ops.stop_gradient(r), ops.stop_gradient(d)
+
+
+def scale_and_offset(
+    centered: Tensor,
+    axis: int,
+    scale: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`centered * scale + offset`, deaf to gradients of masked elements.
+
+    Applied to centred values: folding the mean into the offset would cancel
+    badly where |mean| is large beside the standard deviation. A masked
+    element gets the same formula, but neither its value (NaN, say) nor the
+    gradient that arrives there reaches any gradient.
+    """
+    rank = len(centered.shape)
+    scale = per_channel(scale, rank, axis)
+    offset = None if offset is None else per_channel(offset, rank, axis)
+
+    def affine(values: Tensor) -> Tensor:
+        outputs = values * scale
+        return outputs if offset is None else outputs + offset
+
+    if mask is None:
+        return affine(centered)
+    safe = ops.where(mask, centered, ops.zeros_like(centered))
+    return ops.where(mask, affine(safe), ops.stop_gradient(affine(centered)))
+
+
+def moving_average(
+    moving: Tensor, batch: Tensor, momentum: float, valid: Tensor
+) -> Tensor:
+    """`moving * momentum + batch * (1 - momentum)` where `valid`."""
+    updated = moving * momentum + batch * (1.0 - momentum)
+    return ops.where(valid, updated, moving)
+
+
+def is_valid(moments: Moments) -> Tensor:
+    """Which channels may enter a moving average: finite, from some element.
+
+    One NaN would otherwise stay in the moving average for ever.
+    """
+    finite = ops.logical_and(
+        ops.isfinite(moments.mean), ops.isfinite(moments.variance)
+    )
+    return ops.logical_and(finite, moments.count > 0)
+
+
+def align_mask(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
+    """A mask as booleans of the rank of `inputs`, size 1 on all it lacks.
+
+    A mask stands for the leading non-channel axes of `inputs` and is
+    broadcast over the rest.
+
+    Raises:
+        ValueError: If it cannot be broadcast against them.
+    """
+    mask = ops.convert_to_tensor(mask)
+    rank = len(inputs.shape)
+    axes = reduction_axes(rank, axis)
+    sizes = tuple(mask.shape)
+    expected = tuple(inputs.shape[index] for index in axes)
+    fits = len(sizes) <= len(axes) and all(
+        size is None or whole is None or size in (1, whole)
+        for size, whole in zip(sizes, expected, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            "`mask` must broadcast against the leading non-channel axes of "
+            f"`inputs`, {expected}. Received: mask.shape={sizes}, "
+            f"inputs.shape={tuple(inputs.shape)}, axis={axis}."
+        )
+    for index in range(len(sizes), len(axes)):
+        mask = ops.expand_dims(mask, index)
+    return ops.expand_dims(ops.cast(mask, "bool"), axis)

@@ -1,0 +1,271 @@
+"""Batch normalization."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_renorm import arguments, functional, kernels
+from keras_renorm.functional import Moments, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_renorm")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalization that cannot be poisoned and can be frozen.
+
+    A drop-in for `keras.layers.BatchNormalization`: the same numbers, the
+    same weights in the same order, files that load both ways.
+
+    **Training** (`training=True`): normalizes each channel with the mean
+    and variance of the batch,
+
+        y = gamma * (x - batch_mean) / sqrt(batch_variance + epsilon) + beta
+
+    and then moves the moving statistics:
+
+        moving = moving * momentum + batch * (1 - momentum)
+
+    `batch_variance` is the population variance (divisor: number of
+    elements), here and in the moving average.
+
+    **Inference** (`training=False`, the default): the same with
+    `moving_mean` and `moving_variance`.
+
+    **Frozen.** With `frozen_statistics=True` the layer uses its moving
+    statistics in training too and never changes them; gamma and beta still
+    train. With `trainable = False` nothing trains and nothing moves, as in
+    Keras. Both hold whatever `training` flag arrives and however deep the
+    layer sits in other models. A change takes effect when the model is
+    compiled next.
+
+    **Mask.** Elements under a `False` reach neither statistics nor
+    gradients, even if they hold NaN. What the layer returns there is
+    unspecified, and gradients that arrive there are ignored.
+
+    **Bad batches.** A channel whose batch mean or variance is not finite,
+    and a batch without (unmasked) elements, leave the moving statistics as
+    they are. Loss and gradients still show a NaN or Inf input, so that loss
+    scaling sees it.
+
+    Statistics, gamma and beta are float32 under every 16-bit policy, float64
+    under a float64 policy.
+
+    Args:
+        axis: The channel axis, an integer. -1 (default) for channels last, 1
+            for channels first.
+        momentum: Share of the old moving statistics kept at each step, in
+            [0, 1]. Defaults to 0.99. 0.9 to 0.95 where a run has only a few
+            hundred steps.
+        epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
+        frozen_statistics: Whether to normalize with the moving statistics in
+            training too. An attribute as well. Defaults to `False`.
+        **keras_bn_arguments: Those of `keras.layers.BatchNormalization`:
+            `center` and `scale` (whether there is a beta, a gamma; default
+            `True`), `beta_initializer` ("zeros"), `gamma_initializer`
+            ("ones"), `moving_mean_initializer` ("zeros"),
+            `moving_variance_initializer` ("ones"), `beta_regularizer`,
+            `gamma_regularizer`, `beta_constraint`, `gamma_constraint`
+            (`None`), and `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: Tensor `(batch, ..., channels)` (or channels on `axis`) of
+            rank 2 or more. Batch and spatial sizes may be unknown.
+        training: Whether to train or to infer. Keras sets it in `fit`.
+        mask: Tensor of 0 and 1, or booleans, whose axes stand for the
+            leading non-channel axes of `inputs`: `(batch,)`,
+            `(batch, time)`, ... It is broadcast over the rest.
+
+    Returns:
+        A tensor of the shape of `inputs`, in the policy's compute type.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind, or one of Keras's
+            `renorm*` arguments is given (use `BatchRenormalization`).
+        ValueError: If an argument is out of its range, `axis` is not an axis
+            of the input, the number of channels is unknown, or `mask` does
+            not broadcast.
+
+    Example:
+
+    >>> layer = BatchNormalization(momentum=0.9)
+    >>> outputs = layer(np.random.normal(5.0, 2.0, (64, 3)), training=True)
+    >>> abs(float(ops.mean(outputs))) < 1e-5
+    True
+
+    References:
+        Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        *,
+        frozen_statistics: bool = False,
+        **keras_bn_arguments: Any,
+    ) -> None:
+        for name, value in keras_bn_arguments.items():
+            if name.startswith("renorm"):
+                raise TypeError(
+                    f"`{name}` must not be given: batch renormalization is "
+                    "the layer `keras_renorm.BatchRenormalization`. "
+                    f"Received: {name}={value!r}."
+                )
+            if name in ("center", "scale", "synchronized", "trainable"):
+                arguments.check_boolean(name, value)
+        if keras_bn_arguments.get("synchronized"):
+            raise ValueError(
+                "`synchronized` must be False: statistics are not shared by "
+                "replicas in this version. Received: synchronized=True."
+            )
+        super().__init__(
+            axis=arguments.check_integer("axis", axis),
+            momentum=arguments.check_momentum(momentum),
+            epsilon=arguments.check_epsilon(epsilon),
+            **keras_bn_arguments,
+        )
+        self.frozen_statistics = frozen_statistics
+
+    @property
+    def frozen_statistics(self) -> bool:
+        """Whether training, too, uses the moving statistics and keeps them."""
+        return self._frozen_statistics
+
+    @frozen_statistics.setter
+    def frozen_statistics(self, value: bool) -> None:
+        self._frozen_statistics = arguments.check_boolean(
+            "frozen_statistics", value
+        )
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Creates gamma, beta, moving_mean and moving_variance, in order."""
+        axis = self._channel_axis(len(input_shape))
+        channels = input_shape[axis]
+        if channels is None:
+            raise ValueError(
+                "The size of the channel axis must be known. Received: "
+                f"input_shape={tuple(input_shape)}, axis={self.axis}."
+            )
+        weight = {
+            "shape": (channels,),
+            "dtype": kernels.statistics_dtype(self.variable_dtype),
+            "autocast": False,
+        }
+        if self.scale:
+            self.gamma = self.add_weight(
+                name="gamma",
+                initializer=self.gamma_initializer,
+                regularizer=self.gamma_regularizer,
+                constraint=self.gamma_constraint,
+                trainable=True,
+                **weight,
+            )
+        if self.center:
+            self.beta = self.add_weight(
+                name="beta",
+                initializer=self.beta_initializer,
+                regularizer=self.beta_regularizer,
+                constraint=self.beta_constraint,
+                trainable=True,
+                **weight,
+            )
+        self.moving_mean = self.add_weight(
+            name="moving_mean",
+            initializer=self.moving_mean_initializer,
+            trainable=False,
+            **weight,
+        )
+        self.moving_variance = self.add_weight(
+            name="moving_variance",
+            initializer=self.moving_variance_initializer,
+            trainable=False,
+            **weight,
+        )
+        self.input_spec = keras.InputSpec(
+            ndim=len(input_shape), axes={axis: channels}
+        )
+
+    def call(
+        self, inputs: Tensor, training: bool | None = None, mask: Any = None
+    ) -> Tensor:
+        """Normalizes `inputs`; moves the statistics in a training step."""
+        axis = self._channel_axis(len(inputs.shape))
+        if mask is not None:
+            mask = functional.align_mask(mask, inputs, axis)
+        dtype = kernels.statistics_dtype(inputs.dtype)
+        gamma, beta, moving_mean, moving_variance = (
+            None if weight is None else ops.cast(weight, dtype)
+            for weight in (
+                self.gamma,
+                self.beta,
+                self.moving_mean,
+                self.moving_variance,
+            )
+        )
+        if training and self.trainable and not self.frozen_statistics:
+            outputs, moments = kernels.normalize_by_batch(
+                inputs,
+                axis,
+                mask,
+                gamma,
+                beta,
+                self.epsilon,
+                self._correction(moving_mean, moving_variance),
+            )
+            self._update_statistics(moments, moving_mean, moving_variance)
+        else:
+            outputs = kernels.normalize_by_moving_statistics(
+                inputs,
+                axis,
+                mask,
+                gamma,
+                beta,
+                self.epsilon,
+                moving_mean,
+                moving_variance,
+            )
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _channel_axis(self, rank: int) -> int:
+        if not -rank <= self.axis < rank:
+            raise ValueError(
+                f"`axis` must be an axis of the input, which has {rank}. "
+                f"Received: axis={self.axis}."
+            )
+        return self.axis % rank
+
+    def _correction(
+        self, moving_mean: Tensor, moving_variance: Tensor
+    ) -> kernels.Correction | None:
+        return None
+
+    def _update_statistics(
+        self, moments: Moments, moving_mean: Tensor, moving_variance: Tensor
+    ) -> None:
+        # From the values that the correction saw: a second read of a
+        # variable may be ordered after its assignment in a graph.
+        valid = functional.is_valid(moments)
+        for variable, moving, batch in (
+            (self.moving_mean, moving_mean, moments.mean),
+            (self.moving_variance, moving_variance, moments.variance),
+        ):
+            variable.assign(
+                functional.moving_average(moving, batch, self.momentum, valid)
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the layer, as they stand."""
+        config = super().get_config()
+        for name in ("renorm", "renorm_clipping", "renorm_momentum"):
+            config.pop(name, None)
+        return {**config, "frozen_statistics": self.frozen_statistics}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BatchNormalization":
+        """The layer of a `get_config()`, Keras's BatchNormalization's too."""
+        config = dict(config)
+        if not config.get("renorm", False):
+            for name in ("renorm", "renorm_clipping", "renorm_momentum"):
+                config.pop(name, None)
+        return cls(**config)

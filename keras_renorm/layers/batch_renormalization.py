@@ -1,0 +1,250 @@
+"""Batch renormalization."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_renorm import functional, kernels, schedules
+from keras_renorm.functional import Moments, Tensor
+from keras_renorm.layers.batch_normalization import BatchNormalization
+from keras_renorm.schedules import LinearRamp
+
+_R_MAX, _D_MAX = schedules.ioffe2017()
+
+
+@keras.saving.register_keras_serializable(package="keras_renorm")
+class BatchRenormalization(BatchNormalization):
+    """Batch renormalization: training sees what inference will see.
+
+    Batch normalization trains with the statistics of a batch and infers with
+    moving averages. Where batches are small or not i.i.d. the two differ,
+    and the network that was trained is not the network that is served.
+    Renormalization corrects the training output towards the moving
+    statistics.
+
+    **Training** (`training=True`):
+
+        sigma_B = sqrt(batch_variance + epsilon)
+        sigma   = sqrt(moving_variance + epsilon)
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)
+        d = clip((batch_mean - moving_mean) / sigma, -d_max, d_max)
+        y = gamma * ((x - batch_mean) / sigma_B * r + d) + beta
+
+    with the moving statistics from before this step, and r and d constant to
+    gradients. Then the moving statistics move and the step counter goes up
+    by one. With r_max = 1 and d_max = 0 this is batch normalization; where
+    nothing is clipped, y is the inference output.
+
+    **Inference**, **frozen**, **mask** and **bad batches**: as
+    `BatchNormalization`. A frozen layer's step counter stands still. Where a
+    batch has no element, r = 1 and d = 0.
+
+    **Limits are state.** `r_max` and `d_max` are ramps over the layer's own
+    `step`, a counter of its training calls (a layer that a model calls twice
+    a step counts two). Their numbers live in weights and are evaluated in the
+    graph: `layer.r_max = 2.0`, or a `LinearRamp`, takes effect at once in a
+    model that is compiled and training, and is saved with the model.
+    `keras_renorm.callbacks.RenormScheduler` scales the default, made for runs
+    of about 130,000 steps, to the length of a run.
+
+    **When.** For batches of few examples (below about 8), for batches that
+    are not i.i.d., for fine-tuning. It needs moving statistics that follow
+    the data: begin with r_max = 1 and d_max = 0, as the default does, and
+    take a lower `momentum` (0.9 to 0.95) in short runs.
+
+    Args:
+        axis: The channel axis, an integer. Defaults to -1.
+        momentum: Share of the old moving statistics kept at each step, in
+            [0, 1]. Defaults to 0.99.
+        epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
+        r_max: Largest correction of the scale, >= 1; the smallest is
+            `1 / r_max`. A number or a `LinearRamp`; `inf` does not clip.
+            Defaults to the paper's ramp, 1 to 3 over steps 5,000 to 40,000.
+            Reading it gives a `LinearRamp`.
+        d_max: Largest correction of the offset, >= 0, in standard
+            deviations. A number or a `LinearRamp`; `inf` does not clip.
+            Defaults to the paper's ramp, 0 to 5 over steps 5,000 to 25,000.
+        **batch_normalization_arguments: The others of `BatchNormalization`.
+
+    Call arguments:
+        inputs, training, mask: As `BatchNormalization`.
+
+    Returns:
+        A tensor of the shape of `inputs`, in the policy's compute type.
+
+    Raises:
+        TypeError, ValueError: As `BatchNormalization`; also if a limit is
+            neither a number nor a ramp, or goes below its minimum.
+
+    Example:
+
+    >>> layer = BatchRenormalization(r_max=2.0, d_max=LinearRamp(0, 1, 0, 50))
+    >>> outputs = layer(np.random.normal(5.0, 2.0, (4, 3)), training=True)
+    >>> layer.d_max = 3.0
+    >>> layer.current_limits()
+    (2.0, 3.0)
+
+    References:
+        Ioffe 2017, arXiv:1702.03275, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        *,
+        r_max: float | LinearRamp = _R_MAX,
+        d_max: float | LinearRamp = _D_MAX,
+        **batch_normalization_arguments: Any,
+    ) -> None:
+        ramps = (
+            schedules.limit("r_max", r_max, 1),
+            schedules.limit("d_max", d_max, 0),
+        )
+        super().__init__(
+            axis, momentum, epsilon, **batch_normalization_arguments
+        )
+        # What `build` puts into the weights; they rule from then on.
+        self._initial_ramps = ramps
+        self.step = None
+        self.limit_values = None
+        self.limit_steps = None
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Adds the weights `step`, `limit_values` and `limit_steps`.
+
+        Row 0 of the limits is r_max, row 1 d_max; the columns are where the
+        ramp begins and where it ends.
+        """
+        super().build(input_shape)
+        values, steps = _ramp_arrays(self._initial_ramps)
+        self.step = self._add_state("step", 0, "int")
+        self.limit_values = self._add_state(
+            "limit_values", values, self.moving_mean.dtype
+        )
+        self.limit_steps = self._add_state("limit_steps", steps, "int")
+
+    def _add_state(self, name: str, value: Any, dtype: str) -> keras.Variable:
+        return self.add_weight(
+            name=name,
+            shape=np.shape(value),
+            dtype=dtype,
+            initializer=lambda shape, dtype: ops.convert_to_tensor(
+                value, dtype=dtype
+            ),
+            trainable=False,
+            autocast=False,
+            # The same on all replicas, and a counter must not be summed.
+            aggregation="only_first_replica",
+        )
+
+    @property
+    def r_max(self) -> LinearRamp:
+        """Limit of r, as a ramp over `step`; assign a number or a ramp."""
+        return self._ramp(0)
+
+    @r_max.setter
+    def r_max(self, value: float | LinearRamp) -> None:
+        self._set_ramp(0, schedules.limit("r_max", value, 1))
+
+    @property
+    def d_max(self) -> LinearRamp:
+        """Limit of d, as a ramp over `step`; assign a number or a ramp."""
+        return self._ramp(1)
+
+    @d_max.setter
+    def d_max(self, value: float | LinearRamp) -> None:
+        self._set_ramp(1, schedules.limit("d_max", value, 0))
+
+    def current_limits(self) -> tuple[float, float]:
+        """The values of r_max and d_max that the next training step uses."""
+        step = 0 if self.step is None else int(ops.convert_to_numpy(self.step))
+        return self.r_max(step), self.d_max(step)
+
+    def _ramp(self, row: int) -> LinearRamp:
+        if not self.built:
+            return self._initial_ramps[row]
+        # `str` gives the shortest decimal: 1.1, not 1.10000002384.
+        initial_value, final_value = (
+            float(str(value))
+            for value in ops.convert_to_numpy(self.limit_values)[row]
+        )
+        begin_step, end_step = ops.convert_to_numpy(self.limit_steps)[row]
+        return LinearRamp(initial_value, final_value, begin_step, end_step)
+
+    def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
+        ramps = [self.r_max, self.d_max]
+        ramps[row] = ramp
+        if self.built:
+            values, steps = _ramp_arrays(ramps)
+            self.limit_values.assign(values)
+            self.limit_steps.assign(steps)
+        else:
+            self._initial_ramps = tuple(ramps)
+
+    def _correction(
+        self, moving_mean: Tensor, moving_variance: Tensor
+    ) -> kernels.Correction:
+        values = ops.cast(self.limit_values, moving_mean.dtype)
+        steps = ops.convert_to_tensor(self.limit_steps)
+        begin_steps, end_steps = steps[:, 0], steps[:, 1]
+        limits = schedules.interpolate(
+            ops,
+            values[:, 0],
+            values[:, 1],
+            ops.cast(self.step - begin_steps, values.dtype),
+            ops.cast(end_steps - begin_steps, values.dtype),
+        )
+
+        def correction(moments: Moments) -> tuple[Tensor, Tensor]:
+            return functional.renorm_correction(
+                moments,
+                moving_mean,
+                moving_variance,
+                self.epsilon,
+                r_max=limits[0],
+                d_max=limits[1],
+            )
+
+        return correction
+
+    def _update_statistics(
+        self, moments: Moments, moving_mean: Tensor, moving_variance: Tensor
+    ) -> None:
+        super()._update_statistics(moments, moving_mean, moving_variance)
+        self.step.assign_add(1)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the layer, with the limits as they stand."""
+        config = super().get_config()
+        for name, ramp in (("r_max", self.r_max), ("d_max", self.d_max)):
+            config[name] = (
+                ramp.initial_value
+                if ramp.is_flat
+                else keras.saving.serialize_keras_object(ramp)
+            )
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BatchRenormalization":
+        """The layer of a `get_config()`."""
+        config = dict(config)
+        for name in ("r_max", "d_max"):
+            if isinstance(config.get(name), dict):
+                config[name] = keras.saving.deserialize_keras_object(
+                    config[name]
+                )
+        return super().from_config(config)
+
+
+def _ramp_arrays(
+    ramps: Sequence[LinearRamp],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values and steps of ramps, a row each."""
+    values = [[ramp.initial_value, ramp.final_value] for ramp in ramps]
+    steps = [[ramp.begin_step, ramp.end_step] for ramp in ramps]
+    return np.array(values, dtype="float64"), np.array(steps, dtype="int64")
