@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_renorm import schedules
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
@@ -65,7 +64,7 @@ class RenormScheduler(keras.callbacks.Callback):
     ...     callbacks=[RenormScheduler()],
     ... )
     >>> [round(r_max, 1) for r_max in history.history["r_max"]]
-    [1.6, 2.7, 3.0, 3.0, 3.0]
+    [2.2, 3.0, 3.0, 3.0, 3.0]
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class RenormScheduler(keras.callbacks.Callback):
         if self._steps_before is None:
             # Not in `on_train_begin`: a callback behind this one may restore
             # the counters there.
-            self._steps_before = [_step(layer) for layer in self._layers]
+            self._steps_before = [layer.current_step() for layer in self._layers]
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -163,7 +162,7 @@ class RenormScheduler(keras.callbacks.Callback):
         for layer, before in zip(
             self._layers, self._steps_before or [], strict=True
         ):
-            calls_per_step = round((_step(layer) - before) / batches)
+            calls_per_step = round((layer.current_step() - before) / batches)
             if calls_per_step > 1:
                 _set_limits(layer, self._ramps(calls_per_step))
 
@@ -171,17 +170,13 @@ class RenormScheduler(keras.callbacks.Callback):
         for name, value in self.limits.items():
             if _is_function(value):
                 for layer in self._layers:
-                    limit = value(_step(layer))
+                    limit = value(layer.current_step())
                     if getattr(layer, name) != limit:
                         setattr(layer, name, limit)
 
 
 def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, LinearRamp)
-
-
-def _step(layer: BatchRenormalization) -> int:
-    return 0 if layer.step is None else int(ops.convert_to_numpy(layer.step))
 
 
 def _set_limits(layer: BatchRenormalization, limits: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Nothing here owns a variable, knows a layer or picks a kernel. Parameters
 non-negative channel axis of `inputs`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -75,11 +76,14 @@ def centered_moments(
 ) -> tuple[Tensor, Moments]:
     """Inputs less their mean, and the moments of the batch.
 
-    The mean of the first pass carries the rounding error of a long float32
-    sum. The second pass measures that error on the residuals, which are
-    small, and takes it out; the variance is then the mean of the squared
-    corrected residuals. This holds where E[x²] − E[x]² and a one-pass mean
-    do not: a channel that is constant at 1e7 comes out as exactly zero.
+    Everything is computed on `inputs - shift`, where the shift is one of the
+    channel's own values: its first, or under a mask its largest. A float32
+    sum over 100,000 elements can be off by 1e-3 of its value. What is summed
+    here is of the size of the spread and not of the mean, so the error is
+    too: a channel that is constant at 1e7 comes out as exactly zero. (No
+    value lies further from the mean than `sqrt(count)` standard deviations,
+    so an outlier as the shift costs little.) The variance is the mean of the
+    squared distances from the mean: E[x²] − E[x]² cancels.
 
     Args:
         inputs: Tensor of any rank.
@@ -95,19 +99,31 @@ def centered_moments(
     axes = reduction_axes(rank, axis)
     count = element_count(inputs, axis, mask)
     divisor = ops.maximum(count, ops.ones_like(count))
+    if mask is None:
+        first = tuple(
+            slice(None) if index == axis else slice(0, 1)
+            for index in range(rank)
+        )
+        # The sum of the one element, or of none.
+        shift = ops.sum(inputs[first], axis=axes)
+    else:
+        lowest = ops.full_like(inputs, -math.inf)
+        shift = ops.max(ops.where(mask, inputs, lowest), axis=axes)
+        shift = ops.where(count > 0, shift, ops.zeros_like(shift))
 
-    def mean_of(values: Tensor) -> Tensor:
-        if mask is not None:
-            values = ops.where(mask, values, ops.zeros_like(values))
-        return ops.sum(values, axis=axes) / divisor
+    def keep(values: Tensor) -> Tensor:
+        if mask is None:
+            return values
+        return ops.where(mask, values, ops.zeros_like(values))
 
     # No gradient passes through the shift: whatever it is, it cancels.
-    shift = ops.stop_gradient(mean_of(inputs))
-    residuals = inputs - per_channel(shift, rank, axis)
-    correction = mean_of(residuals)
-    centered = residuals - per_channel(correction, rank, axis)
-    variance = mean_of(ops.square(centered))
-    return centered, Moments(count, shift + correction, variance)
+    shift = ops.stop_gradient(shift)
+    shifted = inputs - per_channel(shift, rank, axis)
+    mean = ops.sum(keep(shifted), axis=axes) / divisor
+    centered = shifted - per_channel(mean, rank, axis)
+    # Kept, then squared: the gradient of a squared NaN is NaN times zero.
+    variance = ops.sum(ops.square(keep(centered)), axis=axes) / divisor
+    return centered, Moments(count, shift + mean, variance)
 
 
 def renorm_correction(

@@ -5,6 +5,7 @@ some kind of input belongs behind them.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from keras import backend, ops
 
@@ -14,9 +15,11 @@ from keras_renorm.functional import Moments, Tensor
 Correction = Callable[[Moments], tuple[Tensor, Tensor]]
 
 
-def statistics_dtype(dtype: str) -> str:
+def statistics_dtype(dtype: Any) -> str:
     """The type that statistics are computed and stored in: float32 at least."""
-    return str(backend.result_type(dtype, "float32"))
+    # Not `result_type`, which gives float32 for float64 on Keras's JAX backend.
+    is_double = backend.standardize_dtype(dtype) == "float64"
+    return "float64" if is_double else "float32"
 
 
 def normalize_by_batch(

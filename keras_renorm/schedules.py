@@ -135,7 +135,7 @@ class LinearRamp:
         if isinstance(other, LinearRamp):
             return self._key() == other._key()
         if isinstance(other, numbers.Real):
-            return self._key() == (other,)
+            return self.is_flat and self.initial_value == other
         return NotImplemented
 
     def __hash__(self) -> int:

@@ -109,10 +109,10 @@ class BatchRenormalization(BatchNormalization):
             axis, momentum, epsilon, **batch_normalization_arguments
         )
         # What `build` puts into the weights; they rule from then on.
-        self._initial_ramps = ramps
-        self.step = None
-        self.limit_values = None
-        self.limit_steps = None
+        self._initial_ramps: tuple[LinearRamp, ...] = ramps
+        self.step: Any = None
+        self.limit_values: Any = None
+        self.limit_steps: Any = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Adds the weights `step`, `limit_values` and `limit_steps`.
@@ -162,8 +162,12 @@ class BatchRenormalization(BatchNormalization):
 
     def current_limits(self) -> tuple[float, float]:
         """The values of r_max and d_max that the next training step uses."""
-        step = 0 if self.step is None else int(ops.convert_to_numpy(self.step))
+        step = self.current_step()
         return self.r_max(step), self.d_max(step)
+
+    def current_step(self) -> int:
+        """How many training calls the layer has seen."""
+        return 0 if self.step is None else int(_to_numpy(self.step))
 
     def _ramp(self, row: int) -> LinearRamp:
         if not self.built:
@@ -171,9 +175,9 @@ class BatchRenormalization(BatchNormalization):
         # `str` gives the shortest decimal: 1.1, not 1.10000002384.
         initial_value, final_value = (
             float(str(value))
-            for value in ops.convert_to_numpy(self.limit_values)[row]
+            for value in _to_numpy(self.limit_values)[row]
         )
-        begin_step, end_step = ops.convert_to_numpy(self.limit_steps)[row]
+        begin_step, end_step = _to_numpy(self.limit_steps)[row]
         return LinearRamp(initial_value, final_value, begin_step, end_step)
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
@@ -239,6 +243,12 @@ class BatchRenormalization(BatchNormalization):
                     config[name]
                 )
         return super().from_config(config)
+
+
+def _to_numpy(variable: keras.Variable) -> np.ndarray:
+    # By way of a tensor: NumPy 2 warns where it is given a variable.
+    tensor = ops.cast(variable, variable.dtype)
+    return np.asarray(ops.convert_to_numpy(tensor))
 
 
 def _ramp_arrays(

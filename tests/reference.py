@@ -1,0 +1,68 @@
+"""The papers in float64 NumPy. Imports nothing of the package.
+
+Batch normalization: Ioffe and Szegedy 2015, Algorithm 1. Batch
+renormalization: Ioffe 2017, Algorithm 1, with the moving average of the
+variance in place of the standard deviation's.
+"""
+
+import numpy as np
+
+
+class Reference:
+    """A layer over rows: inputs are `(elements, channels)`."""
+
+    def __init__(self, channels, momentum=0.99, epsilon=1e-3):
+        self.gamma = np.ones(channels)
+        self.beta = np.zeros(channels)
+        self.moving_mean = np.zeros(channels)
+        self.moving_variance = np.ones(channels)
+        self.momentum = momentum
+        self.epsilon = epsilon
+
+    def correction(self, rows, r_max, d_max):
+        sigma_batch = np.sqrt(rows.var(axis=0) + self.epsilon)
+        sigma = np.sqrt(self.moving_variance + self.epsilon)
+        r = np.clip(sigma_batch / sigma, 1 / r_max, r_max)
+        d = np.clip(
+            (rows.mean(axis=0) - self.moving_mean) / sigma, -d_max, d_max
+        )
+        return r, d
+
+    def normalize(self, rows, r=1.0, d=0.0):
+        sigma_batch = np.sqrt(rows.var(axis=0) + self.epsilon)
+        x_hat = (rows - rows.mean(axis=0)) / sigma_batch * r + d
+        return self.gamma * x_hat + self.beta
+
+    def train(self, rows, r_max=1.0, d_max=0.0):
+        outputs = self.normalize(rows, *self.correction(rows, r_max, d_max))
+        keep, take = self.momentum, 1 - self.momentum
+        self.moving_mean = self.moving_mean * keep + rows.mean(0) * take
+        self.moving_variance = self.moving_variance * keep + rows.var(0) * take
+        return outputs
+
+    def infer(self, rows):
+        sigma = np.sqrt(self.moving_variance + self.epsilon)
+        return self.gamma * (rows - self.moving_mean) / sigma + self.beta
+
+
+def central_difference(function, point, step=1e-5):
+    """Gradient of a scalar function of an array."""
+    gradient = np.zeros_like(point)
+    for index in np.ndindex(point.shape):
+        above, below = point.copy(), point.copy()
+        above[index] += step
+        below[index] -= step
+        gradient[index] = (function(above) - function(below)) / (2 * step)
+    return gradient
+
+
+def to_rows(inputs, axis):
+    """`(..., channels on axis, ...)` to `(elements, channels)`."""
+    moved = np.moveaxis(inputs, axis, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def from_rows(rows, shape, axis):
+    """The inverse of `to_rows` for inputs of `shape`."""
+    moved = np.moveaxis(np.empty(shape), axis, -1).shape
+    return np.moveaxis(rows.reshape(moved), -1, axis)

@@ -1,0 +1,184 @@
+"""`RenormScheduler` in `fit`."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+
+from keras_renorm import BatchRenormalization
+from keras_renorm.callbacks import RenormScheduler
+from keras_renorm.schedules import LinearRamp, ioffe2017
+from tests import helpers
+
+
+def compiled(layers):
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    return model
+
+
+def fit(model, callbacks, epochs=5, examples=64, **options):
+    x = np.random.default_rng(0).normal(size=(examples, 3)).astype("float32")
+    return model.fit(
+        x,
+        x,
+        batch_size=2,
+        epochs=epochs,
+        verbose=0,
+        callbacks=callbacks,
+        **options,
+    ).history
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 8])
+def test_the_paper_scaled_to_the_run(steps_per_execution):
+    layers = [BatchRenormalization(), BatchRenormalization()]
+    model = compiled(layers)
+    model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
+    history = fit(model, [RenormScheduler()])
+    r_max, d_max = ioffe2017(5 * 32)
+    for layer in layers:
+        assert (layer.r_max, layer.d_max) == (r_max, d_max)
+        assert layer.current_step() == 160
+    steps = [32, 64, 96, 128, 160]
+    assert history["r_max"] == pytest.approx([r_max(step) for step in steps])
+    assert history["d_max"] == pytest.approx([d_max(step) for step in steps])
+
+
+def test_steps_per_epoch_counts():
+    layer = BatchRenormalization()
+    fit(compiled([layer]), [RenormScheduler()], epochs=3, steps_per_epoch=10)
+    assert layer.r_max == ioffe2017(30)[0]
+
+
+def test_numbers_and_ramps_are_set_as_they_are():
+    layer = BatchRenormalization()
+    ramp = LinearRamp(0.0, 2.0, 0, 64)
+    history = fit(compiled([layer]), [RenormScheduler(1.5, ramp)], epochs=2)
+    assert history["r_max"] == [1.5, 1.5]
+    assert history["d_max"] == [1.0, 2.0]
+
+
+def test_one_limit_given_the_other_scaled():
+    layer = BatchRenormalization()
+    fit(compiled([layer]), [RenormScheduler(d_max=0.5)], epochs=2)
+    assert layer.r_max == ioffe2017(64)[0]
+    assert layer.d_max == 0.5
+
+
+@pytest.mark.tensorflow  # on JAX a function acts once an epoch: see below
+def test_a_function_is_asked_before_every_batch():
+    asked = []
+
+    def r_max(step):
+        asked.append(step)
+        return 1.0 + step
+
+    layer = BatchRenormalization()
+    history = fit(compiled([layer]), [RenormScheduler(r_max, 0.0)], epochs=2)
+    assert set(asked) == set(range(64))
+    assert layer.r_max == 64.0
+    assert history["r_max"] == [32.0, 64.0]
+
+
+def test_a_function_acts_at_least_once_an_epoch():
+    layer = BatchRenormalization(d_max=0.0)
+    scheduler = RenormScheduler(lambda step: 2.0 if step < 32 else 4.0, 0.0)
+    history = fit(compiled([layer]), [scheduler], epochs=2)
+    assert history["r_max"] == [2.0, 4.0]
+
+
+def test_a_layer_called_twice_a_step_gets_a_ramp_twice_as_long():
+    shared, single = BatchRenormalization(), BatchRenormalization()
+    inputs = keras.Input((3,))
+    x = single(inputs)
+    model = keras.Model(
+        inputs, shared(x) + shared(keras.layers.Dense(3)(x))
+    )
+    model.compile("sgd", "mse")
+    history = fit(model, [RenormScheduler()])
+    assert single.r_max == ioffe2017(160)[0]
+    assert shared.r_max == ioffe2017(320)[0]
+    assert shared.current_step() == 320
+    # The two stand at the same place in their ramps (to half a step).
+    assert history["r_max"][0] == pytest.approx(ioffe2017(160)[0](32), abs=0.03)
+
+
+def test_a_second_fit_stays_relaxed_and_a_reset_counter_begins_anew():
+    layer = BatchRenormalization()
+    model = compiled([layer])
+    fit(model, [RenormScheduler()])
+    assert fit(model, [RenormScheduler()])["r_max"] == [3.0] * 5
+    layer.step.assign(0)
+    assert fit(model, [RenormScheduler()])["r_max"][0] < 3.0
+
+
+def test_a_model_that_is_built_by_fit():
+    layer = BatchRenormalization()
+    model = keras.Sequential([layer, keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    assert len(fit(model, [RenormScheduler()])["r_max"]) == 5
+    assert layer.r_max == ioffe2017(160)[0]
+
+
+def test_layers_inside_custom_layers_are_found():
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchRenormalization()
+
+        def call(self, inputs, training=None):
+            return self.norm(inputs, training=training)
+
+    block = Block()
+    model = compiled([keras.layers.Dense(3), block])
+    fit(model, [RenormScheduler()])
+    assert block.norm.r_max == ioffe2017(160)[0]
+
+
+def test_loggers_behind_it_write_the_limits(tmp_path):
+    model = compiled([BatchRenormalization()])
+    path = tmp_path / "log.csv"
+    fit(model, [RenormScheduler(), keras.callbacks.CSVLogger(path)])
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    assert float(rows[-1]["r_max"]) == 3.0
+    assert float(rows[-1]["d_max"]) == 5.0
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_backup_and_restore_resumes_where_the_run_stood(is_first, tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise InterruptedError
+
+    def run(*callbacks):
+        keras.utils.set_random_seed(7)
+        layer = BatchRenormalization(momentum=0.9)
+        model = compiled([layer, keras.layers.Dense(3)])
+        history = fit(model, list(callbacks), shuffle=False)
+        return layer, model, history
+
+    def callbacks(name):
+        pair = [
+            RenormScheduler(),
+            keras.callbacks.BackupAndRestore(tmp_path / name),
+        ]
+        return pair if is_first else pair[::-1]
+
+    layer, model, history = run(*callbacks("whole"))
+    with pytest.raises(InterruptedError):
+        run(*callbacks("halves"), Stop())
+    resumed, resumed_model, rest = run(*callbacks("halves"))
+    assert rest["r_max"] == history["r_max"][2:]
+    assert rest["d_max"] == history["d_max"][2:]
+    assert resumed.current_step() == layer.current_step() == 160
+    for mine, other in zip(
+        resumed_model.weights, model.weights, strict=True
+    ):
+        np.testing.assert_allclose(
+            helpers.to_numpy(mine), helpers.to_numpy(other), 1e-6, 1e-6
+        )

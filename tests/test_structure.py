@@ -1,0 +1,89 @@
+"""What the package's files may import, and its documented examples."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_renorm
+
+ROOT = Path(keras_renorm.__file__).parent
+# A module may import from its own layer of the package and those before it.
+ORDER = [
+    {"arguments"},
+    {"functional", "schedules"},
+    {"pooling"},
+    {"kernels"},
+    {"layers"},
+    {"models", "diagnostics"},
+    {"callbacks"},
+]
+MODULES = sorted(
+    info.name
+    for info in pkgutil.walk_packages([str(ROOT)], "keras_renorm.")
+    if not info.ispkg
+)
+
+
+def rank(module):
+    name = module.split(".")[1]
+    (found,) = [at for at, names in enumerate(ORDER) if name in names]
+    return found
+
+
+def imports(module):
+    path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: import by the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_there_are_modules():
+    assert "keras_renorm.layers.batch_normalization" in MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    for name in imports(module):
+        if name.startswith("keras_renorm."):
+            assert rank(name) <= rank(module), f"{module} imports {name}"
+        if name.split(".")[0] == "tensorflow":
+            assert module.split(".")[1] in ("kernels", "pooling"), module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_run(module):
+    names = {
+        "np": np,
+        "keras": keras,
+        "ops": ops,
+        **{name: getattr(keras_renorm, name) for name in keras_renorm.__all__},
+        **vars(keras_renorm.schedules),
+        **vars(keras_renorm.callbacks),
+    }
+    result = doctest.testmod(
+        importlib.import_module(module),
+        extraglobs=names,
+        optionflags=doctest.NORMALIZE_WHITESPACE,
+    )
+    assert result.failed == 0
+
+
+def test_public_names_have_an_example():
+    for public in (
+        keras_renorm.BatchNormalization,
+        keras_renorm.BatchRenormalization,
+        keras_renorm.schedules.LinearRamp,
+        keras_renorm.schedules.ioffe2017,
+        keras_renorm.callbacks.RenormScheduler,
+    ):
+        assert ">>>" in public.__doc__, public
