@@ -104,7 +104,9 @@ class RenormScheduler(keras.callbacks.Callback):
         if self._steps_before is None:
             # Not in `on_train_begin`: a callback behind this one may restore
             # the counters there.
-            self._steps_before = [layer.current_step() for layer in self._layers]
+            self._steps_before = [
+                layer.current_step() for layer in self._layers
+            ]
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None

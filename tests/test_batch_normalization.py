@@ -248,8 +248,12 @@ def test_mask_is_dropped_rows(shape, axis, mask_shape, hidden, rng):
     reference = reference_of(layer)
     inputs = helpers.inputs_of(rng, shape, axis, "float64")
     mask = np.arange(np.prod(mask_shape)).reshape(mask_shape) % 3 != 1
-    positions = [size for at, size in enumerate(shape) if at != axis % len(shape)]
-    padded = mask.reshape(mask_shape + (1,) * (len(positions) - len(mask_shape)))
+    positions = [
+        size for at, size in enumerate(shape) if at != axis % len(shape)
+    ]
+    padded = mask.reshape(
+        mask_shape + (1,) * (len(positions) - len(mask_shape))
+    )
     keep = np.broadcast_to(padded, positions).reshape(-1)
     rows = to_rows(inputs, axis)
     inputs = from_rows(np.where(keep[:, None], rows, hidden), shape, axis)
@@ -330,9 +334,7 @@ def test_mask_keeps_nan_from_gradients_with_frozen_statistics(training, rng):
     helpers.assert_close(d_weights[1], np.full(3, 3.0), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "tolerance"), [(1e3, 1e-5), (1e4, 5e-5)]
-)
+@pytest.mark.parametrize(("ratio", "tolerance"), [(1e3, 1e-5), (1e4, 5e-5)])
 @pytest.mark.parametrize("shape", [(4096, 8), (32, 28, 28, 8)])
 def test_float32_variance_at_large_means(shape, ratio, tolerance, rng):
     inputs = (ratio + rng.normal(size=shape)).astype("float32")

@@ -45,7 +45,9 @@ def test_steps_equal_the_reference(
         rows = to_rows(inputs, axis).astype("float64")
         outputs = helpers.to_numpy(layer(inputs, training=True))
         helpers.assert_close(
-            to_rows(outputs, axis), reference.train(rows, r_max, d_max), tolerance
+            to_rows(outputs, axis),
+            reference.train(rows, r_max, d_max),
+            tolerance,
         )
         mean, variance = helpers.statistics(layer)
         helpers.assert_close(mean, reference.moving_mean, tolerance)
@@ -104,9 +106,7 @@ def test_gradients_equal_central_differences(shape, axis, r_max, d_max, rng):
 @pytest.mark.parametrize(("center", "scale"), [(True, False), (False, True)])
 def test_without_beta_or_gamma(center, scale, rng):
     shape = (8, 3)
-    layer = built(
-        shape, rng, center=center, scale=scale, r_max=2.0, d_max=1.0
-    )
+    layer = built(shape, rng, center=center, scale=scale, r_max=2.0, d_max=1.0)
     full = built(shape, rng, r_max=2.0, d_max=1.0)
     for name in ("gamma", "beta", "moving_mean", "moving_variance"):
         weight = getattr(layer, name)
@@ -119,7 +119,8 @@ def test_without_beta_or_gamma(center, scale, rng):
 
 
 @pytest.mark.skipif(
-    "renorm" not in inspect.signature(keras.layers.BatchNormalization).parameters,
+    "renorm"
+    not in inspect.signature(keras.layers.BatchNormalization).parameters,
     reason="Keras has renorm= from 3.14 on",
 )
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.2, 0.3), (3.0, 5.0)])
@@ -178,9 +179,7 @@ def test_open_limits_train_with_the_inference_output(rng):
 
 def test_mask_is_dropped_rows(rng):
     shape, axis = (6, 3, 5), 1
-    layer = built(
-        shape, rng, axis=axis, r_max=1.5, d_max=0.5, dtype="float64"
-    )
+    layer = built(shape, rng, axis=axis, r_max=1.5, d_max=0.5, dtype="float64")
     reference = reference_of(layer)
     inputs = helpers.inputs_of(rng, shape, axis, "float64")
     mask = rng.random((6, 5)) < 0.6
@@ -222,6 +221,26 @@ def test_no_correction_where_there_is_no_element(rng):
     )
     assert np.array_equal(helpers.to_numpy(r), np.ones(3))
     assert np.array_equal(helpers.to_numpy(d), np.zeros(3))
+
+
+@pytest.mark.tensorflow
+def test_no_gradient_passes_through_the_correction():
+    import tensorflow as tf
+
+    from keras_renorm import functional
+
+    mean, variance = tf.constant([1.0, 2.0]), tf.constant([3.0, 4.0])
+    with tf.GradientTape() as tape:
+        tape.watch([mean, variance])
+        r, d = functional.renorm_correction(
+            functional.Moments(tf.constant(8.0), mean, variance),
+            moving_mean=mean * 0.5,
+            moving_variance=variance * 2.0,
+            epsilon=1e-3,
+            r_max=3.0,
+            d_max=5.0,
+        )
+    assert tape.gradient((r, d), (mean, variance)) == (None, None)
 
 
 def test_bad_sample_leaves_the_statistics_of_its_channel(rng):

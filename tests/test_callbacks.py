@@ -93,9 +93,7 @@ def test_a_layer_called_twice_a_step_gets_a_ramp_twice_as_long():
     shared, single = BatchRenormalization(), BatchRenormalization()
     inputs = keras.Input((3,))
     x = single(inputs)
-    model = keras.Model(
-        inputs, shared(x) + shared(keras.layers.Dense(3)(x))
-    )
+    model = keras.Model(inputs, shared(x) + shared(keras.layers.Dense(3)(x)))
     model.compile("sgd", "mse")
     history = fit(model, [RenormScheduler()])
     assert single.r_max == ioffe2017(160)[0]
@@ -176,9 +174,7 @@ def test_backup_and_restore_resumes_where_the_run_stood(is_first, tmp_path):
     assert rest["r_max"] == history["r_max"][2:]
     assert rest["d_max"] == history["d_max"][2:]
     assert resumed.current_step() == layer.current_step() == 160
-    for mine, other in zip(
-        resumed_model.weights, model.weights, strict=True
-    ):
+    for mine, other in zip(resumed_model.weights, model.weights, strict=True):
         np.testing.assert_allclose(
             helpers.to_numpy(mine), helpers.to_numpy(other), 1e-6, 1e-6
         )

@@ -131,7 +131,9 @@ def test_gradient_accumulation_counts_every_batch(rng):
     layer = model.layers[0]
     assert layer.current_step() == 8
     assert layer.current_limits() == (2.0, 1.0)
-    assert np.all(np.isfinite(np.concatenate([w.ravel() for w in state_of(model)])))
+    assert np.all(
+        np.isfinite(np.concatenate([w.ravel() for w in state_of(model)]))
+    )
 
 
 def test_a_shared_layer_moves_at_each_call(rng):
@@ -198,7 +200,7 @@ def test_a_training_step_sees_the_statistics_of_before_in_any_graph(rng):
 
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable")
 class TestFreezing:
-    KINDS = [BatchNormalization, BatchRenormalization]
+    KINDS = (BatchNormalization, BatchRenormalization)
 
     @staticmethod
     def subclassed(layer):

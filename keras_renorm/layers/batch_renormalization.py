@@ -174,8 +174,7 @@ class BatchRenormalization(BatchNormalization):
             return self._initial_ramps[row]
         # `str` gives the shortest decimal: 1.1, not 1.10000002384.
         initial_value, final_value = (
-            float(str(value))
-            for value in _to_numpy(self.limit_values)[row]
+            float(str(value)) for value in _to_numpy(self.limit_values)[row]
         )
         begin_step, end_step = _to_numpy(self.limit_steps)[row]
         return LinearRamp(initial_value, final_value, begin_step, end_step)
