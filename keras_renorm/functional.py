@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_renorm import schedules
+
 Tensor = Any
 
 
@@ -126,34 +128,6 @@ def centered_moments(
     return centered, Moments(count, shift + mean, variance)
 
 
-def renorm_correction(
-    moments: Moments,
-    moving_mean: Tensor,
-    moving_variance: Tensor,
-    epsilon: float,
-    r_max: Tensor,
-    d_max: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The correction (r, d) of batch renormalization, constant to gradients.
-
-        r = clip(σ_B / σ, 1 / r_max, r_max)
-        d = clip((μ_B − μ) / σ, −d_max, d_max)
-
-    with σ_B = sqrt(batch_variance + epsilon) and σ = sqrt(moving_variance +
-    epsilon); r = 1 and d = 0 for a batch without elements. Ioffe 2017,
-    arXiv:1702.03275, Algorithm 1.
-    """
-    stddev = ops.sqrt(moving_variance + epsilon)
-    r = ops.sqrt(moments.variance + epsilon) / stddev
-    d = (moments.mean - moving_mean) / stddev
-    r = ops.minimum(ops.maximum(r, 1 / r_max), r_max)
-    d = ops.minimum(ops.maximum(d, -d_max), d_max)
-    has_elements = moments.count > 0
-    r = ops.where(has_elements, r, ops.ones_like(r))
-    d = ops.where(has_elements, d, ops.zeros_like(d))
-    return ops.stop_gradient(r), ops.stop_gradient(d)
-
-
 def scale_and_offset(
     centered: Tensor,
     axis: int,
@@ -182,23 +156,144 @@ def scale_and_offset(
     return ops.where(mask, affine(safe), ops.stop_gradient(affine(centered)))
 
 
-def moving_average(
-    moving: Tensor, batch: Tensor, momentum: float, valid: Tensor
-) -> Tensor:
-    """`moving * momentum + batch * (1 - momentum)` where `valid`."""
-    updated = moving * momentum + batch * (1.0 - momentum)
-    return ops.where(valid, updated, moving)
+def renorm_correction(
+    mean: Tensor,
+    variance: Tensor,
+    has_elements: Tensor | bool,
+    moving_mean: Tensor,
+    moving_variance: Tensor,
+    epsilon: float,
+    r_max: Tensor,
+    d_max: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The correction (r, d) of batch renormalization, constant to gradients.
 
+        r = clip(σ_B / σ, 1 / r_max, r_max)
+        d = clip((μ_B − μ) / σ, −d_max, d_max)
 
-def is_valid(moments: Moments) -> Tensor:
-    """Which channels may enter a moving average: finite, from some element.
-
-    One NaN would otherwise stay in the moving average for ever.
+    with σ_B = sqrt(batch_variance + epsilon) and σ = sqrt(moving_variance +
+    epsilon); r = 1 and d = 0 for a batch without elements. Ioffe 2017,
+    arXiv:1702.03275, Algorithm 1.
     """
-    finite = ops.logical_and(
-        ops.isfinite(moments.mean), ops.isfinite(moments.variance)
+    stddev = ops.sqrt(moving_variance + epsilon)
+    r = ops.sqrt(variance + epsilon) / stddev
+    d = (mean - moving_mean) / stddev
+    r = ops.minimum(ops.maximum(r, 1 / r_max), r_max)
+    d = ops.minimum(ops.maximum(d, -d_max), d_max)
+    if has_elements is not True:
+        r = ops.where(has_elements, r, ops.ones_like(r))
+        d = ops.where(has_elements, d, ops.zeros_like(d))
+    return ops.stop_gradient(r), ops.stop_gradient(d)
+
+
+class Limits(NamedTuple):
+    """The ramps of r_max and d_max, a row each, and where they stand.
+
+    Attributes:
+        values: Where each begins and ends, shape `(2, 2)`.
+        steps: When each begins and ends, integers, shape `(2, 2)`.
+        step: The current step, an integer scalar.
+    """
+
+    values: Tensor
+    steps: Tensor
+    step: Tensor
+
+
+class State(NamedTuple):
+    """What a layer holds when a step begins.
+
+    Attributes:
+        gamma: Scale, shape `(channels,)`, or `None` for 1.
+        beta: Offset, shape `(channels,)`, or `None` for 0.
+        moving_mean: Shape `(channels,)`.
+        moving_variance: Shape `(channels,)`.
+        limits: Those of r and d. `None` is r = 1, d = 0.
+        epsilon: Added to variances under the root.
+        momentum: Share of the moving statistics that is kept.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    moving_mean: Tensor
+    moving_variance: Tensor
+    limits: Limits | None
+    epsilon: float
+    momentum: float
+
+
+class Response(NamedTuple):
+    """What a training step makes of the moments of its batch.
+
+    Attributes:
+        r: Correction of the scale, or `None` for 1.
+        d: Correction of the offset, or `None` for 0.
+        moving_mean: The new moving mean.
+        moving_variance: The new moving variance.
+    """
+
+    r: Tensor | None
+    d: Tensor | None
+    moving_mean: Tensor
+    moving_variance: Tensor
+
+
+def respond(
+    mean: Tensor,
+    variance: Tensor,
+    has_elements: Tensor | bool,
+    state: State,
+) -> Response:
+    """The correction, by the moving statistics as they were; then these.
+
+    Both use the one value that is passed in: a graph may order a second read
+    of a variable after its assignment. `mean` and `variance` are those of the
+    batch; `has_elements` says whether they rest on any. A channel where they
+    are not finite, or rest on none, keeps its moving statistics: one NaN
+    would stay in them for ever.
+    """
+    moving_mean, moving_variance = state.moving_mean, state.moving_variance
+    limits = state.limits
+    r = d = None
+    if limits is not None:
+        begin_steps, end_steps = limits.steps[:, 0], limits.steps[:, 1]
+        values = ops.cast(limits.values, moving_mean.dtype)
+        r_max, d_max = ops.unstack(
+            schedules.interpolate(
+                ops,
+                values[:, 0],
+                values[:, 1],
+                ops.cast(limits.step - begin_steps, values.dtype),
+                ops.cast(end_steps - begin_steps, values.dtype),
+            ),
+            num=2,
+        )
+        r, d = renorm_correction(
+            mean,
+            variance,
+            has_elements,
+            moving_mean,
+            moving_variance,
+            state.epsilon,
+            r_max,
+            d_max,
+        )
+    # Finite if both are: neither can be infinite against the other, since a
+    # variance is not negative.
+    valid = ops.isfinite(mean + variance)
+    if has_elements is not True:
+        valid = ops.logical_and(valid, has_elements)
+
+    def moved(moving: Tensor, batch: Tensor) -> Tensor:
+        updated = moving * state.momentum + batch * (1.0 - state.momentum)
+        return ops.where(valid, updated, moving)
+
+    return Response(
+        r,
+        d,
+        moved(moving_mean, mean),
+        moved(moving_variance, variance),
     )
-    return ops.logical_and(finite, moments.count > 0)
 
 
 def align_mask(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:

@@ -40,6 +40,24 @@ class Reference:
         self.moving_variance = self.moving_variance * keep + rows.var(0) * take
         return outputs
 
+    def gradients(self, rows, upstream, r=1.0, d=0.0):
+        """Of rows, gamma and beta, with r and d held.
+
+        Ioffe 2017, section 3 (backpropagation), written out for the
+        population variance. The tests hold the layers to central differences
+        on small inputs; this is for large ones.
+        """
+        sigma_batch = np.sqrt(rows.var(axis=0) + self.epsilon)
+        normalized = (rows - rows.mean(axis=0)) / sigma_batch
+        d_hat = upstream * self.gamma * r
+        d_rows = (
+            d_hat
+            - d_hat.mean(axis=0)
+            - normalized * (d_hat * normalized).mean(axis=0)
+        ) / sigma_batch
+        d_gamma = (upstream * (normalized * r + d)).sum(axis=0)
+        return d_rows, d_gamma, upstream.sum(axis=0)
+
     def infer(self, rows):
         sigma = np.sqrt(self.moving_variance + self.epsilon)
         return self.gamma * (rows - self.moving_mean) / sigma + self.beta

@@ -212,7 +212,9 @@ def test_no_correction_where_there_is_no_element(rng):
 
     zeros, ones = ops.zeros((3,)), ops.ones((3,))
     r, d = functional.renorm_correction(
-        functional.Moments(ops.zeros(()), zeros, zeros),
+        zeros,
+        zeros,
+        ops.zeros(()) > 0,
         moving_mean=ones * 5,
         moving_variance=ones * 9,
         epsilon=1e-3,
@@ -233,7 +235,9 @@ def test_no_gradient_passes_through_the_correction():
     with tf.GradientTape() as tape:
         tape.watch([mean, variance])
         r, d = functional.renorm_correction(
-            functional.Moments(tf.constant(8.0), mean, variance),
+            mean,
+            variance,
+            True,
             moving_mean=mean * 0.5,
             moving_variance=variance * 2.0,
             epsilon=1e-3,

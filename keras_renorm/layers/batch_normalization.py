@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_renorm import arguments, functional, kernels
-from keras_renorm.functional import Moments, Tensor
+from keras_renorm.functional import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
@@ -193,9 +193,46 @@ class BatchNormalization(keras.layers.BatchNormalization):
         axis = self._channel_axis(len(inputs.shape))
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
+        if training and self.trainable and not self.frozen_statistics:
+            outputs = self._train(
+                inputs, axis, mask, self.epsilon, self.momentum
+            )
+        else:
+            state = self._state(inputs, self.epsilon, self.momentum)
+            outputs = kernels.normalize_by_moving_statistics(
+                inputs, axis, mask, state
+            )
+        return ops.cast(outputs, self.compute_dtype)
+
+    @kernels.as_one_graph
+    def _train(
+        self,
+        inputs: Tensor,
+        axis: int,
+        mask: Tensor | None,
+        epsilon: float,
+        momentum: float,
+    ) -> Tensor:
+        state = self._state(inputs, epsilon, momentum, self._limits())
+        outputs, response = kernels.normalize_by_batch(
+            inputs, axis, mask, state
+        )
+        self.moving_mean.assign(response.moving_mean)
+        self.moving_variance.assign(response.moving_variance)
+        self._count_step()
+        return outputs
+
+    def _state(
+        self,
+        inputs: Tensor,
+        epsilon: float,
+        momentum: float,
+        limits: functional.Limits | None = None,
+    ) -> functional.State:
+        """The weights, each read once, in the type to compute in."""
         dtype = kernels.statistics_dtype(inputs.dtype)
         gamma, beta, moving_mean, moving_variance = (
-            None if weight is None else ops.cast(weight, dtype)
+            None if weight is None else kernels.read(weight, dtype)
             for weight in (
                 self.gamma,
                 self.beta,
@@ -203,29 +240,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 self.moving_variance,
             )
         )
-        if training and self.trainable and not self.frozen_statistics:
-            outputs, moments = kernels.normalize_by_batch(
-                inputs,
-                axis,
-                mask,
-                gamma,
-                beta,
-                self.epsilon,
-                self._correction(moving_mean, moving_variance),
-            )
-            self._update_statistics(moments, moving_mean, moving_variance)
-        else:
-            outputs = kernels.normalize_by_moving_statistics(
-                inputs,
-                axis,
-                mask,
-                gamma,
-                beta,
-                self.epsilon,
-                moving_mean,
-                moving_variance,
-            )
-        return ops.cast(outputs, self.compute_dtype)
+        return functional.State(
+            gamma,
+            beta,
+            moving_mean,
+            moving_variance,
+            limits,
+            epsilon,
+            momentum,
+        )
 
     def _channel_axis(self, rank: int) -> int:
         if not -rank <= self.axis < rank:
@@ -235,24 +258,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
             )
         return self.axis % rank
 
-    def _correction(
-        self, moving_mean: Tensor, moving_variance: Tensor
-    ) -> kernels.Correction | None:
+    def _limits(self) -> functional.Limits | None:
+        """How far r and d may go; `None` where there is no correction."""
         return None
 
-    def _update_statistics(
-        self, moments: Moments, moving_mean: Tensor, moving_variance: Tensor
-    ) -> None:
-        # From the values that the correction saw: a second read of a
-        # variable may be ordered after its assignment in a graph.
-        valid = functional.is_valid(moments)
-        for variable, moving, batch in (
-            (self.moving_mean, moving_mean, moments.mean),
-            (self.moving_variance, moving_variance, moments.variance),
-        ):
-            variable.assign(
-                functional.moving_average(moving, batch, self.momentum, valid)
-            )
+    def _count_step(self) -> None:
+        """Called after each training step that moved the statistics."""
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, as they stand."""

@@ -8,7 +8,6 @@ import numpy as np
 from keras import ops
 
 from keras_renorm import functional, kernels, schedules
-from keras_renorm.functional import Moments, Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
 
@@ -189,36 +188,15 @@ class BatchRenormalization(BatchNormalization):
         else:
             self._initial_ramps = tuple(ramps)
 
-    def _correction(
-        self, moving_mean: Tensor, moving_variance: Tensor
-    ) -> kernels.Correction:
-        values = ops.cast(self.limit_values, moving_mean.dtype)
-        steps = ops.convert_to_tensor(self.limit_steps)
-        begin_steps, end_steps = steps[:, 0], steps[:, 1]
-        limits = schedules.interpolate(
-            ops,
-            values[:, 0],
-            values[:, 1],
-            ops.cast(self.step - begin_steps, values.dtype),
-            ops.cast(end_steps - begin_steps, values.dtype),
+    def _limits(self) -> functional.Limits:
+        return functional.Limits(
+            *(
+                kernels.read(weight, weight.dtype)
+                for weight in (self.limit_values, self.limit_steps, self.step)
+            )
         )
 
-        def correction(moments: Moments) -> tuple[Tensor, Tensor]:
-            return functional.renorm_correction(
-                moments,
-                moving_mean,
-                moving_variance,
-                self.epsilon,
-                r_max=limits[0],
-                d_max=limits[1],
-            )
-
-        return correction
-
-    def _update_statistics(
-        self, moments: Moments, moving_mean: Tensor, moving_variance: Tensor
-    ) -> None:
-        super()._update_statistics(moments, moving_mean, moving_variance)
+    def _count_step(self) -> None:
         self.step.assign_add(1)
 
     def get_config(self) -> dict[str, Any]:

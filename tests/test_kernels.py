@@ -1,0 +1,420 @@
+"""Every path through `kernels` computes the same numbers."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_renorm import BatchNormalization, BatchRenormalization, kernels
+from tests import helpers
+from tests.reference import Reference, from_rows, to_rows
+
+pytestmark = pytest.mark.tensorflow
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+LARGE = (32, 16, 16, 8)  # beyond SMALL_ELEMENTS
+SMALL = (4, 3, 5, 6)
+MODES = ["eager", "graph", "xla"]
+
+
+def in_mode(function, mode, signature=None):
+    if mode == "eager":
+        return function
+    return tf.function(
+        function, jit_compile=mode == "xla", input_signature=signature
+    )
+
+
+def step_of(layer):
+    """Outputs and gradients of a training step."""
+
+    def step(inputs, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=True)
+        weights = [weight.value for weight in layer.trainable_variables]
+        gradients = tape.gradient(
+            outputs, [inputs, *weights], output_gradients=upstream
+        )
+        return outputs, *gradients
+
+    return step
+
+
+def built(shape, axis, rng, **arguments):
+    layer = BatchRenormalization(
+        axis, momentum=0.8, r_max=1.5, d_max=0.5, **arguments
+    )
+    layer.build(shape)
+    helpers.randomize(layer, rng)
+    reference = Reference(shape[axis], 0.8)
+    for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+        value = helpers.to_numpy(getattr(layer, name)).astype("float64")
+        setattr(reference, name, value)
+    return layer, reference
+
+
+def check(actual, layer, reference, inputs, upstream, axis, tolerance):
+    """Against the formulas of the paper, float64, gradients included."""
+    rows = to_rows(inputs, axis).astype("float64")
+    d_rows = to_rows(upstream, axis).astype("float64")
+    r, d = reference.correction(rows, 1.5, 0.5)
+    gradients = reference.gradients(rows, d_rows, r, d)
+    outputs = reference.train(rows, 1.5, 0.5)
+    for mine, expected in zip(
+        actual,
+        (
+            from_rows(outputs, inputs.shape, axis),
+            from_rows(gradients[0], inputs.shape, axis),
+            *gradients[1:],
+        ),
+        strict=True,
+    ):
+        mine = helpers.to_numpy(tf.cast(mine, tf.float64))
+        helpers.assert_close(mine, expected, tolerance)
+    mean, variance = helpers.statistics(layer)
+    tolerance = min(tolerance, 1e-4)
+    helpers.assert_close(mean, reference.moving_mean, tolerance)
+    helpers.assert_close(variance, reference.moving_variance, tolerance)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+@pytest.mark.parametrize("axis", [3, 1, 2])
+def test_float32_steps_equal_the_reference(mode, shape, axis, rng):
+    layer, reference = built(shape, axis, rng)
+    step = in_mode(step_of(layer), mode)
+    for _ in range(2):
+        inputs = helpers.inputs_of(rng, shape, axis)
+        upstream = rng.normal(size=shape).astype("float32")
+        actual = step(tf.constant(inputs), tf.constant(upstream))
+        check(actual, layer, reference, inputs, upstream, axis, 2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float16", 3e-3), ("bfloat16", 2e-2)]
+)
+def test_16_bit_steps_equal_the_reference(mode, shape, dtype, tolerance, rng):
+    layer, reference = built(shape, 3, rng, dtype=f"mixed_{dtype}")
+    # What the layer sees, so that only its own rounding counts.
+    inputs = tf.cast(helpers.inputs_of(rng, shape), dtype)
+    upstream = tf.cast(rng.normal(size=shape), dtype)
+    actual = in_mode(step_of(layer), mode)(inputs, upstream)
+    assert actual[0].dtype == actual[1].dtype == dtype
+    inputs, upstream = (
+        tf.cast(tensor, tf.float64).numpy() for tensor in (inputs, upstream)
+    )
+    check(actual, layer, reference, inputs, upstream, 3, tolerance)
+
+
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("axis", [3, 1])
+def test_unknown_sizes(mode, axis, rng):
+    unknown = [None] * 4
+    unknown[axis] = 8
+    spec = tf.TensorSpec(unknown)
+    layer, reference = built(unknown, axis, rng)
+    signature = None if mode == "xla" else [spec, spec]
+    step = in_mode(step_of(layer), mode, signature)
+    for size in (32, 5):
+        shape = [size] * 4
+        shape[axis] = 8
+        inputs = helpers.inputs_of(rng, shape, axis)
+        upstream = rng.normal(size=shape).astype("float32")
+        actual = step(tf.constant(inputs), tf.constant(upstream))
+        check(actual, layer, reference, inputs, upstream, axis, 2e-5)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_batches_that_turn_out_empty(mode, rng):
+    layer, _ = built((None, 16, 16, 8), 3, rng)
+    spec = tf.TensorSpec((None, 16, 16, 8))
+    signature = None if mode == "eager" else [spec, spec]
+    step = in_mode(step_of(layer), mode, signature)
+    before = helpers.statistics(layer)
+    empty = tf.zeros((0, 16, 16, 8))
+    outputs, d_inputs, d_gamma, d_beta = step(empty, empty)
+    assert outputs.shape == d_inputs.shape == empty.shape
+    assert np.all(d_gamma.numpy() == 0)
+    assert np.all(d_beta.numpy() == 0)
+    for old, new in zip(before, helpers.statistics(layer), strict=True):
+        assert np.array_equal(old, new)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+def test_a_nan_stays_in_its_channel(mode, shape, rng):
+    layer, _ = built(shape, 3, rng)
+    before = helpers.statistics(layer)
+    inputs = helpers.inputs_of(rng, shape)
+    inputs[1, 1, 1, 2] = np.nan
+    upstream = np.ones(shape, "float32")
+    outputs, d_inputs, d_gamma, _ = (
+        value.numpy()
+        for value in in_mode(step_of(layer), mode)(
+            tf.constant(inputs), tf.constant(upstream)
+        )
+    )
+    others = np.arange(shape[-1]) != 2
+    for value in (outputs, d_inputs, d_gamma):
+        assert np.all(np.isfinite(value[..., others]))
+        assert np.any(np.isnan(value[..., 2]))
+    for old, new in zip(before, helpers.statistics(layer), strict=True):
+        assert old[2] == new[2]
+        assert np.all(old[others] != new[others])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
+@pytest.mark.parametrize(
+    ("mean", "stddev", "tolerance"),
+    [(100.0, 0.1, 1e-5), (1e3, 1.0, 1e-5), (1e4, 1.0, 5e-5)],
+)
+def test_variance_at_large_means(mode, kind, mean, stddev, tolerance, rng):
+    shape = (32, 28, 28, 8)
+    inputs = (mean + stddev * rng.normal(size=shape)).astype("float32")
+    layer = kind(momentum=0.0)
+    layer.build(shape)
+    outputs, *_ = in_mode(step_of(layer), mode)(
+        tf.constant(inputs), tf.zeros(shape)
+    )
+    rows = inputs.reshape(-1, 8).astype("float64")
+    variance = helpers.statistics(layer)[1]
+    np.testing.assert_allclose(variance, rows.var(axis=0), rtol=tolerance)
+    if kind is BatchNormalization:
+        expected = Reference(8).train(rows)
+        error = np.abs(outputs.numpy().reshape(-1, 8) - expected).max()
+        # A float32 of the size of the mean has no more digits.
+        assert error <= 4 * np.spacing(np.float32(mean)) / stddev + 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [1e4, 10000.7, 1e7, -3.3e5, 0.0])
+def test_constant_channels_give_beta(mode, value, rng):
+    shape = (32, 56, 56, 2)
+    inputs = helpers.inputs_of(rng, shape)
+    inputs[..., 0] = value
+    layer = BatchNormalization()
+    layer.build(shape)
+    outputs, *_ = in_mode(step_of(layer), mode)(
+        tf.constant(inputs), tf.zeros(shape)
+    )
+    assert np.abs(outputs.numpy()[..., 0]).max() <= 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+@pytest.mark.parametrize("axis", [3, 1])
+def test_inference_and_frozen_steps(mode, frozen, shape, axis, rng):
+    layer, reference = built(shape, axis, rng, frozen_statistics=frozen)
+    inputs = helpers.inputs_of(rng, shape, axis)
+    rows = to_rows(inputs, axis).astype("float64")
+    upstream = rng.normal(size=shape).astype("float32")
+
+    def infer(inputs, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=frozen)
+        return outputs, *tape.gradient(
+            outputs,
+            [inputs, layer.gamma.value, layer.beta.value],
+            output_gradients=upstream,
+        )
+
+    actual = in_mode(infer, mode)(tf.constant(inputs), tf.constant(upstream))
+    sigma = np.sqrt(reference.moving_variance + layer.epsilon)
+    d_rows = to_rows(upstream, axis)
+    expected = (
+        from_rows(reference.infer(rows), shape, axis),
+        from_rows(d_rows * reference.gamma / sigma, shape, axis),
+        (d_rows * (rows - reference.moving_mean) / sigma).sum(axis=0),
+        d_rows.sum(axis=0),
+    )
+    for mine, value in zip(actual, expected, strict=True):
+        helpers.assert_close(mine, value, 2e-5)
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_second_derivatives_equal_those_of_the_plain_path(mode, shape, rng):
+    inputs = helpers.inputs_of(rng, shape)
+    weights = rng.normal(size=shape)
+
+    def norm_gradient(layer, dtype):
+        factor = tf.constant(weights, dtype)
+
+        def compute(x):
+            with tf.GradientTape() as outer:
+                outer.watch(x)
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    outputs = layer(x, training=True)
+                    loss = tf.reduce_sum(factor * tf.sin(outputs))
+                norm = tf.reduce_sum(tape.gradient(loss, x) ** 2)
+            return outer.gradient(norm, x)
+
+        return in_mode(compute, mode)(tf.constant(inputs, dtype)).numpy()
+
+    state = np.random.default_rng(3)
+    fast = built(shape, 3, state)[0]
+    plain = BatchRenormalization(
+        3, momentum=0.8, r_max=1.5, d_max=0.5, dtype="float64"
+    )
+    plain.build(shape)
+    plain.set_weights([helpers.to_numpy(weight) for weight in fast.weights])
+    expected = norm_gradient(plain, "float64")
+    helpers.assert_close(norm_gradient(fast, "float32"), expected, 1e-4)
+
+
+def test_what_is_chosen(rng):
+    chosen = {}
+
+    def record(shape, axis=None, dtype="float32", **options):
+        spec = tf.TensorSpec(shape, dtype)
+        axis = len(shape) - 1 if axis is None else axis
+
+        @tf.function(input_signature=[spec], **options)
+        def traced(inputs):
+            chosen["path"] = kernels.choose(inputs, axis, None)
+            return inputs
+
+        traced.get_concrete_function()
+        return chosen["path"]
+
+    assert record(LARGE) == "fused"
+    assert record(LARGE, 1) == "fused"
+    assert record(LARGE, dtype="bfloat16") == "fused"
+    assert record(LARGE, dtype="float64") == "plain"
+    assert record(SMALL) == "matrix"
+    assert record(SMALL, 1) == "plain"
+    assert record(LARGE, jit_compile=True) == "matrix"
+    assert record(LARGE, 1, jit_compile=True) == "plain"
+    # Keras's default batch size stands in for an unknown one.
+    assert record((None, 16, 16, 8)) == "fused"
+    assert record((None, 64)) == "matrix"
+    inputs, mask = tf.zeros(LARGE), tf.ones((32, 1, 1, 1), tf.bool)
+    assert kernels.choose(inputs, 3, None) == "fused"
+    assert kernels.choose(inputs, 3, mask) == "plain"
+
+
+def operations(function, *arguments):
+    graph = function.get_concrete_function(*arguments).graph
+    names = {node.op for node in graph.as_graph_def().node}
+    for inner in graph.as_graph_def().library.function:
+        names |= {node.op for node in inner.node_def}
+    return names
+
+
+def test_xla_is_recognized_wherever_it_comes_from():
+    # If this fails, TensorFlow has changed how it marks what it compiles:
+    # see `kernels._is_compiled_by_xla`. The fused training operator computes
+    # E[x^2] - E[x]^2 there.
+    layer = BatchNormalization()
+    layer.build(LARGE)
+    inputs = tf.zeros(LARGE)
+
+    def step(inputs):
+        return layer(inputs, training=True)
+
+    def branch(inputs):
+        return tf.cond(
+            tf.reduce_sum(inputs) > 0, lambda: step(inputs), lambda: inputs
+        )
+
+    inner = tf.function(step)
+    assert "FusedBatchNormV3" in operations(inner, inputs)
+    for function in (step, branch, tf.function(step), tf.function(branch)):
+        compiled = tf.function(
+            lambda inputs, function=function: function(inputs),
+            jit_compile=True,
+        )
+        assert "FusedBatchNormV3" not in operations(compiled, inputs)
+
+
+def test_a_function_traced_without_xla_is_right_inside_one_with(rng):
+    # TensorFlow does not trace it again, so it holds the fused operator.
+    inputs = (100 + 0.1 * rng.normal(size=LARGE)).astype("float32")
+    layer = BatchNormalization(momentum=0.0)
+    layer.build(LARGE)
+    inner = tf.function(lambda inputs: layer(inputs, training=True))
+    inner(tf.constant(inputs))
+    outer = tf.function(lambda inputs: inner(inputs), jit_compile=True)
+    assert "FusedBatchNormV3" in operations(outer, tf.constant(inputs))
+    layer.moving_variance.assign(np.ones(8))
+    outer(tf.constant(inputs))
+    expected = inputs.astype("float64").var(axis=(0, 1, 2))
+    helpers.assert_close(helpers.statistics(layer)[1], expected, 1e-3)
+
+
+def test_fit_that_xla_compiles_stays_right_at_small_spreads(rng):
+    # The fused training operator under XLA gives NaN here.
+    x = (100 + 0.1 * rng.normal(size=(64, 16, 16, 8))).astype("float32")
+    layer = BatchNormalization(momentum=0.0)
+    model = keras.Sequential([keras.Input(x.shape[1:]), layer])
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=True)
+    model.fit(x, x, batch_size=64, shuffle=False, verbose=0)
+    expected = x.astype("float64").var(axis=(0, 1, 2))
+    helpers.assert_close(helpers.statistics(layer)[1], expected, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+def test_saved_functions_keep_their_gradients(shape, rng, tmp_path):
+    layer, reference = built(shape, 3, rng)
+    module = tf.Module()
+    module.layer_weights = [weight.value for weight in layer.weights]
+    module.step = tf.function(
+        lambda inputs: layer(inputs, training=True),
+        input_signature=[tf.TensorSpec(shape)],
+    )
+    tf.saved_model.save(
+        module,
+        str(tmp_path),
+        options=tf.saved_model.SaveOptions(experimental_custom_gradients=True),
+    )
+    loaded = tf.saved_model.load(str(tmp_path))
+    inputs = helpers.inputs_of(rng, shape)
+    upstream = rng.normal(size=shape).astype("float32")
+    with tf.GradientTape() as tape:
+        x = tf.constant(inputs)
+        tape.watch(x)
+        outputs = loaded.step(x)
+    actual = tape.gradient(outputs, x, output_gradients=tf.constant(upstream))
+    rows, d_rows = to_rows(inputs, 3), to_rows(upstream, 3)
+    r, d = reference.correction(rows, 1.5, 0.5)
+    expected = reference.gradients(rows, d_rows, r, d)[0]
+    helpers.assert_close(to_rows(actual.numpy(), 3), expected, 2e-5)
+
+
+def test_an_eager_layer_takes_a_new_momentum(rng):
+    layer = BatchNormalization(momentum=1.0)
+    inputs = helpers.inputs_of(rng, (8, 3))
+    layer(inputs, training=True)
+    assert np.all(helpers.statistics(layer)[0] == 0)
+    layer.momentum = 0.0
+    layer(inputs, training=True)
+    helpers.assert_close(helpers.statistics(layer)[0], inputs.mean(0), 1e-5)
+
+
+def test_an_eager_layer_takes_inputs_of_any_size(rng):
+    layer, reference = built((None, None, None, 8), 3, rng)
+    for sizes in [(4, 5, 6), (3, 5, 6), (2, 9, 4), (1, 40, 40), (7, 2, 2)]:
+        inputs = helpers.inputs_of(rng, (*sizes, 8))
+        upstream = rng.normal(size=inputs.shape).astype("float32")
+        actual = step_of(layer)(tf.constant(inputs), tf.constant(upstream))
+        check(actual, layer, reference, inputs, upstream, 3, 2e-5)
+
+
+def test_eager_layers_can_be_freed(rng):
+    import gc
+    import weakref
+
+    layer = BatchNormalization()
+    layer(helpers.inputs_of(rng, (8, 3)), training=True)
+    reference = weakref.ref(layer)
+    del layer
+    keras.utils.clear_session()
+    gc.collect()
+    assert reference() is None
