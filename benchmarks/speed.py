@@ -17,9 +17,9 @@ Prints tables; writes JSON and a picture into `--output`.
 import argparse
 import contextlib
 import os
-import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -64,7 +64,6 @@ def contenders(dtype):
         )
     layers["our BN"] = keras_renorm.BatchNormalization(dtype=policy)
     layers["our renorm"] = keras_renorm.BatchRenormalization(dtype=policy)
-    # Keras 2's fused operator gives NaN under XLA; it is timed all the same.
     if tf_keras is not None:
         layers["Keras 2 BN"] = tf_keras.layers.BatchNormalization(dtype=policy)
         layers["Keras 2 renorm"] = tf_keras.layers.BatchNormalization(
@@ -121,9 +120,8 @@ def run_case(mode, dtype, shape, what, seconds):
     return result
 
 
-def _wait(tensor):
-    # On a CPU this shares memory; it returns when the tensor is there.
-    tensor.numpy()
+def _wait(_):
+    tf.test.experimental.sync_devices()
 
 
 def cases(is_quick):
@@ -147,6 +145,8 @@ def cases(is_quick):
             ("forward", "forward"),
             ("inference", "inference"),
         ):
+            if what == "forward" and mode != "graph":
+                continue
             for label, shape in SHAPES.items():
                 yield group, mode, "float32", label, shape, what
     for dtype in ("bfloat16", "float16"):
@@ -192,9 +192,9 @@ def resnet20(normalization):
     return keras.Model(inputs, keras.layers.Dense(10)(x))
 
 
-def run_fit(model, callbacks, batch_size):
-    """A function that trains ten steps through `fit`."""
-    x = np.random.default_rng(0).normal(size=(batch_size * 10, 32, 32, 3))
+def run_fit(model, callbacks, batch_size, steps):
+    """A function that trains so many steps through `fit`."""
+    x = np.random.default_rng(0).normal(size=(batch_size * steps, 32, 32, 3))
     y = np.random.default_rng(1).integers(0, 10, len(x))
     model.compile(
         "sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -213,27 +213,59 @@ def run_resnet(seconds):
         "our renorm": keras_renorm.BatchRenormalization,
     }
     functions = {
-        name: run_fit(resnet20(kind), [], 32) for name, kind in kinds.items()
+        name: run_fit(resnet20(kind), [], 32, 10)
+        for name, kind in kinds.items()
     }
     return timing.ratios(timing.interleaved(functions, seconds, 1), BASELINE)
 
 
 def run_callbacks(seconds):
-    """Ratios of `fit` with each callback to `fit` without."""
-    scheduler = keras_renorm.callbacks.RenormScheduler
+    """What `RenormScheduler` takes of a step, and once a run.
 
-    callbacks = {
-        "none": [],
-        "RenormScheduler()": [scheduler()],
-        "RenormScheduler(function)": [
-            scheduler(lambda step: 1 + step / 1e4, 1.0)
-        ],
-    }
-    functions = {
-        name: run_fit(resnet20(keras_renorm.BatchRenormalization), chosen, 8)
-        for name, chosen in callbacks.items()
-    }
-    return timing.ratios(timing.interleaved(functions, seconds, 1), "none")
+    ResNet-20, batch 8, 50 steps through `fit`; the time inside the callback's
+    own methods, over the time of a step.
+    """
+    result = {}
+    for name, limits in (
+        ("RenormScheduler()", ()),
+        ("RenormScheduler(function)", (lambda step: 1 + step / 1e4, 1.0)),
+    ):
+        scheduler = keras_renorm.callbacks.RenormScheduler(*limits)
+        spent = {"step": [], "run": []}
+        for method in (
+            "on_train_begin",
+            "on_epoch_begin",
+            "on_train_batch_begin",
+            "on_train_batch_end",
+            "on_epoch_end",
+        ):
+            kind = spent["step" if "batch" in method else "run"]
+            setattr(scheduler, method, _timed(getattr(scheduler, method), kind))
+        train = run_fit(
+            resnet20(keras_renorm.BatchRenormalization), [scheduler], 8, 50
+        )
+        train()
+        for times in spent.values():
+            times.clear()
+        start = time.perf_counter()
+        train()
+        whole = time.perf_counter() - start
+        result[name] = {
+            # The first batch measures how often layers are called.
+            "share_of_a_step": sum(spent["step"][2:]) / 49 / (whole / 50),
+            "milliseconds_a_run": 1e3
+            * (sum(spent["run"]) + sum(spent["step"][:2])),
+        }
+    return result
+
+
+def _timed(method, times):
+    def timed(*arguments, **named):
+        start = time.perf_counter()
+        method(*arguments, **named)
+        times.append(time.perf_counter() - start)
+
+    return timed
 
 
 def memory_of(name, mode, depths=(8, 24)):
@@ -275,7 +307,10 @@ def print_peak_memory(name, mode, depth):
     if mode == "graph":
         step = tf.function(step)
     step(inputs)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            print(int(line.split()[1]) * 1024)
 
 
 def print_tables(console, results):
@@ -297,16 +332,21 @@ def print_tables(console, results):
             first = row["ratios"][BASELINE]["milliseconds"]
             table.add_row(row["label"], f"{first:.2f}", *cells[1:])
         console.print(table)
-    for title in ("resnet20", "callbacks"):
-        table = Table(title, "ratio", "lowest", "highest", "ms, ten steps")
-        for name, value in results.get(title, {}).items():
-            table.add_row(
-                name,
-                *(f"{value[key]:.3f}" for key in ("median", "min", "max")),
-                f"{value['milliseconds']:.0f}",
-            )
-        if table.row_count:
-            console.print(table)
+    table = Table("ResNet-20, batch 32, ten steps", "ratio", "ms")
+    for name, value in results.get("resnet20", {}).items():
+        ratio = f"{value['median']:.2f} ({value['min']:.2f}–{value['max']:.2f})"
+        table.add_row(name, ratio, f"{value['milliseconds']:.0f}")
+    if table.row_count:
+        console.print(table)
+    table = Table("callback", "share of a step", "ms a run")
+    for name, value in results.get("callbacks", {}).items():
+        table.add_row(
+            name,
+            f"{value['share_of_a_step']:.2%}",
+            f"{value['milliseconds_a_run']:.0f}",
+        )
+    if table.row_count:
+        console.print(table)
     table = Table("memory kept for the backward pass", "mode", "tensors/layer")
     for row in results.get("memory", []):
         table.add_row(row["layer"], row["mode"], f"{row['tensors']:.2f}")
@@ -314,54 +354,60 @@ def print_tables(console, results):
         console.print(table)
 
 
+COLORS = {
+    BASELINE: "#999999",
+    "Keras 3 renorm": "#cccccc",
+    "our BN": "#56b4e9",
+    "our renorm": "#0072b2",
+    "Keras 2 BN": "#e69f00",
+    "Keras 2 renorm": "#f5d48b",
+}
+
+
 def draw(results, path):
-    """Training steps in a graph: a group of bars for each shape."""
+    """Training steps in a graph: bars by shape, lines by size."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [
-        row
-        for row in results["cases"]
-        if row["group"] == "training step"
-        and row["mode"] == "graph"
-        and row["dtype"] == "float32"
-    ]
-    colors = {
-        BASELINE: "#999999",
-        "Keras 3 renorm": "#cccccc",
-        "our BN": "#56b4e9",
-        "our renorm": "#0072b2",
-        "Keras 2 BN": "#e69f00",
-        "Keras 2 renorm": "#f5d48b",
-    }
-    names = [name for name in colors if name in rows[0]["ratios"]]
-    figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
+    groups = {}
+    for row in results["cases"]:
+        if (row["mode"], row["dtype"]) == ("graph", "float32"):
+            groups.setdefault(row["group"], []).append(row)
+    figure, axes = plt.subplot_mosaic(
+        [["bars", "bars"], ["growth: batch", "growth: channels"]],
+        figsize=(11, 8.5),
+        layout="constrained",
+        height_ratios=(1.2, 1),
+    )
+    draw_bars(axes.pop("bars"), groups["training step"])
+    for group, place in axes.items():
+        draw_growth(place, group, groups.get(group, []))
+    figure.savefig(path, dpi=110)
+
+
+def draw_bars(axes, rows):
+    names = [name for name in COLORS if name in rows[0]["ratios"]]
     width = 0.85 / len(names)
     for at, name in enumerate(names):
-        values = [row["ratios"][name] for row in rows]
-        medians = np.array([value["median"] for value in values])
-        spread = np.array(
-            [
-                medians - [value["min"] for value in values],
-                [value["max"] for value in values] - medians,
-            ]
+        low, middle, high = (
+            np.array([row["ratios"][name][key] for row in rows])
+            for key in ("min", "median", "max")
         )
         axes.bar(
             np.arange(len(rows)) + at * width,
-            medians,
+            middle,
             width,
-            yerr=spread,
-            color=colors[name],
+            yerr=(middle - low, high - middle),
+            color=COLORS[name],
             error_kw={"lw": 0.7, "ecolor": "#444444"},
             label=name,
         )
     for at, row in enumerate(rows):
-        floor = row["ratios"]["floor"]["median"]
         axes.plot(
             [at - width / 2, at + 0.85 - width / 2],
-            [floor, floor],
+            [row["ratios"]["floor"]["median"]] * 2,
             color="black",
             lw=1.2,
             label="bandwidth floor" if at == 0 else None,
@@ -370,14 +416,33 @@ def draw(results, path):
         np.arange(len(rows)) + 0.4, [row["label"] for row in rows], fontsize=9
     )
     axes.set(
-        ylabel="time of a training step, Keras 3 BN = 1",
-        ylim=(0, 1.8),
-        title="Forward, backward and update in a graph, float32: "
-        "median, lowest, highest",
+        ylabel="time, Keras 3 BN = 1",
+        ylim=(0, 2),
+        title="A training step in a graph, float32: median, lowest, highest",
     )
     axes.grid(axis="y", alpha=0.3)
     axes.legend(ncols=4, loc="upper center", fontsize=9)
-    figure.savefig(path, dpi=120)
+
+
+def draw_growth(axes, group, rows):
+    what = group.split(": ")[1]
+    for name, color in COLORS.items():
+        if rows and name in rows[0]["ratios"]:
+            axes.plot(
+                [int(row["label"]) for row in rows],
+                [row["ratios"][name]["milliseconds"] for row in rows],
+                "o-",
+                color=color,
+            )
+    shape = {"batch": "(batch, 28, 28, 64)", "channels": "(32, 14, 14, c)"}
+    axes.set(
+        xlabel=what,
+        ylabel="milliseconds",
+        xscale="log",
+        yscale="log",
+        title=f"How it grows: {shape[what]}",
+    )
+    axes.grid(alpha=0.3)
 
 
 def main():
@@ -422,7 +487,7 @@ def main():
                 "label": label,
                 "shape": shape,
                 "ratios": run_case(
-                    mode, dtype, shape, what, 2 if options.quick else 3
+                    mode, dtype, shape, what, 1.5 if options.quick else 2
                 ),
             }
             results["cases"].append(row)

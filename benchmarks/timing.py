@@ -26,6 +26,9 @@ def interleaved(functions, seconds, settle=2):
     end = time.perf_counter() + seconds
     while len(times[next(iter(times))]) < 5 or time.perf_counter() < end:
         for name, function in functions.items():
+            # Once for what the one before left behind: cold caches, memory
+            # given back to the system.
+            function()
             times[name].append(_time(function, repeats))
     return {name: np.array(values) for name, values in times.items()}
 

@@ -78,6 +78,8 @@ class RenormScheduler(keras.callbacks.Callback):
         self._layers: list[BatchRenormalization] = []
         self._steps_before: list[int] | None = None
         self._is_measured = False
+        # What the functions said last, by layer and limit.
+        self._asked: dict[tuple[int, str], float] = {}
         # During an epoch Keras's JAX trainer holds the weights itself.
         self._reaches_batches = keras.backend.backend() != "jax"
 
@@ -90,6 +92,7 @@ class RenormScheduler(keras.callbacks.Callback):
                 f"Received: model={self.model.name}."
             )
         self._layers = layers
+        self._asked.clear()
         self._steps_before = None
         self._is_measured = not self._is_scaled
         ramps = self._ramps(calls_per_step=1)  # raises before it sets
@@ -170,11 +173,13 @@ class RenormScheduler(keras.callbacks.Callback):
 
     def _ask_functions(self) -> None:
         for name, value in self.limits.items():
-            if _is_function(value):
-                for layer in self._layers:
-                    limit = value(layer.current_step())
-                    if getattr(layer, name) != limit:
-                        setattr(layer, name, limit)
+            if not _is_function(value):
+                continue
+            for layer in self._layers:
+                limit = value(layer.current_step())
+                if self._asked.get((id(layer), name)) != limit:
+                    setattr(layer, name, limit)
+                    self._asked[id(layer), name] = limit
 
 
 def _is_function(value: Any) -> bool:

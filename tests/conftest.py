@@ -12,6 +12,16 @@ import keras
 import numpy as np
 import pytest
 
+if keras.backend.backend() == "tensorflow":
+    # Two devices for all tests: a strategy needs them before TensorFlow
+    # starts, and nothing else notices.
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
+
 
 def pytest_collection_modifyitems(items):
     if keras.backend.backend() == "tensorflow":

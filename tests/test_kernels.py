@@ -12,7 +12,7 @@ pytestmark = pytest.mark.tensorflow
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-LARGE = (32, 16, 16, 8)  # beyond SMALL_ELEMENTS
+LARGE = (32, 24, 24, 8)  # beyond SMALL_ELEMENTS
 SMALL = (4, 3, 5, 6)
 MODES = ["eager", "graph", "xla"]
 
@@ -129,12 +129,12 @@ def test_unknown_sizes(mode, axis, rng):
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_batches_that_turn_out_empty(mode, rng):
-    layer, _ = built((None, 16, 16, 8), 3, rng)
-    spec = tf.TensorSpec((None, 16, 16, 8))
+    layer, _ = built((None, 24, 24, 8), 3, rng)
+    spec = tf.TensorSpec((None, 24, 24, 8))
     signature = None if mode == "eager" else [spec, spec]
     step = in_mode(step_of(layer), mode, signature)
     before = helpers.statistics(layer)
-    empty = tf.zeros((0, 16, 16, 8))
+    empty = tf.zeros((0, 24, 24, 8))
     outputs, d_inputs, d_gamma, d_beta = step(empty, empty)
     assert outputs.shape == d_inputs.shape == empty.shape
     assert np.all(d_gamma.numpy() == 0)
@@ -288,12 +288,14 @@ def test_what_is_chosen(rng):
     assert record(LARGE, 1) == "fused"
     assert record(LARGE, dtype="bfloat16") == "fused"
     assert record(LARGE, dtype="float64") == "plain"
+    assert record((32, 14, 14, 16)) == "fused"
+    assert record((16, 14, 14, 16)) == "matrix"
     assert record(SMALL) == "matrix"
     assert record(SMALL, 1) == "plain"
     assert record(LARGE, jit_compile=True) == "matrix"
     assert record(LARGE, 1, jit_compile=True) == "plain"
     # Keras's default batch size stands in for an unknown one.
-    assert record((None, 16, 16, 8)) == "fused"
+    assert record((None, 24, 24, 8)) == "fused"
     assert record((None, 64)) == "matrix"
     inputs, mask = tf.zeros(LARGE), tf.ones((32, 1, 1, 1), tf.bool)
     assert kernels.choose(inputs, 3, None) == "fused"

@@ -179,14 +179,19 @@ class BatchRenormalization(BatchNormalization):
         return LinearRamp(initial_value, final_value, begin_step, end_step)
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
-        ramps = [self.r_max, self.d_max]
-        ramps[row] = ramp
-        if self.built:
-            values, steps = _ramp_arrays(ramps)
-            self.limit_values.assign(values)
-            self.limit_steps.assign(steps)
-        else:
+        if not self.built:
+            ramps = list(self._initial_ramps)
+            ramps[row] = ramp
             self._initial_ramps = tuple(ramps)
+            return
+        for variable, new in zip(
+            (self.limit_values, self.limit_steps),
+            _ramp_arrays([ramp]),
+            strict=True,
+        ):
+            rows = np.array(_to_numpy(variable))
+            rows[row] = new[0]
+            variable.assign(rows)
 
     def _limits(self) -> functional.Limits:
         return functional.Limits(

@@ -1,0 +1,188 @@
+"""How long a normalization layer takes on Keras's JAX backend: GPU or CPU.
+
+    KERAS_BACKEND=jax python benchmarks/speed_jax.py            # minutes
+    KERAS_BACKEND=jax python benchmarks/speed_jax.py --quick    # under one
+
+Steps are chained inside one compiled loop (outputs become the next inputs,
+the inputs' gradient the next upstream gradient), so a figure is the device's
+time and holds no launch. Contenders take turns; figures are medians of ratios
+to Keras's BatchNormalization, with the lowest and the highest. `bandwidth` is
+the share of the copy bandwidth, measured in the same way, that a training
+step reaches if it moves eight tensors (forward: read x twice, write y;
+backward: read x and dy twice, write dx); inference moves two.
+
+Prints a table and writes JSON into `--output`.
+"""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import keras
+import timing
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import keras_renorm
+
+SHAPES = {
+    "conv 256x56x56x64": (256, 56, 56, 64),
+    "conv 32x56x56x64": (32, 56, 56, 64),
+    "conv 8x112x112x64": (8, 112, 112, 64),
+    "conv 128x8x8x512": (128, 8, 8, 512),
+    "conv 4x28x28x256": (4, 28, 28, 256),
+    "dense 4096x256": (4096, 256),
+    "dense 256x1024": (256, 1024),
+    "conv 2x7x7x32": (2, 7, 7, 32),
+}
+BASELINE = "Keras 3 BN"
+CLIPPING = {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
+TENSORS = {"train": 8, "inference": 2}
+
+
+def contenders(dtype):
+    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
+    layers = {BASELINE: keras.layers.BatchNormalization(dtype=policy)}
+    with contextlib.suppress(ValueError):  # before Keras 3.14
+        layers["Keras 3 renorm"] = keras.layers.BatchNormalization(
+            renorm=True, renorm_clipping=CLIPPING, dtype=policy
+        )
+    layers["our BN"] = keras_renorm.BatchNormalization(dtype=policy)
+    layers["our renorm"] = keras_renorm.BatchRenormalization(dtype=policy)
+    return layers
+
+
+def chained(layer, what, inputs, upstream, length):
+    """A function that runs `length` dependent steps on the device."""
+    layer.build(inputs.shape)
+    trained = [weight.value for weight in layer.trainable_variables]
+    kept = [weight.value for weight in layer.non_trainable_variables]
+
+    def train(carry, _):
+        inputs, upstream, trained, kept = carry
+
+        def call(trained, inputs):
+            return layer.stateless_call(trained, kept, inputs, training=True)
+
+        outputs, pull, kept = jax.vjp(call, trained, inputs, has_aux=True)
+        gradients, upstream = pull(upstream)
+        trained = [
+            weight - 1e-6 * gradient
+            for weight, gradient in zip(trained, gradients, strict=True)
+        ]
+        return (outputs, upstream, trained, kept), None
+
+    def inference(carry, _):
+        inputs, *rest = carry
+        outputs, _ = layer.stateless_call(trained, kept, inputs)
+        return (outputs, *rest), None
+
+    step = {"train": train, "inference": inference}[what]
+    loop = jax.jit(lambda carry: jax.lax.scan(step, carry, length=length)[0])
+    carry = (inputs, upstream, trained, kept)
+    return lambda: jax.block_until_ready(loop(carry))
+
+
+def copier(inputs, length):
+    """A function that reads and writes a tensor `length` times."""
+    loop = jax.jit(
+        lambda x: jax.lax.scan(lambda x, _: (-x, None), x, length=length)[0]
+    )
+    return lambda: jax.block_until_ready(loop(inputs))
+
+
+def run_case(shape, dtype, what, length, seconds):
+    keys = jax.random.split(jax.random.key(0))
+    inputs, upstream = (jax.random.normal(key, shape, dtype) for key in keys)
+    functions = {
+        name: chained(layer, what, inputs, upstream, length)
+        for name, layer in contenders(dtype).items()
+    }
+    functions["copy"] = copier(inputs, length)
+    times = timing.interleaved(functions, seconds)
+    times = {name: values / length for name, values in times.items()}
+    result = timing.ratios(times, BASELINE)
+    shares = timing.ratios(
+        {name: times["copy"] / values for name, values in times.items()},
+        "copy",
+    )
+    for name, value in result.items():
+        value["bandwidth"] = shares[name]["median"] * TENSORS[what] / 2
+    copied = 2 * inputs.size * inputs.dtype.itemsize
+    seconds_copy = result.pop("copy")["milliseconds"] / 1e3
+    return {
+        "ratios": result,
+        "copy_gigabytes_per_second": copied / seconds_copy / 1e9,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--length", type=int, help="steps of a chain")
+    parser.add_argument("--output", type=Path, default=Path("output/speed_jax"))
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    length = options.length or (100 if device.platform == "gpu" else 4)
+    labels = list(SHAPES)
+    if options.quick:
+        labels = ["dense 4096x256", "conv 2x7x7x32"]
+    elif device.platform == "cpu":
+        labels = labels[1:]
+    todo = [
+        (what, dtype, label)
+        for what in TENSORS
+        for dtype in ("float32", "bfloat16")
+        for label in labels
+    ]
+    console = Console(width=max(Console().width, 120))
+    rows = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("", total=len(todo))
+        for what, dtype, label in todo:
+            name = f"{what}, {dtype}, {label}"
+            progress.update(task, description=f"{name:<45}")
+            row = {"what": what, "dtype": dtype, "label": label}
+            seconds = 0.5 if options.quick else 2
+            row |= run_case(SHAPES[label], dtype, what, length, seconds)
+            rows.append(row)
+            progress.advance(task)
+    table = Table("case", "Keras 3 BN, ms", "copy, GB/s", title=str(device))
+    for name in rows[0]["ratios"]:
+        table.add_column(f"{name}\nratio, bandwidth", justify="right")
+    for row in rows:
+        cells = [
+            f"{value['median']:.2f}  {value['bandwidth']:.0%}"
+            for value in row["ratios"].values()
+        ]
+        table.add_row(
+            f"{row['what']}, {row['dtype']}, {row['label']}",
+            f"{row['ratios'][BASELINE]['milliseconds']:.3f}",
+            f"{row['copy_gigabytes_per_second']:.0f}",
+            *cells,
+        )
+    console.print(table)
+    versions = {"jax": jax.__version__, "keras": keras.__version__}
+    path = options.output / f"speed_jax_{device.platform}.json"
+    timing.write(
+        path,
+        {
+            "machine": {
+                **timing.machine(),
+                **versions,
+                "device": device.device_kind,
+            },
+            "chain": length,
+            "cases": rows,
+        },
+    )
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
