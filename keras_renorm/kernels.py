@@ -401,10 +401,6 @@ def _fused_batch(
                 data_format=view.data_format,
                 is_training=True,
             )
-            if not isinstance(count, int) or count == 0:
-                # The operator gives NaN where there is no element.
-                d_scale = tf.where(count > 0, d_scale, 0.0)
-                d_offset = tf.where(count > 0, d_offset, 0.0)
             return d_x, *_parameter_gradients(
                 state, response, d_scale, d_offset
             )
