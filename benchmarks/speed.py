@@ -1,6 +1,6 @@
 """How long a normalization layer takes, beside Keras 3 and Keras 2.
 
-    python benchmarks/speed.py            # about 15 minutes on two cores
+    python benchmarks/speed.py            # about 12 minutes on two cores
     python benchmarks/speed.py --quick    # under two minutes
 
 All contenders of a case take turns in one process; a figure is the median of

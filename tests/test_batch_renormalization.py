@@ -203,6 +203,7 @@ def test_all_masked_batch_outputs_are_finite_and_counted(rng):
         helpers.inputs_of(rng, (4, 3)), training=True, mask=np.zeros(4, bool)
     )
     assert np.all(np.isfinite(helpers.to_numpy(outputs)))
+    assert layer.current_step() == 1
 
 
 def test_no_correction_where_there_is_no_element(rng):

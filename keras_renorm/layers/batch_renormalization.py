@@ -49,7 +49,7 @@ class BatchRenormalization(BatchNormalization):
     `keras_renorm.callbacks.RenormScheduler` scales the default, made for runs
     of about 130,000 steps, to the length of a run.
 
-    **When.** For batches of few examples (below about 8), for batches that
+    **When.** For batches of few examples, for batches that
     are not i.i.d., for fine-tuning. It needs moving statistics that follow
     the data: begin with r_max = 1 and d_max = 0, as the default does, and
     take a lower `momentum` (0.9 to 0.95) in short runs.
