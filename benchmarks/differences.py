@@ -4,7 +4,8 @@
 
 Prints one row a case: what Keras did, what keras_renorm did. Nothing is
 looked up: every cell is computed here, with the Keras that is installed
-(its `renorm=True` needs 3.14). Takes about 20 seconds.
+(its `renorm=True` needs 3.14). The last cases run on two logical CPU devices
+under `MirroredStrategy`. Takes about half a minute.
 """
 
 import os
@@ -15,6 +16,7 @@ import warnings
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 from rich.console import Console
 from rich.table import Table
@@ -179,6 +181,79 @@ def constant_channel(layer):
     return f"a constant 10000.7 gives |y| = {np.abs(outputs).max():.2g}"
 
 
+def strategy():
+    """Two replicas; one strategy for all cases, since two clash."""
+    if not hasattr(strategy, "made"):
+        strategy.made = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    return strategy.made
+
+
+def train_on_replicas(layer, parts, masks=None):
+    """A layer after a step in which each replica had its part."""
+    with strategy().scope():
+        layer.build((None, *parts[0].shape[1:]))
+
+    def values_of(arrays):
+        return strategy().experimental_distribute_values_from_function(
+            lambda context: tf.constant(
+                arrays[context.replica_id_in_sync_group]
+            )
+        )
+
+    values = [values_of(parts)] + ([] if masks is None else [values_of(masks)])
+    tf.function(
+        lambda *values: strategy().run(
+            lambda x, mask=None: layer(x, training=True, mask=mask), values
+        )
+    )(*values)
+    return layer
+
+
+def replicas_with_other_data(layer):
+    """The same inputs, predicted on each replica."""
+    with strategy().scope():
+        model = keras.Sequential([keras.Input((4,)), layer(momentum=0.0)])
+        model.compile("sgd", "mse")
+    model.fit(np.concatenate([X[:8], X[:8] + 5]), np.zeros((16, 4)), verbose=0)
+    outputs = model.predict(np.concatenate([X[:8], X[:8]]), verbose=0)
+    apart = np.abs(outputs[:8] - outputs[8:]).max()
+    return f"one input, two replicas: outputs differ by {apart:.2g}"
+
+
+def empty_replica(layer):
+    """`fit` with a last batch of one example."""
+    with strategy().scope():
+        normalization = layer()
+        model = keras.Sequential(
+            [keras.Input((4,)), normalization, keras.layers.Dense(1)]
+        )
+        model.compile("sgd", "mse")
+    model.fit(X[:9], np.zeros((9, 1)), batch_size=8, verbose=0)
+    finite = np.all(np.isfinite(ops.convert_to_numpy(normalization.gamma)))
+    return "all finite" if finite else "gamma is NaN"
+
+
+def synchronized_mask(layer):
+    """Two of six time steps hidden; replicas with other data."""
+    parts = [X.reshape(8, 8, 4)[:, :6] + shift for shift in (0, 5)]
+    mask = np.ones((8, 6), bool)
+    mask[:, 4:] = False
+    layer = layer(synchronized=True, momentum=0.0)
+    train_on_replicas(layer, parts, [mask, mask])
+    expected = np.mean([part[:, :4] for part in parts], axis=(0, 1, 2))
+    error = np.abs(ops.convert_to_numpy(layer.moving_mean) - expected).max()
+    return "right" if error < 1e-4 else f"mean off by {error:.2g}"
+
+
+def synchronized_large_mean(layer):
+    parts = np.float32(1e3 + RNG.normal(size=(2, 512, 4)))
+    layer = layer(synchronized=True, momentum=0.0)
+    train_on_replicas(layer, parts)
+    expected = parts.reshape(-1, 4).astype("float64").var(axis=0)
+    variance = ops.convert_to_numpy(layer.moving_variance)
+    return f"variance off by {np.abs(variance / expected - 1).max():.1g}"
+
+
 CASES = [
     (
         "renorm, default arguments",
@@ -218,6 +293,13 @@ CASES = [
             ("`float16` policy, 2,000 steps", pure_float16),
             ("a constant channel, float32", constant_channel),
             ("invalid arguments", invalid_arguments),
+            ("replicas with other data", replicas_with_other_data),
+            ("a last batch that leaves a replica empty", empty_replica),
+            ("`synchronized=True` and a mask", synchronized_mask),
+            (
+                "`synchronized=True`, mean / stddev = 1,000",
+                synchronized_large_mean,
+            ),
         )
     ),
 ]
@@ -225,6 +307,10 @@ CASES = [
 
 def main():
     warnings.simplefilter("ignore")
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
     table = Table("case", f"Keras {keras.__version__}", "keras_renorm")
     for name, theirs, ours in CASES:
         row = []

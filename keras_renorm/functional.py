@@ -1,8 +1,9 @@
 """The mathematics of batch (re)normalization, as functions of tensors.
 
-Nothing here owns a variable, knows a layer or picks a kernel. Parameters
-(means, variances, scales) are vectors of one value a channel; `axis` is the
-non-negative channel axis of `inputs`.
+Nothing here owns a variable, knows a layer or picks a kernel. Statistics have
+the shape of the axes of `inputs` that are `kept`, all others being reduced: the
+channel axis, or a group axis and the channel axis. Parameters (scales,
+offsets) are vectors of one value a channel, or have that shape too.
 """
 
 import math
@@ -19,38 +20,61 @@ class Moments(NamedTuple):
     """Statistics of the examples that one training step normalizes together.
 
     Attributes:
-        count: Number of unmasked elements behind each channel, scalar float.
-        mean: Mean per channel, shape `(channels,)`.
-        variance: Population variance per channel (divisor `count`), shape
-            `(channels,)`.
+        count: Number of unmasked elements behind each statistic, a scalar or
+            of a shape that broadcasts against the others.
+        shift: A value near the mean.
+        residual: The mean less `shift`. Two numbers hold more digits than
+            one; see `pooling`.
+        variance: Population variance (divisor `count`).
     """
 
     count: Tensor
-    mean: Tensor
+    shift: Tensor
+    residual: Tensor
     variance: Tensor
 
-
-def reduction_axes(rank: int, axis: int) -> tuple[int, ...]:
-    """All axes of a tensor of `rank` axes but the channel `axis`."""
-    return tuple(index for index in range(rank) if index != axis)
-
-
-def per_channel(vector: Tensor, rank: int, axis: int) -> Tensor:
-    """Shapes a `(channels,)` vector so that it broadcasts along `axis`."""
-    if axis == rank - 1:
-        return vector
-    return ops.reshape(vector, [-1] + [1] * (rank - 1 - axis))
+    @property
+    def mean(self) -> Tensor:
+        """The mean."""
+        return self.shift + self.residual
 
 
-def element_count(inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-    """Number of (unmasked) elements a channel, as a scalar of inputs' dtype.
+def constant(moments: Moments) -> Moments:
+    """The same, without gradients."""
+    return Moments(*map(ops.stop_gradient, moments))
 
-    `mask` has the rank of `inputs` and size 1 along the channel axis.
+
+def reduction_axes(rank: int, kept: tuple[int, ...]) -> tuple[int, ...]:
+    """All axes of a tensor of `rank` axes but those that are kept."""
+    return tuple(index for index in range(rank) if index not in kept)
+
+
+def spread(values: Tensor, rank: int, kept: tuple[int, ...]) -> Tensor:
+    """Shapes statistics or parameters so that they broadcast over inputs."""
+    if kept[-1] == rank - 1 and len(kept) == 1:
+        return values
+    if len(values.shape) < 2:
+        return ops.reshape(values, [-1] + [1] * (rank - 1 - kept[-1]))
+    for index in reduction_axes(rank, kept):
+        if index > kept[0]:
+            values = ops.expand_dims(values, index)
+    return values
+
+
+def element_count(
+    inputs: Tensor, kept: tuple[int, ...], mask: Tensor | None
+) -> Tensor:
+    """Number of (unmasked) elements a statistic, in the type of `inputs`.
+
+    `mask` has the rank of `inputs` and size 1 along the channel axis. Without
+    it the count is a scalar; with it, one a group, in a shape that broadcasts
+    against statistics.
     """
     sizes = ops.shape(inputs)
+    axes = reduction_axes(len(sizes), kept)
     known = 1.0  # a Python product: what is static costs nothing
     unknown = []
-    for index in reduction_axes(len(sizes), axis):
+    for index in axes:
         size = sizes[index]
         if mask is not None:
             # An entry of the mask stands for this many elements.
@@ -69,14 +93,14 @@ def element_count(inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
     for size in unknown:
         count = count * size
     if mask is not None:
-        count = count * ops.sum(ops.cast(mask, inputs.dtype))
+        count = count * ops.sum(ops.cast(mask, inputs.dtype), axis=axes)
     return count
 
 
 def centered_moments(
-    inputs: Tensor, axis: int, mask: Tensor | None = None
+    inputs: Tensor, kept: tuple[int, ...], mask: Tensor | None = None
 ) -> tuple[Tensor, Moments]:
-    """Inputs less their mean, and the moments of the batch.
+    """Inputs less their mean, and their moments.
 
     Everything is computed on `inputs - shift`, where the shift is one of the
     channel's own values: its first, or under a mask its largest. A float32
@@ -89,21 +113,21 @@ def centered_moments(
 
     Args:
         inputs: Tensor of any rank.
-        axis: The channel axis.
-        mask: Boolean tensor of the rank of `inputs`, size 1 along `axis`;
-            `True` marks what counts. Masked elements may hold NaN.
+        kept: The axes that the statistics keep, ascending.
+        mask: Boolean tensor of the rank of `inputs`, size 1 along the
+            channels; `True` marks what counts. Masked elements may hold NaN.
 
     Returns:
         `(centered, moments)`. Masked elements of `centered` hold whatever
         the input held. Without any element, mean and variance are 0.
     """
     rank = len(inputs.shape)
-    axes = reduction_axes(rank, axis)
-    count = element_count(inputs, axis, mask)
+    axes = reduction_axes(rank, kept)
+    count = element_count(inputs, kept, mask)
     divisor = ops.maximum(count, ops.ones_like(count))
     if mask is None:
         first = tuple(
-            slice(None) if index == axis else slice(0, 1)
+            slice(None) if index in kept else slice(0, 1)
             for index in range(rank)
         )
         # The sum of the one element, or of none.
@@ -113,24 +137,45 @@ def centered_moments(
         shift = ops.max(ops.where(mask, inputs, lowest), axis=axes)
         shift = ops.where(count > 0, shift, ops.zeros_like(shift))
 
-    def keep(values: Tensor) -> Tensor:
+    def unmasked(values: Tensor) -> Tensor:
         if mask is None:
             return values
         return ops.where(mask, values, ops.zeros_like(values))
 
     # No gradient passes through the shift: whatever it is, it cancels.
     shift = ops.stop_gradient(shift)
-    shifted = inputs - per_channel(shift, rank, axis)
-    mean = ops.sum(keep(shifted), axis=axes) / divisor
-    centered = shifted - per_channel(mean, rank, axis)
-    # Kept, then squared: the gradient of a squared NaN is NaN times zero.
-    variance = ops.sum(ops.square(keep(centered)), axis=axes) / divisor
-    return centered, Moments(count, shift + mean, variance)
+    shifted = inputs - spread(shift, rank, kept)
+    residual = ops.sum(unmasked(shifted), axis=axes) / divisor
+    centered = shifted - spread(residual, rank, kept)
+    # Selected, then squared: the gradient of a squared NaN is NaN times zero.
+    variance = ops.sum(ops.square(unmasked(centered)), axis=axes) / divisor
+    return centered, Moments(count, shift, residual, variance)
+
+
+def total_moments(moments: Moments) -> Moments:
+    """Moments of all elements together, of groups along the first axis.
+
+    The law of total variance: the mean of the variances and the variance of
+    the means, weighted by count. The means are taken from a rough mean of
+    all, so that what is squared is of the size of their spread.
+    """
+    counts = moments.count * ops.ones_like(moments.variance[:, :1])
+    count = ops.sum(counts, axis=0)
+    weights = counts / ops.maximum(count, ops.ones_like(count))
+
+    def average(values: Tensor) -> Tensor:
+        return ops.sum(weights * values, axis=0)
+
+    shift = ops.stop_gradient(average(moments.mean))
+    distances = (moments.shift - shift) + moments.residual
+    residual = average(distances)
+    variance = average(moments.variance + ops.square(distances - residual))
+    return Moments(count, shift, residual, variance)
 
 
 def scale_and_offset(
     centered: Tensor,
-    axis: int,
+    kept: tuple[int, ...],
     scale: Tensor,
     offset: Tensor | None,
     mask: Tensor | None = None,
@@ -143,8 +188,8 @@ def scale_and_offset(
     gradient that arrives there reaches any gradient.
     """
     rank = len(centered.shape)
-    scale = per_channel(scale, rank, axis)
-    offset = None if offset is None else per_channel(offset, rank, axis)
+    scale = spread(scale, rank, kept)
+    offset = None if offset is None else spread(offset, rank, kept)
 
     def affine(values: Tensor) -> Tensor:
         outputs = values * scale
@@ -239,18 +284,15 @@ class Response(NamedTuple):
 
 
 def respond(
-    mean: Tensor,
-    variance: Tensor,
-    has_elements: Tensor | bool,
-    state: State,
+    moments: Moments, state: State, total: Moments | None = None
 ) -> Response:
     """The correction, by the moving statistics as they were; then these.
 
     Both use the one value that is passed in: a graph may order a second read
-    of a variable after its assignment. `mean` and `variance` are those of the
-    batch; `has_elements` says whether they rest on any. A channel where they
-    are not finite, or rest on none, keeps its moving statistics: one NaN
-    would stay in them for ever.
+    of a variable after its assignment. `moments` are what a step normalizes
+    with; `total`, where the batch has several groups of them, are those of
+    the whole. A channel where the latter are not finite, or rest on no
+    element, keeps its moving statistics: one NaN would stay in them for ever.
     """
     moving_mean, moving_variance = state.moving_mean, state.moving_variance
     limits = state.limits
@@ -269,15 +311,17 @@ def respond(
             num=2,
         )
         r, d = renorm_correction(
-            mean,
-            variance,
-            has_elements,
+            moments.mean,
+            moments.variance,
+            moments.count > 0,
             moving_mean,
             moving_variance,
             state.epsilon,
             r_max,
             d_max,
         )
+    total = moments if total is None else total
+    mean, variance, has_elements = total.mean, total.variance, total.count > 0
     # Finite if both are: neither can be infinite against the other, since a
     # variance is not negative.
     valid = ops.isfinite(mean + variance)
@@ -307,7 +351,7 @@ def align_mask(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
     """
     mask = ops.convert_to_tensor(mask)
     rank = len(inputs.shape)
-    axes = reduction_axes(rank, axis)
+    axes = reduction_axes(rank, (axis,))
     sizes = tuple(mask.shape)
     expected = tuple(inputs.shape[index] for index in axes)
     fits = len(sizes) <= len(axes) and all(

@@ -12,7 +12,9 @@ from typing import Any
 from keras import backend, ops
 
 from keras_renorm import functional, pooling
-from keras_renorm.functional import Response, State, Tensor
+from keras_renorm.functional import Moments, Response, State, Tensor
+from keras_renorm.fused import FusedView
+from keras_renorm.pooling import ALONE, Pool
 
 if backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -26,12 +28,6 @@ SMALL_ELEMENTS = 100_000
 # In `fit` the batch size is unknown while the graph is built; Keras's default
 # stands in for it.
 ASSUMED_BATCH_SIZE = 32
-# The fused operators sum in float32 over the whole tensor; where |mean| is
-# more than this many standard deviations, the rounding error of that sum is
-# taken out by shifting the inputs first, which costs one pass more. On (32,
-# 56, 56, 64) the mean is off by 6e-5 standard deviations where it is 10 of
-# them, 7e-4 where it is 100 (Keras: 3e-5 and 3e-4).
-LARGE_MEAN = 30.0
 
 
 def statistics_dtype(dtype: Any) -> str:
@@ -41,17 +37,25 @@ def statistics_dtype(dtype: Any) -> str:
     return "float64" if is_double else "float32"
 
 
-def choose(inputs: Tensor, axis: int, mask: Tensor | None) -> str:
+def choose(
+    inputs: Tensor, axis: int, mask: Tensor | None, pool: Pool = ALONE
+) -> str:
     """Which computation: "fused", "matrix" or "plain".
 
     - "fused": TensorFlow's fused operators, near the bandwidth limit.
     - "matrix": plain operations on a `(rows, channels)` view. Under XLA,
       where the fused training operator computes E[x²] - E[x]² and 4-D
       reductions are slow; for small tensors in a graph.
-    - "plain": operations of `keras.ops` on any axis, with a mask, in float64
-      (which the fused operators do not take), on other backends.
+    - "plain": operations of `keras.ops` on any axis, with a mask, in groups,
+      in float64 (which the fused operators do not take), on other backends.
+
+    Where replicas share statistics the fused path is for float32 with
+    channels last: its gradient is a sum of two tensors there, too coarse in
+    16 bits, and the operator for it takes no other layout.
     """
     if backend.backend() != "tensorflow" or mask is not None:
+        return "plain"
+    if pool.virtual_batch_size is not None:
         return "plain"
     if backend.standardize_dtype(inputs.dtype) not in (
         "float32",
@@ -62,7 +66,9 @@ def choose(inputs: Tensor, axis: int, mask: Tensor | None) -> str:
     is_last = axis == len(inputs.shape) - 1
     if _is_compiled_by_xla(inputs):
         return "matrix" if is_last else "plain"
-    if tf.executing_eagerly():  # in inference: one operator, one dispatch
+    if pool.spans_replicas and not (is_last and inputs.dtype == tf.float32):
+        return "matrix" if is_last else "plain"
+    if tf.executing_eagerly():  # under a strategy: one operator, one dispatch
         return "fused"
     sizes = [ASSUMED_BATCH_SIZE if n is None else n for n in inputs.shape]
     if math.prod(sizes) >= SMALL_ELEMENTS:
@@ -119,7 +125,11 @@ def read(variable: Any, dtype: str) -> Tensor:
 
 
 def normalize_by_batch(
-    inputs: Tensor, axis: int, mask: Tensor | None, state: State
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    state: State,
+    pool: Pool,
 ) -> tuple[Tensor, Response]:
     """A training step: γ ((x − μ_B) / σ_B · r + d) + β.
 
@@ -129,18 +139,19 @@ def normalize_by_batch(
         mask: `None`, or a boolean tensor of the rank of `inputs` with size 1
             along `axis`.
         state: Parameters, moving statistics and limits of the layer.
+        pool: Who shares statistics.
 
     Returns:
         `(outputs, response)`: the outputs, in the type of the inputs or of
         the statistics, and the new moving statistics, which carry no
         gradient.
     """
-    path = choose(inputs, axis, mask)
+    path = choose(inputs, axis, mask, pool)
     if path == "fused":
-        return _fused_batch(inputs, axis, state)
+        return _fused_batch(inputs, axis, state, pool)
     if path == "matrix":
-        return _matrix_batch(inputs, state)
-    return _plain_batch(inputs, axis, mask, state)
+        return _matrix_batch(inputs, state, pool)
+    return _plain_batch(inputs, axis, mask, state, pool)
 
 
 def normalize_by_moving_statistics(
@@ -151,7 +162,7 @@ def normalize_by_moving_statistics(
     γ (x − μ) / σ + β, with the arguments of `normalize_by_batch`.
     """
     if choose(inputs, axis, mask) == "fused":
-        view = _FusedView(inputs, axis)
+        view = FusedView(inputs, axis)
         outputs, *_ = view.normalize(
             state.gamma,
             state.beta,
@@ -162,11 +173,13 @@ def normalize_by_moving_statistics(
         return view.restore(outputs)
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
     rank = len(inputs.shape)
-    centered = inputs - functional.per_channel(state.moving_mean, rank, axis)
+    centered = inputs - functional.spread(state.moving_mean, rank, (axis,))
     scale = ops.rsqrt(state.moving_variance + state.epsilon)
     if state.gamma is not None:
         scale = scale * state.gamma
-    return functional.scale_and_offset(centered, axis, scale, state.beta, mask)
+    return functional.scale_and_offset(
+        centered, (axis,), scale, state.beta, mask
+    )
 
 
 def _renormalized(
@@ -186,35 +199,42 @@ def _renormalized(
 
 
 def _plain_batch(
-    inputs: Tensor, axis: int, mask: Tensor | None, state: State
+    inputs: Tensor, axis: int, mask: Tensor | None, state: State, pool: Pool
 ) -> tuple[Tensor, Response]:
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
-    centered, moments = pooling.batch_moments(inputs, axis, mask)
-    response = functional.respond(
-        ops.stop_gradient(moments.mean),
-        ops.stop_gradient(moments.variance),
-        moments.count > 0,
-        state,
+    kept: tuple[int, ...] = (axis,)
+    if pool.virtual_batch_size is not None:
+        inputs, mask, restore = pooling.split_into_groups(
+            inputs, mask, pool.virtual_batch_size
+        )
+        kept = (0, axis + 1)
+    centered, moments = pooling.batch_moments(
+        inputs, kept, mask, state.moving_mean, pool
     )
+    held = functional.constant(moments)
+    total = held if len(kept) == 1 else functional.total_moments(held)
+    response = functional.respond(held, state, total)
     scale = ops.rsqrt(moments.variance + state.epsilon)
     factor, offset = _renormalized(state, response)
     if factor is not None:
         scale = scale * factor
-    outputs = functional.scale_and_offset(centered, axis, scale, offset, mask)
-    return outputs, response
+    outputs = functional.scale_and_offset(centered, kept, scale, offset, mask)
+    return outputs if len(kept) == 1 else restore(outputs), response
 
 
-def _matrix_batch(inputs: Tensor, state: State) -> tuple[Tensor, Response]:
+def _matrix_batch(
+    inputs: Tensor, state: State, pool: Pool
+) -> tuple[Tensor, Response]:
     """`_plain_batch` with channels last, with fewer operations each way."""
     rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
     rows = tf.cast(rows, statistics_dtype(inputs.dtype))
 
     @tf.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
-        centered, moments = pooling.batch_moments(x, 1, None)
-        response = functional.respond(
-            moments.mean, moments.variance, moments.count > 0, state
+        centered, moments = pooling.batch_moments(
+            x, (1,), None, state.moving_mean, pool
         )
+        response = functional.respond(moments, state)
         rsigma = tf.math.rsqrt(moments.variance + state.epsilon)
         factor, offset = _renormalized(state, response)
         scale = rsigma if factor is None else rsigma * factor
@@ -225,11 +245,9 @@ def _matrix_batch(inputs: Tensor, state: State) -> tuple[Tensor, Response]:
         def gradient(upstream: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             d_offset = tf.reduce_sum(upstream, axis=0)
             d_scale = tf.reduce_sum(upstream * centered, axis=0) * rsigma
-            share = 1 / tf.maximum(moments.count, 1)
+            offset_mean, scale_mean = _means(d_offset, d_scale, moments, pool)
             d_x = scale * (
-                upstream
-                - d_offset * share
-                - centered * (d_scale * rsigma * share)
+                upstream - offset_mean - centered * (scale_mean * rsigma)
             )
             return d_x, *_parameter_gradients(
                 state, response, d_scale, d_offset
@@ -264,111 +282,35 @@ def _parameter_gradients(
     return gradients
 
 
+def _means(
+    d_offset: Tensor, d_scale: Tensor, moments: Moments, pool: Pool
+) -> list[Tensor]:
+    """Means, over all that share `moments`, of what was summed on a replica.
+
+    Gradients of gamma and beta remain the replica's own: the optimizer adds
+    them up.
+    """
+    sums = [d_offset, d_scale]
+    if pool.spans_replicas:
+        sums = pooling.sum_over_replicas(sums)
+    share = 1 / tf.maximum(moments.count, 1)
+    return [value * share for value in sums]
+
+
 def _constant(moving: list[Tensor]) -> Response:
     moving_mean, moving_variance = map(tf.stop_gradient, moving)
     return Response(None, None, moving_mean, moving_variance)
 
 
-class _FusedView:
-    """Inputs in one of the two layouts of the fused operators, uncopied.
-
-    Channels last are `(1, 1, rows, channels)`; channels on any other axis
-    are `(before, channels, 1, after)`. With the rows on the first axis the
-    operators of a CPU take up to 1.4 times as long.
-    """
-
-    def __init__(self, inputs: Tensor, axis: int) -> None:
-        self.shape = ops.shape(inputs)
-        self.channels = self.shape[axis]
-        before = math.prod(self.shape[:axis])
-        after = math.prod(self.shape[axis + 1 :])
-        if axis == len(self.shape) - 1:
-            self.data_format = "NHWC"
-            view = (1, 1, before, self.channels)
-            self.vector_shape: tuple[int, ...] = (self.channels,)
-        else:
-            self.data_format = "NCHW"
-            view = (before, self.channels, 1, after)
-            self.vector_shape = (self.channels, 1, 1)
-        self.inputs = tf.reshape(inputs, view)
-        # Elements a channel: a number, or where unknown a tensor.
-        self.count = before * after
-        if not isinstance(self.count, int):
-            self.count = tf.cast(self.count, tf.float32)
-
-    def restore(self, outputs: Tensor) -> Tensor:
-        """`outputs` of the operators in the shape of the inputs."""
-        return tf.reshape(outputs, self.shape)
-
-    def first(self) -> Tensor:
-        """The first element of each channel, in a shape that broadcasts."""
-        first = (slice(1), slice(1), slice(1), slice(None))
-        if self.data_format == "NCHW":
-            first = (slice(1), slice(None), slice(1), slice(1))
-        # The sum of the one element, or of none.
-        row = tf.reshape(self.inputs[first], (-1, self.channels))
-        return tf.reshape(tf.reduce_sum(row, axis=0), self.vector_shape)
-
-    def normalize(
-        self,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        epsilon: float,
-        *,
-        shift: Tensor | None = None,
-        mean: Tensor = (),
-        variance: Tensor = (),
-    ) -> tuple[Tensor, ...]:
-        """The operator: outputs, mean, variance, three reserve spaces.
-
-        In its training form, unless it is given statistics.
-        """
-        return tuple(
-            tf.raw_ops.FusedBatchNormV3(
-                x=self.inputs if shift is None else self.inputs - shift,
-                scale=tf.ones([self.channels]) if gamma is None else gamma,
-                offset=tf.zeros([self.channels]) if beta is None else beta,
-                mean=mean,
-                variance=variance,
-                epsilon=epsilon,
-                data_format=self.data_format,
-                is_training=isinstance(mean, tuple),
-            )
-        )
-
-    def normalize_accurately(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """`normalize` in its training form, at any mean.
-
-        The operator's sums are off by some 1e-5 of the mean. Where that is
-        much beside the spread, a channel's first value is taken off first;
-        see `functional.centered_moments`.
-        """
-        outputs = self.normalize(*arguments)
-        mean, variance = outputs[1], outputs[2]
-
-        def shifted() -> tuple[Tensor, ...]:
-            shift = self.first()
-            y, mean, variance, mean_reserve, *rest = self.normalize(
-                *arguments, shift=shift
-            )
-            shift = tf.cast(tf.reshape(shift, [-1]), mean.dtype)
-            return (y, mean + shift, variance, mean_reserve + shift, *rest)
-
-        # A NaN counts as large. XLA, where it compiles a function that was
-        # traced without it, computes E[x²] - E[x]², which may be negative.
-        is_small = tf.reduce_all(tf.square(mean) <= LARGE_MEAN**2 * variance)
-        return tf.cond(is_small, lambda: outputs, shifted)
-
-
 def _fused_batch(
-    inputs: Tensor, axis: int, state: State
+    inputs: Tensor, axis: int, state: State, pool: Pool
 ) -> tuple[Tensor, Response]:
     """A training step on the fused operators, with its own gradient.
 
     The gradient is that of the fused operator with scale γr; then
     dγ = r dscale + d doffset and dβ = doffset.
     """
-    view = _FusedView(inputs, axis)
+    view = FusedView(inputs, axis)
     count = view.count
     if isinstance(count, int):
         bessel = max(count - 1, 1) / max(count, 1)
@@ -377,30 +319,50 @@ def _fused_batch(
 
     @tf.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
-        outputs, mean, variance, *reserves = view.normalize_accurately(
-            state.gamma, state.beta, state.epsilon
+        outputs, shift, residual, variance, *reserves = (
+            view.normalize_accurately(state.gamma, state.beta, state.epsilon)
         )
         # The operator's variance has divisor count - 1 (or 1).
-        variance = variance * bessel
-        response = functional.respond(mean, variance, count > 0, state)
+        local = Moments(count, shift, residual, variance * bessel)
+        moments = pooling.pool_moments(local, state.moving_mean, pool)
+        response = functional.respond(moments, state)
         scale, offset = _renormalized(state, response)
-        if response.r is not None:
-            outputs = view.normalize(
+        if response.r is not None or pool.spans_replicas:
+            mean, variance = moments.mean, moments.variance
+            normalized = view.normalize(
                 scale, offset, state.epsilon, mean=mean, variance=variance
-            )[0]
+            )
+            outputs = normalized[0]
 
         def gradient(upstream: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-            d_x, d_scale, d_offset, *_ = tf.raw_ops.FusedBatchNormGradV3(
-                y_backprop=upstream,
-                x=x,
-                scale=tf.ones([view.channels]) if scale is None else scale,
-                reserve_space_1=reserves[0],
-                reserve_space_2=reserves[1],
-                reserve_space_3=reserves[2],
-                epsilon=state.epsilon,
-                data_format=view.data_format,
-                is_training=True,
-            )
+            if not pool.spans_replicas:
+                d_x, d_scale, d_offset = view.gradient(
+                    upstream, x, scale, state.epsilon, reserves
+                )
+            else:
+                d_x, d_scale, d_offset = view.gradient(
+                    upstream,
+                    x,
+                    scale,
+                    state.epsilon,
+                    (mean, variance, normalized[-1]),
+                    is_training=False,
+                )
+                # What the statistics add: scale / σ_B times the means of the
+                # upstream gradient and, along x̂, of its product with x̂.
+                offset_mean, scale_mean = _means(
+                    d_offset, d_scale, moments, pool
+                )
+                factor = tf.math.rsqrt(variance + state.epsilon)
+                if scale is not None:
+                    factor = factor * scale
+                d_x += view.normalize(
+                    -factor * scale_mean,
+                    -factor * offset_mean,
+                    state.epsilon,
+                    mean=mean,
+                    variance=variance,
+                )[0]
             return d_x, *_parameter_gradients(
                 state, response, d_scale, d_offset
             )

@@ -1,26 +1,204 @@
 """Which examples share statistics.
 
-One place decides it. Today: the unmasked examples of the batch on one
-device. A wider pool (all replicas) or a narrower one (virtual batches) is a
-change of `batch_moments` and of nothing else.
+One place decides it: those of the batch on one device; those of all replicas
+of a `tf.distribute` strategy (`synchronized`); or the examples of each group
+of a fixed size (`virtual_batch_size`). Kernels ask here for moments, and for
+sums over everything that they were pooled over.
 """
 
-from keras_renorm.functional import Moments, Tensor, centered_moments
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from keras import backend, ops
+
+from keras_renorm import functional
+from keras_renorm.functional import Moments, Tensor
+
+if backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+# A pooled variance is a difference of float64 numbers of the size of the
+# squared distance between the replicas' means and the moving mean. Below
+# this share of it the difference is rounding, and counts as zero: a constant
+# channel has variance 0. The share is the square of float32's resolution.
+RESOLUTION = 2.0**-48
+
+
+class Pool(NamedTuple):
+    """The examples whose statistics a training step normalizes with.
+
+    Attributes:
+        synchronized: Those of all replicas, not of one.
+        virtual_batch_size: At most so many, one after the other in the batch;
+            `None` for all.
+    """
+
+    synchronized: bool = False
+    virtual_batch_size: int | None = None
+
+    @property
+    def spans_replicas(self) -> bool:
+        """Whether statistics are shared here and now, by several replicas."""
+        return self.synchronized and _replicas() is not None
+
+
+ALONE = Pool()
+
+
+def _replicas() -> Any:
+    """The replica context that this runs in, if there are others beside it."""
+    if backend.backend() != "tensorflow":
+        return None
+    # `None` outside the replicas: where a strategy builds or saves a model.
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return None
+    return context
+
+
+def sum_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors of one type, each summed over the replicas, in one all-reduce.
+
+    Differentiable: the gradient is summed over the replicas as well.
+    """
+    sizes = [value.shape[0] for value in values]
+    total = _replicas().all_reduce("SUM", tf.concat(values, axis=0))
+    return tf.split(total, sizes)
+
+
+def average_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
+    """The means of vectors over the replicas; where there are none, they."""
+    replicas = _replicas()
+    if replicas is None:
+        return list(values)
+    return tf.unstack(replicas.all_reduce("MEAN", tf.stack(values)))
+
+
+def pool_moments(local: Moments, reference: Tensor, pool: Pool) -> Moments:
+    """Moments of the elements of all replicas, if they are shared.
+
+    Each replica sends n, n δ and M2 + n δ² as float64, where δ is the
+    distance of its mean from a `reference` that all know, the moving mean,
+    and M2 = n * variance: one all-reduce of 2C + 1 numbers. A replica without
+    elements adds nothing.
+    """
+    if not pool.spans_replicas:
+        return local
+    count = tf.cast(local.count, tf.float64)
+    shift, residual, variance, reference = (
+        tf.cast(value, tf.float64)
+        for value in (
+            local.shift,
+            local.residual,
+            local.variance,
+            reference,
+        )
+    )
+    distance = (shift - reference) + residual
+    # Selected, not multiplied by zero: without elements both may be NaN.
+    has_elements = count > 0
+    zero = tf.zeros_like(variance)
+    distance = tf.where(has_elements, distance, zero)
+    variance = tf.where(has_elements, variance, zero)
+    total_count, total_distance, total_square = sum_over_replicas(
+        [
+            tf.reshape(count, [1]),
+            count * distance,
+            count * (variance + tf.square(distance)),
+        ]
+    )
+    divisor = tf.maximum(total_count, 1)
+    distance = total_distance / divisor
+    square = tf.square(distance)
+    variance = total_square / divisor - square
+    variance = tf.where(variance <= RESOLUTION * square, zero, variance)
+    mean = reference + distance
+    dtype = local.variance.dtype
+    shift = tf.stop_gradient(tf.cast(mean, dtype))
+    residual = mean - tf.cast(shift, tf.float64)
+    residual = tf.where(variance == 0, zero, residual)  # a constant is exact
+    return Moments(
+        tf.cast(total_count, dtype),
+        shift,
+        tf.cast(residual, dtype),
+        tf.cast(variance, dtype),
+    )
 
 
 def batch_moments(
-    inputs: Tensor, axis: int, mask: Tensor | None
+    inputs: Tensor,
+    kept: tuple[int, ...],
+    mask: Tensor | None,
+    reference: Tensor,
+    pool: Pool,
 ) -> tuple[Tensor, Moments]:
     """Inputs less the mean of their pool, and the moments of the pool.
 
     Args:
-        inputs: Tensor `(batch, ..., channels)`, channels on `axis`, of
-            float32 or float64.
-        axis: The channel axis, non-negative.
+        inputs: Tensor `(batch, ..., channels)` (or channels on another
+            axis, or with a group axis first) of float32 or float64.
+        kept: The axes that the statistics keep, ascending.
         mask: `None`, or a boolean tensor of the rank of `inputs` with size 1
-            along `axis`.
+            along the channels.
+        reference: The moving mean.
+        pool: Who shares statistics.
 
     Returns:
         `(centered, moments)`, differentiable in `inputs`.
     """
-    return centered_moments(inputs, axis, mask)
+    centered, local = functional.centered_moments(inputs, kept, mask)
+    moments = pool_moments(local, reference, pool)
+    if moments is local:
+        return centered, local
+    distance = (moments.shift - local.shift) + (
+        moments.residual - local.residual
+    )
+    return centered - functional.spread(
+        distance, len(inputs.shape), kept
+    ), moments
+
+
+def split_into_groups(
+    inputs: Tensor, mask: Tensor | None, size: int
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """A view with a new first axis: groups of `size` examples.
+
+    The examples that are left over form a group of their own; it is filled
+    up with masked zeros.
+
+    Args:
+        inputs: Tensor `(batch, ...)`.
+        mask: `None`, or a boolean tensor of the rank of `inputs` whose sizes
+            are 1 or those of `inputs`.
+        size: Examples a group, at least 1.
+
+    Returns:
+        `(inputs, mask, restore)`: the views `(groups, examples, ...)`, and a
+        function that undoes the view and drops what was filled up.
+    """
+    shape = ops.shape(inputs)
+    batch = shape[0]
+    if isinstance(batch, int):
+        size = max(1, min(size, batch))
+        missing = -batch % size
+    else:
+        size = ops.maximum(1, ops.minimum(size, batch))
+        missing = (-batch) % size
+
+    def grouped(values: Tensor) -> Tensor:
+        rest = ops.shape(values)[1:]
+        padding = ops.zeros((missing, *rest), dtype=values.dtype)
+        values = ops.concatenate([values, padding], axis=0)
+        return ops.reshape(values, (-1, size, *rest))
+
+    def restore(outputs: Tensor) -> Tensor:
+        outputs = ops.reshape(outputs, (-1, *shape[1:]))
+        return outputs[:batch]
+
+    # What is missing is known to be nothing, or is masked.
+    if mask is None and not (isinstance(missing, int) and missing == 0):
+        mask = ops.ones((1,) * len(shape), dtype="bool")
+    if mask is not None:
+        sizes = (batch, *ops.shape(mask)[1:])
+        mask = grouped(ops.broadcast_to(mask, sizes))
+    return grouped(inputs), mask, restore

@@ -7,29 +7,30 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # float64 references need a float64 backend.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
+# Two devices, over which JAX can spread a batch.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
 import keras
 import numpy as np
 import pytest
 
 if keras.backend.backend() == "tensorflow":
-    # Two devices for all tests: a strategy needs them before TensorFlow
+    # Devices for all tests: a strategy needs them before TensorFlow
     # starts, and nothing else notices.
     import tensorflow as tf
 
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * 2,
+        [tf.config.LogicalDeviceConfiguration()] * 4,
     )
 
 
 def pytest_collection_modifyitems(items):
-    if keras.backend.backend() == "tensorflow":
-        return
-    skip = pytest.mark.skip(reason="TensorFlow's own")
     for item in items:
-        if "tensorflow" in item.keywords:
-            item.add_marker(skip)
+        for backend in ("tensorflow", "jax"):
+            if backend in item.keywords and keras.backend.backend() != backend:
+                skip = pytest.mark.skip(reason=f"for Keras's {backend} backend")
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -99,10 +99,28 @@ def raises(kind, message):
             "`scale` must be True or False. Received: scale=None.",
         ),
         (
-            {"synchronized": True},
+            {"synchronized": 1},
+            TypeError,
+            "`synchronized` must be True or False. Received: synchronized=1.",
+        ),
+        (
+            {"virtual_batch_size": 0},
             ValueError,
-            "`synchronized` must be False: statistics are not shared by "
-            "replicas in this version. Received: synchronized=True.",
+            "`virtual_batch_size` must be at least 1. Received: "
+            "virtual_batch_size=0.",
+        ),
+        (
+            {"virtual_batch_size": 2.0},
+            TypeError,
+            "`virtual_batch_size` must be an integer. Received: "
+            "virtual_batch_size=2.0.",
+        ),
+        (
+            {"virtual_batch_size": 4, "synchronized": True},
+            ValueError,
+            "`virtual_batch_size` must be None where synchronized=True: one "
+            "narrows the examples that share statistics, the other widens "
+            "them. Received: virtual_batch_size=4.",
         ),
         (
             {"renorm": True},

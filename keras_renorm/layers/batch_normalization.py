@@ -5,8 +5,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_renorm import arguments, functional, kernels
+from keras_renorm import arguments, functional, kernels, pooling
 from keras_renorm.functional import Tensor
+from keras_renorm.pooling import Pool
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
@@ -47,6 +48,23 @@ class BatchNormalization(keras.layers.BatchNormalization):
     they are. Loss and gradients still show a NaN or Inf input, so that loss
     scaling sees it.
 
+    **Replicas** (`tf.distribute`). With `synchronized=True` the examples of
+    all replicas are normalized together: outputs, gradients and statistics
+    are those of one device with all examples, however they are split, with a
+    mask too. It costs one all-reduce of 2 * channels + 1 numbers forward and
+    one of 2 * channels backward. Without it each replica normalizes its own
+    examples, and moving statistics are averaged over the replicas where they
+    are read: in inference, when saved, from outside. That average leaves out
+    the variance between the replicas' means. Without a strategy
+    `synchronized` changes nothing. On Keras's JAX backend, which sees one
+    batch however it is sharded, statistics are those of the whole batch with
+    and without it.
+
+    **Virtual batches.** With a `virtual_batch_size`, training normalizes each
+    group of so many consecutive examples by itself ("ghost batches"); what
+    is left over is a group of its own. The moving statistics still get mean
+    and variance of the whole batch.
+
     Statistics, gamma and beta are float32 under every 16-bit policy, float64
     under a float64 policy.
 
@@ -57,6 +75,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
             [0, 1]. Defaults to 0.99. 0.9 to 0.95 where a run has only a few
             hundred steps.
         epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
+        synchronized: Whether the replicas of a strategy share the statistics
+            of a batch. Defaults to `False`.
+        virtual_batch_size: Number of consecutive examples that training
+            normalizes together, an integer of at least 1, or `None` (default)
+            for the whole batch. Not together with `synchronized`.
         frozen_statistics: Whether to normalize with the moving statistics in
             training too. An attribute as well. Defaults to `False`.
         **keras_bn_arguments: Those of `keras.layers.BatchNormalization`:
@@ -81,9 +104,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Raises:
         TypeError: If an argument is of the wrong kind, or one of Keras's
             `renorm*` arguments is given (use `BatchRenormalization`).
-        ValueError: If an argument is out of its range, `axis` is not an axis
-            of the input, the number of channels is unknown, or `mask` does
-            not broadcast.
+        ValueError: If an argument is out of its range, `virtual_batch_size`
+            is given with `synchronized`, `axis` is not an axis of the input,
+            the number of channels is unknown, or `mask` does not broadcast.
 
     Example:
 
@@ -93,7 +116,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     True
 
     References:
-        Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1.
+        Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1. Hoffer, Hubara
+        and Soudry 2017, arXiv:1705.08741, Algorithm 1 (virtual batches).
     """
 
     def __init__(
@@ -102,6 +126,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         momentum: float = 0.99,
         epsilon: float = 1e-3,
         *,
+        synchronized: bool = False,
+        virtual_batch_size: int | None = None,
         frozen_statistics: bool = False,
         **keras_bn_arguments: Any,
     ) -> None:
@@ -112,12 +138,22 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     "the layer `keras_renorm.BatchRenormalization`. "
                     f"Received: {name}={value!r}."
                 )
-            if name in ("center", "scale", "synchronized", "trainable"):
+            if name in ("center", "scale", "trainable"):
                 arguments.check_boolean(name, value)
-        if keras_bn_arguments.get("synchronized"):
+        pool = Pool(
+            arguments.check_boolean("synchronized", synchronized),
+            virtual_batch_size
+            if virtual_batch_size is None
+            else arguments.check_integer(
+                "virtual_batch_size", virtual_batch_size, minimum=1
+            ),
+        )
+        if pool.synchronized and pool.virtual_batch_size is not None:
             raise ValueError(
-                "`synchronized` must be False: statistics are not shared by "
-                "replicas in this version. Received: synchronized=True."
+                "`virtual_batch_size` must be None where synchronized=True: "
+                "one narrows the examples that share statistics, the other "
+                "widens them. Received: virtual_batch_size="
+                f"{virtual_batch_size}."
             )
         super().__init__(
             axis=arguments.check_integer("axis", axis),
@@ -125,6 +161,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             epsilon=arguments.check_epsilon(epsilon),
             **keras_bn_arguments,
         )
+        # Not through Keras's constructor, which takes it on TensorFlow only.
+        self.synchronized = pool.synchronized
+        self.virtual_batch_size = pool.virtual_batch_size
         self.frozen_statistics = frozen_statistics
 
     @property
@@ -170,20 +209,30 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 trainable=True,
                 **weight,
             )
-        self.moving_mean = self.add_weight(
-            name="moving_mean",
-            initializer=self.moving_mean_initializer,
-            trainable=False,
-            **weight,
+        self.moving_mean = self._add_statistic(
+            "moving_mean", self.moving_mean_initializer, **weight
         )
-        self.moving_variance = self.add_weight(
-            name="moving_variance",
-            initializer=self.moving_variance_initializer,
-            trainable=False,
-            **weight,
+        self.moving_variance = self._add_statistic(
+            "moving_variance", self.moving_variance_initializer, **weight
         )
         self.input_spec = keras.InputSpec(
             ndim=len(input_shape), axes={axis: channels}
+        )
+
+    def _add_statistic(
+        self, name: str, initializer: Any, **weight: Any
+    ) -> keras.Variable:
+        """A weight that each replica moves, and that is read as one."""
+        # Not `add_weight`, which has no `synchronization`. Keras tracks a
+        # variable that becomes an attribute.
+        return keras.Variable(
+            initializer,
+            name=name,
+            trainable=False,
+            synchronization="on_read",
+            # Replicas that share statistics have the same.
+            aggregation="only_first_replica" if self.synchronized else "mean",
+            **weight,
         )
 
     def call(
@@ -194,13 +243,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
         if training and self.trainable and not self.frozen_statistics:
+            pool = Pool(self.synchronized, self.virtual_batch_size)
             outputs = self._train(
-                inputs, axis, mask, self.epsilon, self.momentum
+                inputs, axis, mask, self.epsilon, self.momentum, pool
             )
         else:
-            state = self._state(inputs, self.epsilon, self.momentum)
-            outputs = kernels.normalize_by_moving_statistics(
-                inputs, axis, mask, state
+            outputs = self._infer(
+                inputs, axis, mask, self.epsilon, self.momentum
             )
         return ops.cast(outputs, self.compute_dtype)
 
@@ -212,15 +261,35 @@ class BatchNormalization(keras.layers.BatchNormalization):
         mask: Tensor | None,
         epsilon: float,
         momentum: float,
+        pool: Pool,
     ) -> Tensor:
         state = self._state(inputs, epsilon, momentum, self._limits())
         outputs, response = kernels.normalize_by_batch(
-            inputs, axis, mask, state
+            inputs, axis, mask, state, pool
         )
         self.moving_mean.assign(response.moving_mean)
         self.moving_variance.assign(response.moving_variance)
         self._count_step()
         return outputs
+
+    @kernels.as_one_graph
+    def _infer(
+        self,
+        inputs: Tensor,
+        axis: int,
+        mask: Tensor | None,
+        epsilon: float,
+        momentum: float,
+    ) -> Tensor:
+        state = self._state(inputs, epsilon, momentum)
+        if not self.synchronized:
+            moving_mean, moving_variance = pooling.average_over_replicas(
+                [state.moving_mean, state.moving_variance]
+            )
+            state = state._replace(
+                moving_mean=moving_mean, moving_variance=moving_variance
+            )
+        return kernels.normalize_by_moving_statistics(inputs, axis, mask, state)
 
     def _state(
         self,
@@ -270,7 +339,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         config = super().get_config()
         for name in ("renorm", "renorm_clipping", "renorm_momentum"):
             config.pop(name, None)
-        return {**config, "frozen_statistics": self.frozen_statistics}
+        return {
+            **config,
+            "synchronized": self.synchronized,
+            "virtual_batch_size": self.virtual_batch_size,
+            "frozen_statistics": self.frozen_statistics,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "BatchNormalization":
