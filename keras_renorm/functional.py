@@ -133,8 +133,11 @@ def centered_moments(
         # The sum of the one element, or of none.
         shift = ops.sum(inputs[first], axis=axes)
     else:
-        lowest = ops.full_like(inputs, -math.inf)
-        shift = ops.max(ops.where(mask, inputs, lowest), axis=axes)
+        shift = ops.max(
+            ops.where(mask, inputs, ops.full_like(inputs, -math.inf)),
+            axis=axes,
+            initial=-math.inf,  # of no element
+        )
         shift = ops.where(count > 0, shift, ops.zeros_like(shift))
 
     def unmasked(values: Tensor) -> Tensor:
