@@ -22,9 +22,9 @@ LARGE_MEAN = 30.0
 class FusedView:
     """Inputs in one of the two layouts of the fused operators, uncopied.
 
-    Channels last are `(1, 1, rows, channels)`; channels on any other axis
-    are `(before, channels, 1, after)`. With the rows on the first axis the
-    operators of a CPU take up to 1.4 times as long.
+    Channels last are `(batch, 1, rows, channels)`, and `(1, 1, batch,
+    channels)` without other axes; channels on any other axis are `(before,
+    channels, 1, after)`.
     """
 
     def __init__(self, inputs: Tensor, axis: int) -> None:
@@ -34,7 +34,12 @@ class FusedView:
         after = math.prod(self.shape[axis + 1 :])
         if axis == len(self.shape) - 1:
             self.data_format = "NHWC"
-            view = (1, 1, before, self.channels)
+            # On a CPU (1, 1, all rows, channels) takes 1.1 times as long on
+            # (128, 8, 8, 512), and rows on the first axis up to 1.4 times on
+            # (4096, 256).
+            images = self.shape[0] if axis > 1 else 1
+            rows = math.prod(self.shape[1:axis]) if axis > 1 else before
+            view = (images, 1, rows, self.channels)
             self.vector_shape: tuple[int, ...] = (self.channels,)
         else:
             self.data_format = "NCHW"
