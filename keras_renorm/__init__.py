@@ -3,6 +3,11 @@
 from keras_renorm import callbacks, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
+from keras_renorm.models.convert import convert, revert
+from keras_renorm.models.fold import fold
+from keras_renorm.models.freeze import freeze_statistics, unfreeze_statistics
+from keras_renorm.models.recalibrate import recalibrate
+from keras_renorm.models.statistics import get_statistics, set_statistics
 
 __version__ = "0.1.0"
 
@@ -10,5 +15,13 @@ __all__ = [
     "BatchNormalization",
     "BatchRenormalization",
     "callbacks",
+    "convert",
+    "fold",
+    "freeze_statistics",
+    "get_statistics",
+    "recalibrate",
+    "revert",
     "schedules",
+    "set_statistics",
+    "unfreeze_statistics",
 ]

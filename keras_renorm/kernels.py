@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 from keras import backend, ops
 
 from keras_renorm import functional, pooling
@@ -117,11 +118,26 @@ def as_one_graph(method: Any) -> Any:
     return called
 
 
+def compiled(function: Any) -> Any:
+    """A function of tensors as a graph, where the backend has graphs."""
+    if backend.backend() != "tensorflow":
+        return function
+    return tf.function(function, autograph=False, reduce_retracing=True)
+
+
 def read(variable: Any, dtype: str) -> Tensor:
     """The value of a variable as it is now, in a type."""
     if backend.backend() == "tensorflow":
         return tf.cast(tf.convert_to_tensor(variable.value), dtype)
     return ops.cast(variable.value, dtype)
+
+
+def to_numpy(variable: Any) -> np.ndarray:
+    """A copy of the value of a variable.
+
+    Not of the variable itself, of which NumPy 2 warns.
+    """
+    return np.array(ops.convert_to_numpy(read(variable, variable.dtype)))
 
 
 def normalize_by_batch(

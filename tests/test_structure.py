@@ -89,5 +89,14 @@ def test_public_names_have_an_example():
         keras_renorm.schedules.LinearRamp,
         keras_renorm.schedules.ioffe2017,
         keras_renorm.callbacks.RenormScheduler,
+        keras_renorm.callbacks.RecalibrateStatistics,
+        keras_renorm.convert,
+        keras_renorm.revert,
+        keras_renorm.fold,
+        keras_renorm.freeze_statistics,
+        keras_renorm.unfreeze_statistics,
+        keras_renorm.recalibrate,
+        keras_renorm.get_statistics,
+        keras_renorm.set_statistics,
     ):
         assert ">>>" in public.__doc__, public

@@ -166,16 +166,17 @@ class BatchRenormalization(BatchNormalization):
 
     def current_step(self) -> int:
         """How many training calls the layer has seen."""
-        return 0 if self.step is None else int(_to_numpy(self.step))
+        return 0 if self.step is None else int(kernels.to_numpy(self.step))
 
     def _ramp(self, row: int) -> LinearRamp:
         if not self.built:
             return self._initial_ramps[row]
         # `str` gives the shortest decimal: 1.1, not 1.10000002384.
         initial_value, final_value = (
-            float(str(value)) for value in _to_numpy(self.limit_values)[row]
+            float(str(value))
+            for value in kernels.to_numpy(self.limit_values)[row]
         )
-        begin_step, end_step = _to_numpy(self.limit_steps)[row]
+        begin_step, end_step = kernels.to_numpy(self.limit_steps)[row]
         return LinearRamp(initial_value, final_value, begin_step, end_step)
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
@@ -189,7 +190,7 @@ class BatchRenormalization(BatchNormalization):
             _ramp_arrays([ramp]),
             strict=True,
         ):
-            rows = np.array(_to_numpy(variable))
+            rows = np.array(kernels.to_numpy(variable))
             rows[row] = new[0]
             variable.assign(rows)
 
@@ -225,12 +226,6 @@ class BatchRenormalization(BatchNormalization):
                     config[name]
                 )
         return super().from_config(config)
-
-
-def _to_numpy(variable: keras.Variable) -> np.ndarray:
-    # By way of a tensor: NumPy 2 warns where it is given a variable.
-    tensor = ops.cast(variable, variable.dtype)
-    return np.asarray(ops.convert_to_numpy(tensor))
 
 
 def _ramp_arrays(

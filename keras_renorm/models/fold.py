@@ -1,0 +1,246 @@
+"""Batch normalization folded into the layer before it."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_renorm import kernels
+from keras_renorm.models.rebuild import has_graph, rebuild
+from keras_renorm.models.statistics import statistics_layers
+
+# The kernel that makes the outputs, and the axis of it that counts them. A
+# depthwise kernel has two: inputs, and outputs for each.
+_KERNELS: dict[type, tuple[str, tuple[int, ...]]] = {
+    layers.Dense: ("kernel", (-1,)),
+    layers.Conv1D: ("kernel", (-1,)),
+    layers.Conv2D: ("kernel", (-1,)),
+    layers.Conv3D: ("kernel", (-1,)),
+    layers.Conv1DTranspose: ("kernel", (-2,)),
+    layers.Conv2DTranspose: ("kernel", (-2,)),
+    layers.Conv3DTranspose: ("kernel", (-2,)),
+    layers.DepthwiseConv1D: ("kernel", (-2, -1)),
+    layers.DepthwiseConv2D: ("kernel", (-2, -1)),
+    layers.SeparableConv1D: ("pointwise_kernel", (-1,)),
+    layers.SeparableConv2D: ("pointwise_kernel", (-1,)),
+}
+
+
+class _Pair(NamedTuple):
+    before: Any
+    normalization: Any
+
+
+def fold(model: keras.Model) -> keras.Model:
+    """A copy of a model, for inference, without the normalization it can lose.
+
+    Batch normalization right after a Dense, Conv1D, Conv2D, Conv3D (or their
+    transposes), DepthwiseConv or SeparableConv layer without an activation
+    becomes part of its kernel and bias:
+
+        kernel = kernel * gamma / sqrt(moving_variance + epsilon)
+        bias   = (bias - moving_mean) * gamma / sqrt(...) + beta
+
+    so that inference does less. Outputs are the same to rounding. `model` is
+    not changed. Do not train the copy: what normalized its activations is
+    gone.
+
+    Args:
+        model: A built sequential or functional model with batch normalization
+            of Keras or of this package.
+
+    Returns:
+        A new model. The normalization that remains in it infers as before.
+
+    Raises:
+        ValueError: If the model is neither sequential nor functional, is not
+            built, or has no batch normalization.
+
+    Warns:
+        UserWarning: What was not folded, and why: another layer, an
+            activation or a branch stands between, a layer is shared, or the
+            normalization is inside a wrapper.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((4,)), keras.layers.Dense(3), BatchNormalization(),
+    ... ])
+    >>> [type(layer).__name__ for layer in fold(model).layers]
+    ['Dense']
+    """
+    statistics_layers(model)  # raises if there is none, or it is not built
+    if any("layers" not in graph.get_config() for graph in _graphs_of(model)):
+        # A class of its own, which does not tell its graph: a plain copy does.
+        model, _ = rebuild(model, lambda layer: False, lambda layer: layer)
+    normalizations = statistics_layers(model)
+    pairs, reasons = _find_pairs(model)
+    folded = {id(pair.normalization) for pair in pairs}
+    before = {id(pair.before): pair for pair in pairs}
+
+    def replace(layer: Any) -> Any:
+        return type(layer).from_config({**layer.get_config(), "use_bias": True})
+
+    new_model, copies = rebuild(
+        model, lambda layer: id(layer) in before, replace, folded
+    )
+    for pair in pairs:
+        _write_folded(pair, copies[id(pair.before)])
+    left = [each for each in normalizations if id(each) not in folded]
+    if left:
+        warnings.warn(
+            f"{len(left)} of {len(normalizations)} batch normalization layers "
+            "are not folded: "
+            + "; ".join(
+                f"{each.name} ({reasons.get(id(each), 'inside a wrapper')})"
+                for each in left
+            )
+            + ".",
+            stacklevel=2,
+        )
+    return new_model
+
+
+def _graphs_of(model: keras.Model) -> list[keras.Model]:
+    """A model and the models nested in it, not those inside wrappers."""
+    if not has_graph(model):
+        return []
+    graphs = {id(model): model}
+    for layer in model.layers:
+        graphs |= {id(each): each for each in _graphs_of(layer)}
+    return list(graphs.values())
+
+
+def _find_pairs(model: keras.Model) -> tuple[list[_Pair], dict[int, str]]:
+    """What can be folded, and by `id` why other normalization cannot."""
+    graphs = _graphs_of(model)
+    # A layer in two graphs is shared, as is one that a graph calls twice.
+    uses = Counter(id(layer) for graph in graphs for layer in graph.layers)
+    pairs, reasons = [], {}
+    for graph in graphs:
+        for normalization, before, reason in _candidates(graph):
+            if (
+                not reason
+                and max(uses[id(normalization)], uses[id(before)]) > 1
+            ):
+                reason = "a layer is shared"
+            reason = reason or _why_not(before, normalization)
+            if reason:
+                reasons[id(normalization)] = reason
+            else:
+                pairs.append(_Pair(before, normalization))
+    return pairs, reasons
+
+
+def _candidates(graph: keras.Model) -> Iterator[tuple[Any, Any, str]]:
+    """Each normalization, the layer before it, why they cannot be joined."""
+    if isinstance(graph, keras.Sequential):
+        for at, layer in enumerate(graph.layers):
+            if isinstance(layer, layers.BatchNormalization):
+                if at == 0:
+                    yield layer, None, "it comes first"
+                else:
+                    yield layer, graph.layers[at - 1], ""
+        return
+    config = graph.get_config()
+    named = {layer.name: layer for layer in graph.layers}
+    calls = {each["name"]: each["inbound_nodes"] for each in config["layers"]}
+    readers = Counter(
+        source
+        for nodes in calls.values()
+        for node in nodes
+        for source in _sources(node)
+    )
+    # What the model returns has a reader too.
+    readers.update(_output_sources(config["output_layers"]))
+    for name, layer in named.items():
+        if not isinstance(layer, layers.BatchNormalization):
+            continue
+        if len(calls[name]) != 1:
+            yield layer, None, "it is shared"
+            continue
+        sources = list(_sources(calls[name][0]))
+        before = named.get(sources[0][0]) if len(sources) == 1 else None
+        if before is None:
+            yield layer, None, "no single layer comes before it"
+        elif len(calls[before.name]) > 1:
+            yield layer, before, f"{before.name} is shared"
+        elif readers[sources[0]] != 1:
+            yield layer, before, f"{before.name} has other readers"
+        else:
+            yield layer, before, ""
+
+
+def _sources(node: Any) -> Iterator[tuple[Any, ...]]:
+    """Layer name, call and output of each tensor in a serialized call."""
+    if isinstance(node, dict):
+        if node.get("class_name") == "__keras_tensor__":
+            yield tuple(node["config"]["keras_history"])
+        else:
+            for value in node.values():
+                yield from _sources(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _sources(value)
+
+
+def _output_sources(node: Any) -> Iterator[tuple[Any, ...]]:
+    if isinstance(node, dict):
+        for value in node.values():
+            yield from _output_sources(value)
+    elif len(node) == 3 and isinstance(node[0], str):
+        yield tuple(node)
+    else:
+        for value in node:
+            yield from _output_sources(value)
+
+
+def _why_not(before: Any, normalization: Any) -> str:
+    """Why a layer cannot take up the normalization after it, or nothing."""
+    if type(before) not in _KERNELS:
+        return f"it follows {before.name}, a {type(before).__name__}"
+    if before.activation is not keras.activations.linear:
+        return f"{before.name} has an activation"
+    if getattr(before, "quantization_mode", None) or getattr(
+        before, "lora_enabled", False
+    ):
+        return f"{before.name} is quantized or has LoRA weights"
+    rank = len(before.output.shape)
+    channels = rank - 1
+    if getattr(before, "data_format", "") == "channels_first":
+        channels = 1
+    if normalization.axis % rank != channels:
+        return f"it normalizes axis {normalization.axis}"
+    return ""
+
+
+def _write_folded(pair: _Pair, new: Any) -> None:
+    name, axes = _KERNELS[type(pair.before)]
+    normalization = pair.normalization
+
+    def values_of(weight: Any, default: float) -> Any:
+        if weight is None:
+            return default
+        return kernels.to_numpy(weight).astype("float64")
+
+    mean = values_of(normalization.moving_mean, 0.0)
+    variance = values_of(normalization.moving_variance, 1.0)
+    scale = values_of(normalization.gamma, 1.0) / np.sqrt(
+        variance + normalization.epsilon
+    )
+    bias = values_of(pair.before.bias, 0.0)
+    bias = (bias - mean) * scale + values_of(normalization.beta, 0.0)
+    kernel = values_of(getattr(pair.before, name), 0.0)
+    around = [1] * kernel.ndim
+    for axis in axes:
+        around[axis] = kernel.shape[axis]
+    getattr(new, name).assign(kernel * scale.reshape(around))
+    new.bias.assign(bias)
+    if hasattr(new, "depthwise_kernel"):
+        new.depthwise_kernel.assign(
+            kernels.to_numpy(pair.before.depthwise_kernel)
+        )

@@ -1,0 +1,104 @@
+"""Statistics that stand while everything else trains."""
+
+import warnings
+
+import keras
+import numpy as np
+
+from keras_renorm import kernels
+from keras_renorm.layers.batch_normalization import BatchNormalization
+from keras_renorm.models.rebuild import describe
+from keras_renorm.models.traversal import find_layers
+
+
+def freeze_statistics(model: keras.Model) -> None:
+    """Lets a model train with the moving statistics that it has.
+
+    Sets `frozen_statistics` of all our layers in the model, in place: they
+    normalize with their moving statistics in training too and never change
+    them, while gamma and beta train. Like a change of `trainable`, it takes
+    effect when the model is compiled next.
+
+    Args:
+        model: A model with layers of this package, at any depth.
+
+    Raises:
+        ValueError: If the model has none, or has Keras's batch normalization
+            too, which cannot do this (`convert` the model).
+
+    Warns:
+        UserWarning: If statistics are as they were made, mean 0 and variance
+            1: they were never trained, nor loaded.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), BatchNormalization()])
+    >>> x = np.random.normal(5.0, 2.0, (8, 4))
+    >>> _ = model(x, training=True)
+    >>> freeze_statistics(model)
+    >>> bool(ops.all(model(x, training=True) == model(x, training=False)))
+    True
+    """
+    layers = _our_layers(model)
+    untrained = [layer for layer in layers if _is_untrained(layer)]
+    if untrained:
+        warnings.warn(
+            "Statistics that were never trained are frozen at mean 0 and "
+            f"variance 1: layers {describe(untrained)}. Load weights, or "
+            "train, before.",
+            stacklevel=2,
+        )
+    for layer in layers:
+        layer.frozen_statistics = True
+
+
+def unfreeze_statistics(model: keras.Model) -> None:
+    """Lets the statistics of a model move again: the inverse.
+
+    In place; takes effect when the model is compiled next.
+
+    Args:
+        model: A model with layers of this package, at any depth.
+
+    Raises:
+        ValueError: As `freeze_statistics`.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((4,)), BatchNormalization(frozen_statistics=True)
+    ... ])
+    >>> unfreeze_statistics(model)
+    >>> model.layers[0].frozen_statistics
+    False
+    """
+    for layer in _our_layers(model):
+        layer.frozen_statistics = False
+
+
+def _our_layers(model: keras.Model) -> list[BatchNormalization]:
+    layers = find_layers(model, keras.layers.BatchNormalization)
+    others = [
+        layer for layer in layers if not isinstance(layer, BatchNormalization)
+    ]
+    if others or not layers:
+        what = (
+            f"Keras's own layers {describe(others)}"
+            if others
+            else "none at all"
+        )
+        raise ValueError(
+            "`model` must have batch normalization of keras_renorm only; "
+            f"`keras_renorm.convert` makes it. Received: model={model.name}, "
+            f"which has {what}."
+        )
+    return layers
+
+
+def _is_untrained(layer: BatchNormalization) -> bool:
+    if not layer.built:
+        return True
+    mean, variance = map(
+        kernels.to_numpy, (layer.moving_mean, layer.moving_variance)
+    )
+    return bool(np.all(mean == 0) and np.all(variance == 1))

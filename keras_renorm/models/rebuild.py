@@ -1,0 +1,222 @@
+"""A copy of a model with other layers in the place of some."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import keras
+
+from keras_renorm import kernels
+from keras_renorm.models.traversal import find_layers
+
+
+def describe(layers: Sequence[Any]) -> str:
+    """Names of layers, for messages: the first few."""
+    names = [layer.name for layer in layers[:8]]
+    return ", ".join(names) + (", ..." if len(layers) > 8 else "")
+
+
+def has_graph(layer: Any) -> bool:
+    """Whether a layer is a sequential or a functional model."""
+    inputs = keras.Input((1,))
+    functional = type(keras.Model(inputs, inputs))
+    return isinstance(layer, keras.Sequential | functional)
+
+
+def rebuild(
+    model: keras.Model,
+    is_replaced: Callable[[Any], bool],
+    replace: Callable[[Any], keras.layers.Layer],
+    dropped: Collection[int] = (),
+) -> tuple[keras.Model, dict[int, Any]]:
+    """A copy of a sequential or functional model, some layers replaced.
+
+    Reaches nested models, shared layers, and what wrappers and custom layers
+    keep in their configuration. Names, `trainable` flags and sharing are
+    those of the model; weights are copied, except those of the layers that
+    are replaced. If the model is compiled, the copy is compiled alike, with a
+    new optimizer. A functional model of a class of its own becomes a plain
+    one.
+
+    Args:
+        model: The model; it is not changed.
+        is_replaced: Whether a layer, which may not be built, is replaced.
+        replace: From such a layer to the new one.
+        dropped: The `id` of layers to leave out. Each must be called once, in
+            a graph, with one tensor.
+
+    Returns:
+        `(copy, copies)`: the model, and for the `id` of each layer of the old
+        one the layer in its place.
+
+    Raises:
+        ValueError: If the model has no graph, or has layers of the kinds out
+            of reach.
+    """
+    if not has_graph(model):
+        held = list(filter(is_replaced, find_layers(model, keras.layers.Layer)))
+        raise ValueError(
+            "`model` must be a sequential or a functional model: layers of "
+            "another cannot be replaced. Received: model="
+            f"{model.name}, of class {type(model).__name__}, with the layers "
+            f"{describe(held)}."
+        )
+    copies: dict[int, Any] = {}
+    stand_ins: set[int] = set()
+
+    def copy(layer: Any) -> Any:
+        # Remembered across nested models, so that what they share they share.
+        if id(layer) not in copies:
+            copies[id(layer)] = new_of(layer)
+        return copies[id(layer)]
+
+    def new_of(layer: Any) -> Any:
+        if id(layer) in dropped:
+            new = keras.layers.Identity(name=layer.name)
+            stand_ins.add(id(new))
+            return new
+        if not isinstance(layer, keras.layers.Layer):  # an operation: x + y
+            return type(layer).from_config(layer.get_config())
+        if is_replaced(layer):
+            return replace(layer)
+        if has_graph(layer):
+            return clone(layer)
+        if any(map(is_replaced, find_layers(layer, keras.layers.Layer))):
+            return _rewritten(layer, is_replaced, replace)
+        return type(layer).from_config(layer.get_config())
+
+    def call(layer: Any, *arguments: Any, **named: Any) -> Any:
+        if id(layer) in stand_ins:
+            return arguments[0]
+        return layer(*arguments, **named)
+
+    def clone(nested: keras.Model) -> keras.Model:
+        if not isinstance(nested, keras.Sequential):
+            return keras.models.clone_model(
+                nested, clone_function=copy, call_function=call
+            )
+        new = keras.models.clone_model(nested, clone_function=copy)
+        if any(id(layer) in stand_ins for layer in new.layers):
+            kept = [each for each in new.layers if id(each) not in stand_ins]
+            inputs = keras.Input(
+                batch_shape=nested.inputs[0].shape,
+                dtype=nested.inputs[0].dtype,
+                name=nested.inputs[0].name,
+            )
+            new = keras.Sequential([inputs, *kept], name=nested.name)
+        return new
+
+    new_model = clone(model)
+    copies[id(model)] = new_model
+    for layer in find_layers(model, keras.layers.Layer):
+        if id(layer) in copies and not has_graph(layer):
+            _pair_contents(layer, copies)
+    missed = [
+        layer
+        for layer in find_layers(model, keras.layers.Layer)
+        if is_replaced(layer) and id(layer) not in copies
+    ]
+    if missed:
+        raise _out_of_reach(missed)
+    _copy_state(model, is_replaced, dropped, copies)
+    if model.compiled:
+        # `clone_model` has done it, before it was known what trains.
+        new_model.compile_from_config(model.get_compile_config())
+    return new_model, copies
+
+
+def _rewritten(
+    layer: Any,
+    is_replaced: Callable[[Any], bool],
+    replace: Callable[[Any], keras.layers.Layer],
+) -> Any:
+    """A layer that holds others, from its configuration with others."""
+    held = list(filter(is_replaced, find_layers(layer, keras.layers.Layer)))
+    names = {type(each).__name__ for each in held}
+    replaced: list[str] = []
+
+    def rewrite(node: Any) -> Any:
+        if isinstance(node, list | tuple):
+            return type(node)(map(rewrite, node))
+        if not isinstance(node, dict):
+            return node
+        if node.get("class_name") in names and "config" in node:
+            old = keras.saving.deserialize_keras_object(node)
+            if is_replaced(old):
+                # The rest of the node says how it was built and called.
+                new = keras.saving.serialize_keras_object(replace(old))
+                new.pop("build_config", None)
+                replaced.append(old.name)
+                return {**node, **new}
+        return {key: rewrite(value) for key, value in node.items()}
+
+    try:
+        config = keras.saving.serialize_keras_object(layer)
+        config.pop("build_config", None)  # its call will build it
+        new = keras.saving.deserialize_keras_object(
+            rewrite(config), custom_objects={type(layer).__name__: type(layer)}
+        )
+    except (NotImplementedError, TypeError) as error:
+        raise _out_of_reach(held) from error
+    if len(replaced) < len(held):
+        raise _out_of_reach(held)
+    return new
+
+
+def _out_of_reach(layers: Sequence[Any]) -> ValueError:
+    return ValueError(
+        "`model` must hold its batch normalization where it can be replaced: "
+        "in its graph, or in what its layers' `get_config` returns. Received: "
+        f"a model with these inside custom layers: {describe(layers)}."
+    )
+
+
+def _pair_contents(layer: Any, copies: dict[int, Any]) -> None:
+    """Finds the copies of the layers inside a wrapper or custom layer."""
+    inner = [
+        find_layers(each, keras.layers.Layer)[1:]
+        for each in (layer, copies[id(layer)])
+    ]
+    if len(inner[0]) != len(inner[1]):
+        raise _not_made_anew(layer)
+    for old, new in zip(*inner, strict=True):
+        copies.setdefault(id(old), new)
+
+
+def _copy_state(
+    model: keras.Model,
+    is_replaced: Callable[[Any], bool],
+    dropped: Collection[int],
+    copies: dict[int, Any],
+) -> None:
+    """Copies weights and flags; containers come before what they hold."""
+    for layer in find_layers(model, keras.layers.Layer):
+        if id(layer) not in copies or id(layer) in dropped:
+            continue
+        new = copies[id(layer)]
+        new.trainable = layer.trainable
+        if is_replaced(layer) or not layer.built:
+            continue
+        olds, news = _own_variables(layer), _own_variables(new)
+        if [v.shape for v in olds] != [v.shape for v in news]:
+            raise _not_made_anew(layer)
+        for old, variable in zip(olds, news, strict=True):
+            # A copy: JAX gives the memory of a variable away.
+            variable.assign(kernels.to_numpy(old))
+
+
+def _not_made_anew(layer: Any) -> ValueError:
+    return ValueError(
+        "`model` must have layers that their configuration makes anew, with "
+        f"the same weights. Received: layer {layer.name} of class "
+        f"{type(layer).__name__}."
+    )
+
+
+def _own_variables(layer: Any) -> list[keras.Variable]:
+    """The variables of a layer that belong to no layer inside it."""
+    inner = {
+        id(variable)
+        for each in find_layers(layer, keras.layers.Layer)[1:]
+        for variable in each.variables
+    }
+    return [each for each in layer.variables if id(each) not in inner]

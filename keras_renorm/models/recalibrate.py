@@ -1,0 +1,450 @@
+"""Population statistics of the weights that a model has now."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_renorm import arguments, functional, kernels
+from keras_renorm.models.rebuild import describe
+from keras_renorm.models.statistics import statistics_layers
+
+Tensor = Any
+
+
+def recalibrate(
+    model: keras.Model,
+    dataset: Any,
+    steps: int | None = None,
+    *,
+    layer_by_layer: bool = False,
+    prior_examples: float = 0.0,
+    batch_size: int = 32,
+    verbose: int | bool = True,
+) -> None:
+    """Replaces moving statistics by those of a dataset, in place.
+
+    Moving averages lag behind the weights, remember a training domain, or
+    are those of other batches. This computes mean and variance of each layer's
+    input over the dataset, with the weights as they are ("precise BN", Wu and
+    Johnson 2021): pooled by count, with the law of total variance, so that how
+    the data is cut into batches does not matter for a layer's own input.
+
+    In one pass (default), batch normalization normalizes with the statistics
+    of the batch on the way, everything else infers: deeper layers see what
+    the batches make of it. With `layer_by_layer=True` there is a pass for each
+    layer, from the first on, and the layers before it use their new
+    statistics: exactly what inference will do, however the data is cut, at
+    the cost of a pass a layer.
+
+    Only moving statistics change: no other weight, no step counter, no limit.
+    They change at the end, and not at all if anything fails. Frozen layers
+    (`frozen_statistics`, `trainable=False`) are recalibrated too: this is not
+    training.
+
+    Args:
+        model: A built model with batch normalization, Keras's or ours.
+        dataset: Inputs of the model: an array (or a structure of them, where
+            the model has several inputs), a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, or another iterable of batches. Batches
+            are as for `fit`: `x`, `(x, y)` or `(x, y, sample_weight)`; only
+            `x` is used.
+        steps: Number of batches, or `None` (default) for all.
+        layer_by_layer: Whether to make a pass for each layer. The dataset must
+            be one that can be read again.
+        prior_examples: Weight of the present statistics, in examples: N in
+            N / (N + n) of the old and n / (N + n) of the new, for n examples
+            seen (Schneider et al. 2020, section 3.1). 0 (default) drops them.
+            For adaptation to a domain from a few examples, 16 to 256.
+        batch_size: Examples a batch where `dataset` is arrays.
+        verbose: Whether to show a progress bar.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range; if the model has no batch
+            normalization, or is not built, or has Keras layers with
+            `renorm=True` (`convert` them); if the dataset is empty, holds
+            fewer than `steps` batches, never ends without `steps`, or makes
+            statistics that are not finite.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), BatchNormalization()])
+    >>> x = np.random.normal(5.0, 2.0, (100, 2)).astype("float32")
+    >>> recalibrate(model, x, verbose=False)
+    >>> bool(np.allclose(model.layers[0].moving_mean, x.mean(axis=0)))
+    True
+
+    References:
+        Wu and Johnson 2021, arXiv:2105.07576, section 3. Schneider et al.
+        2020, arXiv:2006.16971, section 3.1.
+    """
+    StatisticsPass(model).run(
+        dataset,
+        steps,
+        layer_by_layer=layer_by_layer,
+        prior_examples=prior_examples,
+        batch_size=batch_size,
+        verbose=verbose,
+    )
+
+
+class StatisticsPass:
+    """Passes over data that gather the moments of a model's layers.
+
+    Kept by a callback, so that the graph is traced once.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.model = model
+        self.layers = statistics_layers(model)
+        renormalized = [
+            layer for layer in self.layers if getattr(layer, "renorm", False)
+        ]
+        if renormalized:
+            raise ValueError(
+                "`model` must have no Keras layer with `renorm=True`, whose "
+                "moving statistics follow from others; `keras_renorm.convert` "
+                f"it. Received: layers {describe(renormalized)}."
+            )
+        # Which layers were called, in order; known once a batch was seen.
+        self._called: list[Any] = []
+        self._moments: list[functional.Moments] = []
+        # A graph for each way to normalize, made on the first batch.
+        self._gather = {
+            by_batch: kernels.compiled(lambda x: self._gather_moments(x))
+            for by_batch in (True, False)
+        }
+
+    def run(
+        self,
+        dataset: Any,
+        steps: int | None,
+        *,
+        layer_by_layer: bool = False,
+        prior_examples: float = 0.0,
+        batch_size: int = 32,
+        verbose: int | bool = True,
+    ) -> None:
+        """As `recalibrate`."""
+        if steps is not None:
+            steps = arguments.check_integer("steps", steps, minimum=1)
+        batch_size = arguments.check_integer("batch_size", batch_size, 1)
+        prior = arguments.check_number("prior_examples", prior_examples)
+        if not 0 <= prior < math.inf:
+            raise ValueError(
+                "`prior_examples` must be finite and not negative. Received: "
+                f"prior_examples={prior_examples}."
+            )
+        inputs = len(getattr(self.model, "inputs", None) or [None])
+        data = _Data(dataset, steps, batch_size, inputs)
+        before = {
+            id(layer): tuple(
+                kernels.to_numpy(weight)
+                for weight in (layer.moving_mean, layer.moving_variance)
+            )
+            for layer in self.layers
+        }
+
+        def assign(layer: Any, mean: np.ndarray, variance: np.ndarray) -> None:
+            layer.moving_mean.assign(mean)
+            layer.moving_variance.assign(variance)
+
+        def mixed(layer: Any, total: "_Total") -> tuple[np.ndarray, ...]:
+            keep = prior / (prior + total.examples) if prior else 0.0
+            return tuple(
+                keep * old + (1 - keep) * new
+                for old, new in zip(
+                    before[id(layer)],
+                    (total.mean, total.variance),
+                    strict=True,
+                )
+            )
+
+        if not layer_by_layer:
+            totals = self._totals(data, True, verbose)
+            for layer in self.layers:
+                assign(layer, *mixed(layer, totals[id(layer)]))
+            return
+        data.check_repeatable()
+        try:
+            done: set[int] = set()
+            while len(done) < len(self.layers):
+                totals = self._totals(data, False, verbose, done)
+                layer = next(
+                    each for each in self._called if id(each) not in done
+                )
+                assign(layer, *mixed(layer, totals[id(layer)]))
+                done.add(id(layer))
+        except BaseException:
+            for layer in self.layers:
+                assign(layer, *before[id(layer)])
+            raise
+
+    def _totals(
+        self,
+        data: "_Data",
+        by_batch: bool,
+        verbose: int | bool,
+        done: Sequence[int] | set[int] = (),
+    ) -> dict[int, "_Total"]:
+        """The pooled moments of each layer; checked to be good."""
+        totals = {id(layer): _Total() for layer in self.layers}
+        bar = keras.utils.Progbar(
+            data.steps,
+            verbose=int(bool(verbose)),
+            unit_name="batch"
+            if by_batch
+            else f"batch, layer {len(done) + 1} of {len(self.layers)}",
+        )
+        seen = 0
+        with self._hooks(by_batch):
+            for x in data.batches():
+                examples = int(tree.flatten(x)[0].shape[0])
+                for layer, moments in self._moments_of(x, by_batch):
+                    totals[id(layer)].add(*moments)
+                for total in totals.values():
+                    total.examples += examples
+                seen += 1
+                bar.update(seen, finalize=False)
+        bar.update(seen, finalize=True)
+        data.check_complete(seen)
+        unseen = [each for each in self.layers if not totals[id(each)].count]
+        if unseen:
+            raise ValueError(
+                "`dataset` must reach every batch normalization layer with at "
+                f"least one unmasked element. Received: {seen} batches that "
+                f"gave none to {describe(unseen)}."
+            )
+        bad = [each for each in self.layers if not totals[id(each)].is_finite]
+        if bad:
+            raise ValueError(
+                "`dataset` must make finite activations. Received: one that "
+                f"makes the statistics of {describe(bad)} NaN or infinite."
+            )
+        return totals
+
+    def _moments_of(self, x: Any, by_batch: bool) -> list[tuple[Any, Any]]:
+        """Runs a batch; each call of a layer, with the moments of its input."""
+        gathered = [
+            [
+                np.asarray(ops.convert_to_numpy(value), dtype="float64")
+                for value in moments
+            ]
+            for moments in self._gather[by_batch](x)
+        ]
+        return list(zip(self._called, gathered, strict=True))
+
+    def _gather_moments(self, x: Any) -> list[functional.Moments]:
+        self._called, self._moments = [], []
+        self.model(x, training=False)
+        return list(self._moments)
+
+    @contextmanager
+    def _hooks(self, by_batch: bool) -> Iterator[None]:
+        """Lets the layers tell the moments of their inputs."""
+        for layer in self.layers:
+            layer.call = self._hook(layer, layer.call, by_batch)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.call  # what the class has is there again
+
+    def _hook(
+        self, layer: Any, call: Callable[..., Any], by_batch: bool
+    ) -> Callable[..., Any]:
+        def hooked(
+            inputs: Tensor, training: bool | None = None, mask: Any = None
+        ) -> Tensor:
+            axis = layer.axis % len(inputs.shape)
+            aligned = mask
+            if mask is not None:
+                aligned = functional.align_mask(mask, inputs, axis)
+            values = ops.cast(inputs, kernels.statistics_dtype(inputs.dtype))
+            centered, moments = functional.centered_moments(
+                values, (axis,), aligned
+            )
+            self._called.append(layer)
+            self._moments.append(moments)
+            if not by_batch:
+                return call(inputs, training=False, mask=mask)
+            scale = ops.rsqrt(moments.variance + layer.epsilon)
+            if layer.gamma is not None:
+                scale = scale * ops.cast(layer.gamma, scale.dtype)
+            offset = layer.beta
+            if offset is not None:
+                offset = ops.cast(offset, scale.dtype)
+            outputs = functional.scale_and_offset(
+                centered, (axis,), scale, offset, aligned
+            )
+            return ops.cast(outputs, layer.compute_dtype)
+
+        return hooked
+
+
+class _Total:
+    """Moments of all batches so far, in float64: Chan et al. 1983."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+        self.count = 0.0
+        self.mean: Any = 0.0
+        self.variance: Any = 0.0
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(
+            np.all(np.isfinite(self.mean))
+            and np.all(np.isfinite(self.variance))
+        )
+
+    def add(
+        self,
+        count: np.ndarray,
+        shift: np.ndarray,
+        residual: np.ndarray,
+        variance: np.ndarray,
+    ) -> None:
+        added = float(np.max(count))
+        if not added:
+            return
+        self.count += added
+        share = added / self.count
+        with np.errstate(all="ignore"):  # what is not finite is told later
+            distance = (shift + residual) - self.mean
+            self.variance = (
+                (1 - share) * self.variance
+                + share * variance
+                + share * (1 - share) * distance**2
+            )
+            self.mean = self.mean + share * distance
+
+
+class _Data:
+    """Batches of inputs, from whatever holds them."""
+
+    def __init__(
+        self, dataset: Any, steps: int | None, batch_size: int, inputs: int
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        # A list is the inputs of a model with several, or else of batches.
+        self.is_list_of_inputs = (
+            isinstance(dataset, list) and inputs > 1 and len(dataset) == inputs
+        )
+        self.asked = steps
+        self.known = self._known_steps()
+        if self.known == 0:
+            raise ValueError(
+                "`dataset` must hold at least one batch. Received: "
+                f"dataset={_described(dataset)}, which is empty."
+            )
+        if self.known == math.inf and steps is None:
+            raise ValueError(
+                "`steps` must be given for a dataset that never ends. "
+                "Received: steps=None."
+            )
+        if steps is not None and self.known is not None and steps > self.known:
+            raise self._too_few(self.known)
+
+    @property
+    def steps(self) -> int | None:
+        """Number of batches to come, where it is known."""
+        if self.asked is not None:
+            return self.asked
+        return None if self.known is None else int(self.known)
+
+    def batches(self) -> Iterator[Any]:
+        """The inputs `x` of each batch."""
+        batches = self._all_batches()
+        for at, batch in enumerate(batches):
+            if self.asked is not None and at == self.asked:
+                return
+            yield keras.utils.unpack_x_y_sample_weight(batch)[0]
+
+    def check_complete(self, seen: int) -> None:
+        """Raises if the data ran out, or there was none."""
+        if seen == 0:
+            raise ValueError(
+                "`dataset` must hold at least one batch. Received: "
+                f"dataset={_described(self.dataset)}, which is empty."
+            )
+        if self.asked is not None and seen < self.asked:
+            raise self._too_few(seen)
+
+    def check_repeatable(self) -> None:
+        """Raises if the data can be read only once."""
+        if isinstance(self.dataset, Iterator):
+            raise ValueError(
+                "`dataset` must be one that can be read again where "
+                "layer_by_layer=True. Received: dataset="
+                f"{_described(self.dataset)}."
+            )
+
+    def _too_few(self, found: float) -> ValueError:
+        return ValueError(
+            "`steps` must not be above the number of batches in `dataset`. "
+            f"Received: steps={self.asked}, for {found} batches."
+        )
+
+    def _known_steps(self) -> float | None:
+        if isinstance(self.dataset, keras.utils.PyDataset):
+            count = self.dataset.num_batches
+            return math.inf if count is None else count
+        if hasattr(self.dataset, "cardinality"):  # tf.data
+            count = int(self.dataset.cardinality())
+            return {-1: math.inf, -2: None}.get(count, count)
+        if self._is_arrays:
+            return math.ceil(self._examples / self.batch_size)
+        if not hasattr(self.dataset, "__iter__"):
+            raise TypeError(
+                "`dataset` must be arrays, a tf.data.Dataset, a PyDataset or "
+                "an iterable of batches. Received: dataset="
+                f"{_described(self.dataset)}."
+            )
+        return None
+
+    @property
+    def _is_arrays(self) -> bool:
+        if isinstance(self.dataset, Iterator):
+            return False
+        if isinstance(self.dataset, list) and not self.is_list_of_inputs:
+            return False
+        leaves = tree.flatten(self.dataset)
+        return bool(leaves) and all(
+            isinstance(leaf, np.ndarray) or ops.is_tensor(leaf)
+            for leaf in leaves
+        )
+
+    @property
+    def _examples(self) -> int:
+        sizes = {len(leaf) for leaf in tree.flatten(self.dataset)}
+        if len(sizes) > 1:
+            raise ValueError(
+                "`dataset` must hold arrays of the same length. Received: "
+                f"lengths {sorted(sizes)}."
+            )
+        return sizes.pop()
+
+    def _all_batches(self) -> Iterator[Any]:
+        if self._is_arrays:
+            for begin in range(0, self._examples, self.batch_size):
+                part = slice(begin, begin + self.batch_size)
+                batch = tree.map_structure(
+                    lambda leaf, part=part: leaf[part], self.dataset
+                )
+                yield (batch,) if self.is_list_of_inputs else batch
+        elif isinstance(self.dataset, keras.utils.PyDataset):
+            for index in range(self.steps or 0):
+                yield self.dataset[index]
+        else:
+            yield from self.dataset
+
+
+def _described(dataset: Any) -> str:
+    return f"<{type(dataset).__name__}>"

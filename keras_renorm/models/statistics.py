@@ -1,0 +1,139 @@
+"""The moving statistics of a whole model, as arrays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm import kernels
+from keras_renorm.models.rebuild import describe
+from keras_renorm.models.traversal import find_layers
+
+Statistics = dict[str, np.ndarray]
+_NAMES = ("moving_mean", "moving_variance")
+
+
+def get_statistics(model: keras.Model) -> Statistics:
+    """Copies of the moving means and variances of a model.
+
+    A bank of statistics, one a domain, is what a network needs to serve
+    several (Li et al. 2016, arXiv:1603.04779, "AdaBN"). To keep one on disk:
+
+        np.savez("night.npz", **get_statistics(model))
+        set_statistics(model, np.load("night.npz"))
+
+    Args:
+        model: A built model with batch normalization, Keras's or ours, at any
+            depth.
+
+    Returns:
+        Arrays of shape `(channels,)` by name: `"<layer>/moving_mean"` and
+        `"<layer>/moving_variance"`. Where several layers have one name (in
+        nested models), they are numbered in order: `"<layer>_1"`...
+
+    Raises:
+        ValueError: If the model has no batch normalization, or is not built.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((2,)), BatchNormalization(name="bn")
+    ... ])
+    >>> sorted(get_statistics(model))
+    ['bn/moving_mean', 'bn/moving_variance']
+    """
+    return {
+        key: kernels.to_numpy(variable)
+        for key, variable in _variables(model).items()
+    }
+
+
+def set_statistics(
+    model: keras.Model, statistics: Mapping[str, np.ndarray]
+) -> None:
+    """Puts moving means and variances into a model, in place.
+
+    Nothing else changes, and nothing at all if something does not fit.
+
+    Args:
+        model: A built model with batch normalization, at any depth.
+        statistics: What `get_statistics` returns, or a file of `np.savez`
+            with it.
+
+    Raises:
+        ValueError: If the model has no batch normalization, or is not built;
+            if names or shapes are not the model's; if a value is not finite,
+            or a variance negative.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((2,)), BatchNormalization(name="bn")
+    ... ])
+    >>> bank = get_statistics(model)
+    >>> bank["bn/moving_mean"] += 3
+    >>> set_statistics(model, bank)
+    >>> model.layers[0].moving_mean.numpy().tolist()
+    [3.0, 3.0]
+    """
+    variables = _variables(model)
+    missing = sorted(variables.keys() - set(statistics))
+    unknown = sorted(set(statistics) - variables.keys())
+    if missing or unknown:
+        raise ValueError(
+            "`statistics` must be those of the same architecture. Received: "
+            f"{len(set(statistics))} arrays for the {len(variables)} of "
+            f"{model.name}; missing {missing[:4]}, unknown {unknown[:4]}."
+        )
+    values = {key: np.array(statistics[key]) for key in variables}
+    for key, value in values.items():
+        if value.shape != tuple(variables[key].shape):
+            raise ValueError(
+                "`statistics` must have the shapes of the model's. Received: "
+                f"{key} of shape {value.shape}, for {variables[key].shape}."
+            )
+        is_variance = key.endswith(_NAMES[1])
+        if not np.all(np.isfinite(value)) or (is_variance and value.min() < 0):
+            raise ValueError(
+                "`statistics` must be finite, and variances not negative. "
+                f"Received: {key}={value}."
+            )
+    for key, variable in variables.items():
+        variable.assign(values[key])
+
+
+def _variables(model: keras.Model) -> dict[str, Any]:
+    layers = statistics_layers(model)
+    variables = {}
+    seen: dict[str, int] = {}
+    for layer in layers:
+        count = seen.get(layer.name, 0)
+        seen[layer.name] = count + 1
+        name = layer.name if count == 0 else f"{layer.name}_{count}"
+        for kind in _NAMES:
+            variables[f"{name}/{kind}"] = getattr(layer, kind)
+    if len(variables) < len(_NAMES) * len(layers):
+        raise ValueError(
+            "`model` must have batch normalization of names that differ. "
+            f"Received: {describe(layers)}."
+        )
+    return variables
+
+
+def statistics_layers(model: keras.Model) -> list[Any]:
+    """The batch normalization of a model, all of it built."""
+    layers = find_layers(model, keras.layers.BatchNormalization)
+    if not layers:
+        raise ValueError(
+            "`model` must have a batch normalization layer. Received: "
+            f"model={model.name}, which has none."
+        )
+    unbuilt = [layer for layer in layers if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            "`model` must be built: call it on data, or give it an `Input`. "
+            f"Received: model={model.name}, with the layers "
+            f"{describe(unbuilt)} not built."
+        )
+    return layers

@@ -1,0 +1,322 @@
+"""Our layers in the place of Keras's, in whole models, and back."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    convert,
+    revert,
+)
+from keras_renorm.schedules import LinearRamp
+from tests import helpers, networks
+
+KERAS = layers.BatchNormalization
+OURS = [BatchNormalization, BatchRenormalization]
+HAS_RENORM = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 14)
+
+
+def assert_same(model, other, x, tolerance=1e-6):
+    for one, two in zip(
+        networks.outputs_of(model, x),
+        networks.outputs_of(other, x),
+        strict=True,
+    ):
+        if tolerance:
+            helpers.assert_close(two, one, tolerance)
+        else:
+            assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("to", OURS)
+@pytest.mark.parametrize("network", networks.ALL)
+def test_inference_is_the_same_and_reverted_to_the_bit(network, to, rng):
+    model = networks.randomize(network(KERAS), rng)
+    x = networks.data_of(model, rng)
+    before = [helpers.to_numpy(weight) for weight in model.weights]
+    converted = convert(model, to=to)
+    olds, news = map(networks.normalizations, (model, converted))
+    assert {type(layer) for layer in news} == {to}
+    # Names, order and sharing; axis, epsilon, center, momentum...
+    assert [old.name for old in olds] == [new.name for new in news]
+    for old, new in zip(olds, news, strict=True):
+        expected = old.get_config()
+        for name, value in new.get_config().items():
+            if name in expected:
+                assert value == expected[name], name
+    assert_same(model, converted, x)
+    reverted = revert(converted)
+    assert {type(layer) for layer in networks.normalizations(reverted)} == {
+        KERAS
+    }
+    assert_same(model, reverted, x, tolerance=0)
+    for one, other in zip(model.weights, reverted.weights, strict=True):
+        assert one.shape == other.shape
+        assert np.array_equal(helpers.to_numpy(one), helpers.to_numpy(other))
+    # The model is as it was.
+    assert all(type(layer) is KERAS for layer in networks.normalizations(model))
+    for old, weight in zip(before, model.weights, strict=True):
+        assert np.array_equal(old, helpers.to_numpy(weight))
+
+
+@pytest.mark.parametrize("network", networks.ALL)
+def test_what_trains_is_the_same(network, rng):
+    model = network(KERAS)
+    converted = convert(model)
+    assert len(model.trainable_weights) == len(converted.trainable_weights)
+    flags = [
+        [
+            (layer.name, layer.trainable)
+            for layer in each._flatten_layers()
+            if not isinstance(layer, layers.InputLayer)
+        ]
+        for each in (model, converted)
+    ]
+    assert flags[0] == flags[1]
+    assert converted.name == model.name
+
+
+def test_a_converted_network_trains(rng):
+    model = networks.randomize(networks.nested(KERAS), rng)
+    converted = convert(model, momentum=0.5, r_max=2.0, d_max=1.0)
+    converted.compile("sgd", "mse")
+    x = networks.data_of(model, rng, 8)
+    converted.fit(x, np.zeros((8, 3)), batch_size=4, verbose=0)
+    # The inner model is called twice a step.
+    assert [
+        layer.current_step() for layer in networks.normalizations(converted)
+    ] in (
+        [2, 4],
+        [4, 2],
+    )
+
+
+def test_arguments_take_the_place_of_the_layers_own():
+    model = networks.sequential(KERAS)
+    ramp = LinearRamp(1.0, 4.0, 10, 20)
+    for layer in networks.normalizations(
+        convert(model, momentum=0.5, r_max=ramp, frozen_statistics=True)
+    ):
+        assert layer.momentum == 0.5
+        assert layer.r_max == ramp
+        assert layer.frozen_statistics
+    first, last = networks.normalizations(convert(model))
+    assert (first.momentum, last.momentum) == (0.99, 0.8)
+    assert (first.center, last.center) == (True, False)
+
+
+def test_between_our_layers_everything_is_kept(rng):
+    model = networks.randomize(
+        networks.sequential(
+            lambda **arguments: BatchRenormalization(
+                r_max=2.0, virtual_batch_size=3, **arguments
+            )
+        ),
+        rng,
+    )
+    x = networks.data_of(model, rng)
+    model(x, training=True)
+    same = networks.normalizations(convert(model))
+    assert [layer.current_step() for layer in same] == [1, 1]
+    assert all(layer.r_max == 2.0 for layer in same)
+    assert all(layer.virtual_batch_size == 3 for layer in same)
+    plain = convert(model, to=BatchNormalization)
+    assert all(
+        layer.virtual_batch_size == 3
+        for layer in networks.normalizations(plain)
+    )
+    assert_same(model, plain, x)
+
+
+def test_checkpoints_of_one_network_become_those_of_the_other(rng, tmp_path):
+    model = networks.randomize(networks.sequential(KERAS), rng)
+    model.save_weights(tmp_path / "bn.weights.h5")
+    x = networks.data_of(model, rng)
+    fresh = networks.sequential(KERAS)
+    fresh.load_weights(tmp_path / "bn.weights.h5")
+    convert(fresh).save_weights(tmp_path / "renorm.weights.h5")
+    renormalized = networks.sequential(BatchRenormalization)
+    renormalized.load_weights(tmp_path / "renorm.weights.h5")
+    assert_same(model, renormalized, x)
+    revert(renormalized).save_weights(tmp_path / "back.weights.h5")
+    fresh = networks.sequential(KERAS)
+    fresh.load_weights(tmp_path / "back.weights.h5")
+    assert_same(model, fresh, x, tolerance=0)
+
+
+@pytest.mark.skipif(not HAS_RENORM, reason="Keras has no renorm before 3.14")
+def test_keras_layers_with_renorm(rng):
+    model = networks.sequential(
+        lambda **arguments: KERAS(
+            renorm=True,
+            renorm_clipping={"rmax": 2.0, "rmin": 0.25, "dmax": 3.0},
+            **arguments,
+        )
+    )
+    x = networks.data_of(model, rng)
+    model(x, training=True)
+    networks.randomize(model, rng)
+    converted = convert(model)
+    for layer in networks.normalizations(converted):
+        assert layer.current_limits() == (2.0, 3.0)
+    assert_same(model, converted, x)
+    reverted = revert(converted)
+    assert not networks.normalizations(reverted)[0].renorm
+    assert_same(model, reverted, x)
+    unclipped = networks.sequential(lambda **a: KERAS(renorm=True, **a))
+    layer = networks.normalizations(convert(unclipped))[0]
+    assert layer.current_limits() == (np.inf, np.inf)
+
+
+def test_a_reverted_model_loads_without_keras_renorm(rng, tmp_path):
+    model = networks.randomize(networks.wrapped(BatchRenormalization), rng)
+    x = networks.data_of(model, rng)
+    revert(model).save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import sys, keras, numpy as np\n"
+        "model = keras.saving.load_model(sys.argv[1] + '/model.keras')\n"
+        "x = np.load(sys.argv[1] + '/x.npy')\n"
+        "np.save(sys.argv[1] + '/y.npy', model.predict(x, verbose=0))\n"
+        "assert 'keras_renorm' not in sys.modules\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        check=True,
+        env={**os.environ},
+    )
+    helpers.assert_close(
+        np.load(tmp_path / "y.npy"), model.predict(x, verbose=0), 1e-6
+    )
+
+
+def test_mixed_precision():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            KERAS(dtype="mixed_float16"),
+            layers.Dense(2, dtype="mixed_float16"),
+        ]
+    )
+    layer = convert(model).layers[0]
+    assert layer.compute_dtype == "float16"
+    assert layer.moving_mean.dtype == "float32"
+
+
+def test_a_compiled_model_becomes_one_with_a_new_optimizer(rng):
+    model = networks.partly_frozen(KERAS)
+    model.compile(keras.optimizers.Adam(0.25), "mae")
+    x = networks.data_of(model, rng)
+    model.fit(x, np.zeros((4, 3)), verbose=0)
+    converted = convert(model)
+    assert converted.loss == "mae"
+    assert float(converted.optimizer.learning_rate) == 0.25
+    assert int(converted.optimizer.iterations) == 0
+    converted.fit(x, np.zeros((4, 3)), verbose=0)
+    assert not convert(networks.nested(KERAS)).compiled
+
+
+NAMES = {
+    "ResNet50": 64,
+    "ResNet50V2": 64,
+    "MobileNetV2": 64,
+    "MobileNetV3Small": 64,
+    "EfficientNetB0": 64,
+    "EfficientNetV2B0": 64,
+    "DenseNet121": 64,
+    "InceptionV3": 96,
+    "Xception": 96,
+}
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("name", NAMES)
+def test_keras_applications(name, rng):
+    size = NAMES[name]
+    model = getattr(keras.applications, name)(
+        weights=None, include_top=False, input_shape=(size, size, 3)
+    )
+    for layer in networks.normalizations(model):
+        # Near what normalization would find, lest activations overflow.
+        channels = layer.moving_mean.shape[0]
+        layer.moving_mean.assign(rng.normal(0.0, 0.1, channels))
+        layer.moving_variance.assign(rng.uniform(0.5, 2.0, channels))
+        layer.beta.assign(rng.normal(0.0, 0.1, channels))
+    x = rng.uniform(0, 255, (2, size, size, 3)).astype("float32")
+    converted = convert(model)
+    assert len(networks.normalizations(converted)) == len(
+        networks.normalizations(model)
+    )
+    # `clone_model` calls an unnamed input by the name of its tensor.
+    assert [layer.name for layer in converted.layers[1:]] == [
+        layer.name for layer in model.layers[1:]
+    ]
+    expected = model.predict(x, verbose=0)
+    assert np.all(np.isfinite(expected))
+    assert expected.std() > 0
+    helpers.assert_close(converted.predict(x, verbose=0), expected, 2e-6)
+    reverted = revert(converted)
+    assert np.array_equal(reverted.predict(x, verbose=0), expected)
+
+
+def raises(kind, match):
+    return pytest.raises(kind, match=match)
+
+
+def test_errors():
+    model = networks.sequential(KERAS)
+    with raises(TypeError, "`to` must be keras_renorm.BatchNormalization or"):
+        convert(model, to=KERAS)
+    with raises(ValueError, r"`momentum` must be in \[0, 1\]. Received: mom"):
+        convert(model, momentum=2.0)
+    with raises((TypeError, ValueError), "r_maximum"):
+        convert(model, r_maximum=2.0)
+    plain = keras.Sequential([keras.Input((4,)), layers.Dense(2)], name="mlp")
+    for function in (convert, revert):
+        with raises(
+            ValueError,
+            "^`model` must have a batch normalization layer. Received: "
+            "model=mlp, which has none.$",
+        ):
+            function(plain)
+
+
+def test_what_is_out_of_reach_is_named():
+    sealed = keras.Sequential(
+        [keras.Input((4,)), networks.Sealed(), layers.Dense(2)]
+    )
+    with raises(ValueError, "inside custom layers: sealed_bn.$"):
+        convert(sealed)
+
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__(name="subclassed")
+            self.bn = KERAS(name="own_bn")
+
+        def call(self, x, training=None):
+            return self.bn(x, training=training)
+
+    with raises(
+        ValueError,
+        "^`model` must be a sequential or a functional model: layers of "
+        "another cannot be replaced. Received: model=subclassed, of class "
+        "Subclassed, with the layers own_bn.$",
+    ):
+        convert(Subclassed())
+    inputs = keras.Input((4,))
+    with raises(ValueError, "inside custom layers: own_bn.$"):
+        convert(keras.Model(inputs, Subclassed()(inputs)))
+
+    class Special(KERAS):
+        pass
+
+    special = keras.Sequential([keras.Input((4,)), Special(name="mine")])
+    with raises(ValueError, "Received: mine of class Special.$"):
+        convert(special)

@@ -1,0 +1,190 @@
+"""Normalization that becomes part of the layer before it."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_renorm import BatchNormalization, BatchRenormalization, fold
+from tests import helpers, networks
+
+LAYERS = {
+    "Dense": ((5,), lambda **a: layers.Dense(4, **a)),
+    "Dense of sequences": ((6, 5), lambda **a: layers.Dense(4, **a)),
+    "Conv1D": ((8, 3), lambda **a: layers.Conv1D(4, 3, **a)),
+    "Conv2D": ((8, 8, 4), lambda **a: layers.Conv2D(6, 3, groups=2, **a)),
+    "Conv3D": ((5, 5, 5, 2), lambda **a: layers.Conv3D(4, 2, **a)),
+    "Conv1DTranspose": (
+        (8, 3),
+        lambda **a: layers.Conv1DTranspose(4, 3, strides=2, **a),
+    ),
+    "Conv2DTranspose": (
+        (6, 6, 3),
+        lambda **a: layers.Conv2DTranspose(4, 3, strides=2, **a),
+    ),
+    "Conv3DTranspose": (
+        (4, 4, 4, 3),
+        lambda **a: layers.Conv3DTranspose(2, 2, **a),
+    ),
+    "DepthwiseConv1D": (
+        (8, 3),
+        lambda **a: layers.DepthwiseConv1D(3, depth_multiplier=2, **a),
+    ),
+    "DepthwiseConv2D": (
+        (8, 8, 3),
+        lambda **a: layers.DepthwiseConv2D(3, depth_multiplier=2, **a),
+    ),
+    "SeparableConv1D": (
+        (8, 3),
+        lambda **a: layers.SeparableConv1D(4, 3, depth_multiplier=2, **a),
+    ),
+    "SeparableConv2D": (
+        (8, 8, 3),
+        lambda **a: layers.SeparableConv2D(4, 3, depth_multiplier=2, **a),
+    ),
+}
+
+
+def randomize(model, rng):
+    for weight in model.weights:
+        if "bias" in weight.path:
+            weight.assign(rng.normal(size=weight.shape))
+    return networks.randomize(model, rng)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize(
+    "kind", [layers.BatchNormalization, BatchRenormalization]
+)
+@pytest.mark.parametrize("is_functional", [False, True])
+def test_outputs_are_the_same(name, use_bias, kind, is_functional, rng):
+    sizes, layer = LAYERS[name]
+    stack = [
+        layer(use_bias=use_bias, name="before"),
+        kind(epsilon=0.1, name="bn", scale=use_bias),
+        layers.LeakyReLU(name="after"),
+    ]
+    if is_functional:
+        inputs = x = keras.Input(sizes)
+        for each in stack:
+            x = each(x)
+        model = keras.Model(inputs, x)
+    else:
+        model = keras.Sequential([keras.Input(sizes), *stack])
+    randomize(model, rng)
+    x = networks.data_of(model, rng)
+    expected = model.predict(x, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded = fold(model)
+    assert not networks.normalizations(folded)
+    assert [each.name for each in folded.layers][-2:] == ["before", "after"]
+    assert expected.std() > 0.01
+    helpers.assert_close(folded.predict(x, verbose=0), expected, 1e-5)
+    # The model is as it was.
+    assert np.array_equal(model.predict(x, verbose=0), expected)
+
+
+def test_channels_first_and_other_axes(rng):
+    inputs = keras.Input((4, 6, 5))
+    x = layers.Dense(3, name="dense")(inputs)
+    x = BatchNormalization(axis=1, name="other_axis")(x)
+    model = randomize(keras.Model(inputs, x), rng)
+    with pytest.warns(
+        UserWarning,
+        match=r"^1 of 1 batch normalization layers are not folded: other_axis "
+        r"\(it normalizes axis 1\)\.$",
+    ):
+        folded = fold(model)
+    data = networks.data_of(model, rng)
+    helpers.assert_close(
+        folded.predict(data, verbose=0), model.predict(data, verbose=0), 1e-6
+    )
+
+
+def test_what_cannot_be_folded_is_named_and_kept(rng):
+    inputs = keras.Input((6, 6, 3))
+    first = BatchNormalization(name="first")(inputs)
+    x = layers.Conv2D(4, 3, activation="relu", name="active")(first)
+    x = BatchNormalization(name="after_relu")(x)
+    y = layers.Conv2D(4, 1, name="branch")(x)
+    y = BatchNormalization(name="of_branch")(y) + y
+    z = layers.Conv2D(4, 1, name="returned")(y)
+    y = BatchNormalization(name="of_returned")(z)
+    conv, bn = layers.Conv2D(4, 1, name="twice"), BatchNormalization(name="two")
+    y = bn(conv(y)) + bn(conv(x))
+    y = layers.MaxPooling2D(name="pool")(y)
+    y = BatchNormalization(name="after_pool")(y)
+    y = layers.Conv2D(4, 1, name="good")(y)
+    y = BatchNormalization(name="folds")(y)
+    model = randomize(keras.Model(inputs, [y, z]), rng)
+    with pytest.warns(UserWarning, match="not folded") as caught:
+        folded = fold(model)
+    message = str(caught[0].message)
+    assert message.startswith("6 of 7 batch normalization layers are not")
+    for part in (
+        "first (it follows",
+        "after_relu (active has an activation)",
+        "of_branch (branch has other readers)",
+        "of_returned (returned has other readers)",
+        "two (it is shared)",
+        "after_pool (it follows pool, a MaxPooling2D)",
+    ):
+        assert part in message, message
+    assert len(networks.normalizations(folded)) == 6
+    x = networks.data_of(model, rng)
+    for one, other in zip(
+        model.predict(x, verbose=0), folded.predict(x, verbose=0), strict=True
+    ):
+        helpers.assert_close(other, one, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*are not folded")
+@pytest.mark.parametrize("network", networks.ALL)
+def test_networks_of_all_kinds(network, rng):
+    model = randomize(network(BatchNormalization), rng)
+    x = networks.data_of(model, rng)
+    folded = fold(model)
+    for one, other in zip(
+        networks.outputs_of(model, x),
+        networks.outputs_of(folded, x),
+        strict=True,
+    ):
+        helpers.assert_close(other, one, 1e-5)
+
+
+def test_a_nested_sequential_model_folds(rng):
+    model = randomize(networks.sequential(BatchNormalization), rng)
+    inputs = keras.Input((6, 6, 2))
+    outer = keras.Model(inputs, model(inputs) * 2)
+    folded = fold(outer)
+    assert not networks.normalizations(folded)
+    x = networks.data_of(outer, rng)
+    helpers.assert_close(
+        folded.predict(x, verbose=0), outer.predict(x, verbose=0), 1e-5
+    )
+    with pytest.raises(ValueError, match="which has none"):
+        fold(folded)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore:.*are not folded")
+@pytest.mark.parametrize(
+    ("name", "left"), [("ResNet50", 0), ("MobileNetV2", 0), ("ResNet50V2", 17)]
+)
+def test_keras_applications(name, left, rng):
+    model = getattr(keras.applications, name)(
+        weights=None, include_top=False, input_shape=(64, 64, 3)
+    )
+    for layer in networks.normalizations(model):
+        channels = layer.moving_mean.shape[0]
+        layer.moving_mean.assign(rng.normal(0.0, 0.1, channels))
+        layer.moving_variance.assign(rng.uniform(0.5, 2.0, channels))
+    x = rng.uniform(0, 1, (2, 64, 64, 3)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    folded = fold(model)
+    assert len(networks.normalizations(folded)) == left
+    helpers.assert_close(folded.predict(x, verbose=0), expected, 1e-5)

@@ -1,0 +1,391 @@
+"""Population statistics over a dataset."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    get_statistics,
+    recalibrate,
+)
+from keras_renorm.callbacks import RecalibrateStatistics
+from tests import helpers, networks
+
+KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
+
+
+def first_layer(kind=BatchNormalization, sizes=(5, 3), **arguments):
+    return keras.Sequential(
+        [keras.Input(sizes), kind(name="bn", **arguments), layers.Dense(2)]
+    )
+
+
+class Sequence(keras.utils.PyDataset):
+    """Batches of several sizes, with labels."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, index):
+        return self.parts[index], np.zeros(len(self.parts[index]))
+
+
+def datasets(x, cuts):
+    """The same examples in every form."""
+    parts = np.split(x, cuts)
+    forms = {
+        "list": parts,
+        "generator": (part for part in parts),
+        "PyDataset": Sequence(parts),
+        "pairs": [(part, np.zeros(len(part))) for part in parts],
+        "array": x,
+    }
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x))))
+    forms["tf.data"] = dataset.batch(5)
+    return forms
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_split_into_batches_does_not_matter(kind, rng):
+    x = helpers.inputs_of(rng, (48, 5, 3))
+    x = x + np.linspace(0, 5, 48, dtype="float32").reshape(-1, 1, 1)
+    rows = x.reshape(-1, 3).astype("float64")
+    for size in (2, 4, 8, 16, 48, 7):
+        model = first_layer(kind)
+        recalibrate(model, x, batch_size=size, verbose=False)
+        mean, variance = helpers.statistics(model.layers[0])
+        helpers.assert_close(mean, rows.mean(axis=0), 1e-6)
+        helpers.assert_close(variance, rows.var(axis=0), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "form", ["list", "generator", "PyDataset", "pairs", "array", "tf.data"]
+)
+def test_every_kind_of_dataset(form, rng):
+    x = helpers.inputs_of(rng, (20, 5, 3))
+    dataset = datasets(x, [1, 4, 12])[form]
+    model = first_layer()
+    recalibrate(model, dataset, verbose=False)
+    rows = x.reshape(-1, 3)
+    mean, variance = helpers.statistics(model.layers[0])
+    helpers.assert_close(mean, rows.mean(axis=0), 1e-5)
+    helpers.assert_close(variance, rows.var(axis=0), 1e-5)
+
+
+def test_steps_and_large_means(rng):
+    x = (1e4 + rng.normal(size=(64, 5, 3))).astype("float32")
+    model = first_layer()
+    recalibrate(model, x, steps=3, batch_size=8, verbose=False)
+    rows = x[:24].reshape(-1, 3).astype("float64")
+    variance = helpers.statistics(model.layers[0])[1]
+    assert np.all(np.abs(variance / rows.var(axis=0) - 1) < 5e-5)
+
+
+def test_masks_count_right(rng):
+    x = helpers.inputs_of(rng, (12, 6, 3))
+    lengths = rng.integers(1, 7, 12)
+    for row, length in zip(x, lengths, strict=True):
+        row[length:] = 0
+    inputs = keras.Input((6, 3))
+    masked = layers.Masking()(inputs)
+    model = keras.Model(inputs, BatchNormalization()(masked))
+    recalibrate(model, x, batch_size=5, verbose=False)
+    rows = np.concatenate([r[:n] for r, n in zip(x, lengths, strict=True)])
+    mean, variance = helpers.statistics(model.layers[-1])
+    helpers.assert_close(mean, rows.mean(axis=0), 1e-5)
+    helpers.assert_close(variance, rows.var(axis=0), 1e-5)
+
+
+def activations(model, x):
+    """What goes into each normalization in inference, as rows."""
+    inner = [
+        keras.Model(model.inputs, layer.input)
+        for layer in networks.normalizations(model)
+    ]
+    return [
+        np.asarray(each.predict(x, verbose=0)).reshape(
+            -1, each.output.shape[-1]
+        )
+        for each in inner
+    ]
+
+
+def deep(kind=BatchNormalization):
+    inputs = keras.Input((4,))
+    x = inputs
+    for _ in range(3):
+        x = layers.Dense(6, activation="relu")(x)
+        x = kind()(x)
+    return keras.Model(inputs, layers.Dropout(0.5)(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_by_layer_is_what_inference_sees(kind, rng):
+    x = helpers.inputs_of(rng, (40, 4))
+    # Sorted data: batches that differ as much as they can.
+    x = x[np.argsort(x[:, 0])]
+    model = networks.randomize(deep(kind), rng)
+    recalibrate(model, x, batch_size=5, layer_by_layer=True, verbose=False)
+    for layer, rows in zip(
+        networks.normalizations(model), activations(model, x), strict=True
+    ):
+        mean, variance = helpers.statistics(layer)
+        helpers.assert_close(mean, rows.mean(axis=0), 1e-5)
+        helpers.assert_close(variance, rows.var(axis=0), 1e-5)
+    # One pass of the whole data as one batch is the same; of batches, not.
+    other = keras.models.clone_model(model)
+    other.set_weights(model.get_weights())
+    recalibrate(other, x, batch_size=40, verbose=False)
+    for key, value in get_statistics(other).items():
+        helpers.assert_close(value, get_statistics(model)[key], 1e-4)
+    recalibrate(other, x, batch_size=5, verbose=False)
+    one_pass, exact = (
+        helpers.statistics(networks.normalizations(each)[-1])[0]
+        for each in (other, model)
+    )
+    assert np.abs(one_pass - exact).max() > 0.02 * np.abs(exact).max()
+
+
+def test_only_moving_statistics_change(rng):
+    model = networks.sequential(
+        lambda **arguments: BatchRenormalization(r_max=2.0, **arguments)
+    )
+    networks.normalizations(model)[0].frozen_statistics = True
+    networks.normalizations(model)[1].trainable = False
+    model.compile("adam", "mse")
+    x = networks.data_of(model, rng, 8)
+    before = {each.path: helpers.to_numpy(each) for each in model.weights}
+    recalibrate(model, x, batch_size=4, verbose=False)
+    for weight in model.weights:
+        is_same = np.array_equal(before[weight.path], helpers.to_numpy(weight))
+        assert is_same != ("moving" in weight.path), weight.path
+    layer = networks.normalizations(model)[0]
+    assert layer.momentum == 0.99
+    assert layer.frozen_statistics
+    # The layer is itself again.
+    assert "call" not in vars(layer)
+
+
+@pytest.mark.parametrize("network", networks.ALL)
+def test_networks_of_all_kinds(network, rng):
+    model = networks.randomize(network(BatchNormalization), rng)
+    before = get_statistics(model)
+    x = networks.data_of(model, rng, 8)
+    recalibrate(model, x, batch_size=4, verbose=False)
+    for key, value in get_statistics(model).items():
+        assert np.all(np.isfinite(value))
+        assert np.any(value != before[key]), key
+
+
+def test_a_shared_layer_pools_its_calls(rng):
+    model = networks.shared(BatchNormalization)
+    x = networks.data_of(model, rng, 8)
+    recalibrate(model, x, batch_size=3, verbose=False)
+    rows = np.concatenate(x)
+    layer = networks.normalizations(model)[0]
+    helpers.assert_close(layer.moving_mean, rows.mean(axis=0), 1e-5)
+    helpers.assert_close(layer.moving_variance, rows.var(axis=0), 1e-5)
+
+
+def test_prior_examples_mix_old_and_new(rng):
+    x = helpers.inputs_of(rng, (24, 3))
+    model = networks.randomize(first_layer(sizes=(3,)), rng)
+    old = helpers.statistics(model.layers[0])
+    recalibrate(model, x, batch_size=5, prior_examples=72, verbose=False)
+    # 72 / (72 + 24)
+    for new, before, of_data in zip(
+        helpers.statistics(model.layers[0]),
+        old,
+        (x.mean(axis=0), x.var(axis=0)),
+        strict=True,
+    ):
+        helpers.assert_close(new, 0.75 * before + 0.25 * of_data, 1e-5)
+
+
+def failures(x):
+    nan = x.copy()
+    nan[7, 0, 0] = np.nan
+
+    def broken():
+        yield x[:4]
+        raise RuntimeError("disk")
+
+    def endless():
+        while True:
+            yield x[:4]
+
+    import tensorflow as tf
+
+    forever = tf.data.Dataset.from_tensors(x).repeat()
+    return [
+        (nan, None, ValueError, "finite activations. Received: one that makes"),
+        (x[:0], None, ValueError, "at least one batch. Received: dataset=<nd"),
+        ([], None, ValueError, "at least one batch. Received: dataset=<list>"),
+        (x, 9, ValueError, "Received: steps=9, for 5 batches"),
+        (iter([x]), 2, ValueError, "Received: steps=2, for 1 batches"),
+        (forever, None, ValueError, "`steps` must be given for a dataset"),
+        (broken(), None, RuntimeError, "disk"),
+        (x, 0, ValueError, "`steps` must be at least 1. Received: steps=0"),
+        (x, 1.5, TypeError, "`steps` must be an integer. Received: steps=1.5"),
+        (7, None, TypeError, "`dataset` must be arrays, a tf.data.Dataset"),
+    ]
+
+
+@pytest.mark.parametrize("at", range(10))
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_failures_leave_the_model_as_it_was(at, layer_by_layer, rng):
+    x = helpers.inputs_of(rng, (20, 5, 3))
+    dataset, steps, kind, message = failures(x)[at]
+    if layer_by_layer and hasattr(dataset, "__next__"):
+        kind, message = ValueError, "must be one that can be read again"
+    model = networks.randomize(first_layer(), rng)
+    before = get_statistics(model)
+    with pytest.raises(kind, match=message):
+        recalibrate(
+            model,
+            dataset,
+            steps,
+            batch_size=4,
+            layer_by_layer=layer_by_layer,
+            verbose=False,
+        )
+    for key, value in get_statistics(model).items():
+        assert np.array_equal(value, before[key])
+    assert "call" not in vars(model.layers[0])
+
+
+def test_a_failure_in_the_second_layer_restores_the_first(rng):
+    model = networks.randomize(deep(), rng)
+    model.layers[3].kernel.assign(np.full((6, 6), 1e38))
+    before = get_statistics(model)
+    x = helpers.inputs_of(rng, (20, 4))
+    with pytest.raises(ValueError, match="finite activations"):
+        recalibrate(model, x, layer_by_layer=True, verbose=False)
+    for key, value in get_statistics(model).items():
+        assert np.array_equal(value, before[key])
+
+
+def test_other_errors(rng):
+    plain = keras.Sequential([keras.Input((2,)), layers.Dense(1)], name="mlp")
+    x = np.zeros((4, 2), "float32")
+    with pytest.raises(ValueError, match="model=mlp, which has none"):
+        recalibrate(plain, x)
+    with pytest.raises(ValueError, match="Received: prior_examples=-1"):
+        recalibrate(first_layer(sizes=(2,)), x, prior_examples=-1)
+
+
+def test_progress_is_shown(rng, capsys):
+    recalibrate(first_layer(), helpers.inputs_of(rng, (20, 5, 3)), batch_size=5)
+    assert "4/4" in capsys.readouterr().out
+
+
+def trained(callbacks, validation):
+    """Data, and the history of a run with callbacks."""
+    keras.utils.set_random_seed(3)
+    x = helpers.inputs_of(np.random.default_rng(0), (32, 3))
+    y = x[:, :1]
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            BatchNormalization(name="bn"),
+            layers.Dense(8, activation="relu"),
+            BatchNormalization(name="deep"),
+            layers.Dense(1),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    history = model.fit(
+        x,
+        y,
+        batch_size=8,
+        epochs=2,
+        verbose=0,
+        shuffle=False,
+        validation_data=(x, y) if validation else None,
+        callbacks=callbacks(x),
+    )
+    return x, y, history.history
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_the_callback_runs_before_validation_and_checkpoints(
+    validation, rng, tmp_path
+):
+    path = tmp_path / "model.keras"
+
+    def callbacks(x):
+        return [
+            RecalibrateStatistics(x, batch_size=8),
+            keras.callbacks.ModelCheckpoint(path),
+        ]
+
+    x, y, history = trained(callbacks, validation)
+    saved = keras.saving.load_model(path)
+    mean, variance = helpers.statistics(saved.layers[0])
+    helpers.assert_close(mean, x.mean(axis=0), 1e-5)
+    helpers.assert_close(variance, x.var(axis=0), 1e-5)
+    again = keras.models.clone_model(saved)
+    again.set_weights(saved.get_weights())
+    recalibrate(again, x, batch_size=8, verbose=False)
+    for key, value in get_statistics(again).items():
+        helpers.assert_close(get_statistics(saved)[key], value, 1e-5)
+    if validation:
+        loss = saved.evaluate(x, y, verbose=0)
+        assert abs(loss / history["val_loss"][-1] - 1) < 1e-4
+
+
+@pytest.mark.tensorflow
+def test_the_callback_behind_averaged_weights(rng, tmp_path):
+    """What is saved has the averaged weights, and their statistics."""
+    path = tmp_path / "model.keras"
+
+    def callbacks(x):
+        return [
+            keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+            RecalibrateStatistics(x, batch_size=8),
+            keras.callbacks.ModelCheckpoint(path),
+        ]
+
+    keras.utils.set_random_seed(3)
+    x = helpers.inputs_of(rng, (32, 3))
+    model = deep_regression()
+    model.compile(
+        keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9), "mse"
+    )
+    model.fit(
+        x, x[:, :1], batch_size=8, epochs=2, verbose=0, callbacks=callbacks(x)
+    )
+    saved = keras.saving.load_model(path)
+    again = keras.models.clone_model(saved)
+    again.set_weights(saved.get_weights())
+    recalibrate(again, x, batch_size=8, verbose=False)
+    for key, value in get_statistics(again).items():
+        helpers.assert_close(get_statistics(saved)[key], value, 1e-5)
+
+
+def deep_regression():
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(8, activation="relu"),
+            BatchNormalization(),
+            layers.Dense(1),
+        ]
+    )
+
+
+def test_the_callback_without_normalization(rng):
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)], name="mlp")
+    model.compile("sgd", "mse")
+    x = np.zeros((4, 2), "float32")
+    with pytest.raises(ValueError, match="model=mlp, which has none"):
+        model.fit(x, x[:, :1], verbose=0, callbacks=[RecalibrateStatistics(x)])
