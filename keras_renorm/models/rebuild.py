@@ -1,5 +1,6 @@
 """A copy of a model with other layers in the place of some."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -17,9 +18,14 @@ def describe(layers: Sequence[Any]) -> str:
 
 def has_graph(layer: Any) -> bool:
     """Whether a layer is a sequential or a functional model."""
+    return isinstance(layer, keras.Sequential | _functional_class())
+
+
+@functools.cache
+def _functional_class() -> type:
+    # Keras does not export it.
     inputs = keras.Input((1,))
-    functional = type(keras.Model(inputs, inputs))
-    return isinstance(layer, keras.Sequential | functional)
+    return type(keras.Model(inputs, keras.layers.Identity()(inputs)))
 
 
 def rebuild(
