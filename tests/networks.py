@@ -119,7 +119,39 @@ def partly_frozen(bn):
     return model
 
 
-ALL = (sequential, residual, nested, shared, wrapped, custom, partly_frozen)
+@keras.saving.register_keras_serializable(package="tests")
+class Backbone(keras.Model):
+    """A functional model of a class of its own, as keras-hub makes them."""
+
+    def __init__(self, bn, width=3, **arguments):
+        inputs = keras.Input((6, 6, 2), name="image")
+        x = layers.Conv2D(width, 3, name="stem")(inputs)
+        x = layers.ReLU()(bn(name="stem_bn")(x))
+        super().__init__(inputs=inputs, outputs=x, **arguments)
+        self.width = width
+
+    def get_config(self):
+        return {"width": self.width, "name": self.name}
+
+
+def backbone(bn):
+    inputs = keras.Input((6, 6, 2))
+    x = layers.GlobalAveragePooling2D()(Backbone(bn, name="backbone")(inputs))
+    return keras.Model(inputs, layers.Dense(2)(x))
+
+
+HAS_RENORM = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 14)
+
+ALL = (
+    sequential,
+    residual,
+    nested,
+    shared,
+    wrapped,
+    custom,
+    partly_frozen,
+    backbone,
+)
 
 
 def normalizations(model):

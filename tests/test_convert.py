@@ -20,7 +20,6 @@ from tests import helpers, networks
 
 KERAS = layers.BatchNormalization
 OURS = [BatchNormalization, BatchRenormalization]
-HAS_RENORM = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 14)
 
 
 def assert_same(model, other, x, tolerance=1e-6):
@@ -151,7 +150,9 @@ def test_checkpoints_of_one_network_become_those_of_the_other(rng, tmp_path):
     assert_same(model, fresh, x, tolerance=0)
 
 
-@pytest.mark.skipif(not HAS_RENORM, reason="Keras has no renorm before 3.14")
+@pytest.mark.skipif(
+    not networks.HAS_RENORM, reason="Keras has no renorm before 3.14"
+)
 def test_keras_layers_with_renorm(rng):
     model = networks.sequential(
         lambda **arguments: KERAS(

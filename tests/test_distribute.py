@@ -56,7 +56,7 @@ def make(kind, shape, **arguments):
 def distribute(strategy, parts):
     parts = iter(parts)
     return strategy.experimental_distribute_values_from_function(
-        lambda context: None if parts is None else tf.constant(next(parts))
+        lambda context: tf.constant(next(parts))
     )
 
 

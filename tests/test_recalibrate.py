@@ -389,3 +389,19 @@ def test_the_callback_without_normalization(rng):
     x = np.zeros((4, 2), "float32")
     with pytest.raises(ValueError, match="model=mlp, which has none"):
         model.fit(x, x[:, :1], verbose=0, callbacks=[RecalibrateStatistics(x)])
+
+
+@pytest.mark.skipif(
+    not networks.HAS_RENORM, reason="Keras has no renorm before 3.14"
+)
+def test_keras_layers_with_renorm_are_to_be_converted():
+    model = keras.Sequential(
+        [keras.Input((2,)), layers.BatchNormalization(name="bn", renorm=True)]
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^`model` must have no Keras layer with `renorm=True`, whose "
+        r"moving statistics follow from others; `keras_renorm.convert` it. "
+        r"Received: layers bn.$",
+    ):
+        recalibrate(model, np.ones((4, 2), "float32"))

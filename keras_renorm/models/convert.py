@@ -43,8 +43,8 @@ def convert(
     The copy infers what the model infers. It has the model's weights, layer
     names, `trainable` flags and shared layers. If the model is compiled, the
     copy is compiled alike, with an optimizer that begins anew. `model` is not
-    changed. A functional model of a class of its own (as keras-hub's) becomes
-    a plain functional model.
+    changed. A functional model of a class of its own (keras-hub's backbones)
+    becomes a plain functional model.
 
     Batch normalization of Keras and of this package is found in sequential,
     functional and nested models, in wrappers such as `TimeDistributed`, and in

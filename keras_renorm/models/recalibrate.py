@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import arguments, functional, kernels
+from keras_renorm.models.batches import Batches
 from keras_renorm.models.rebuild import describe
 from keras_renorm.models.statistics import statistics_layers
 
@@ -59,7 +60,6 @@ def recalibrate(
         prior_examples: Weight of the present statistics, in examples: N in
             N / (N + n) of the old and n / (N + n) of the new, for n examples
             seen (Schneider et al. 2020, section 3.1). 0 (default) drops them.
-            For adaptation to a domain from a few examples, 16 to 256.
         batch_size: Examples a batch where `dataset` is arrays.
         verbose: Whether to show a progress bar.
 
@@ -141,7 +141,7 @@ class StatisticsPass:
                 f"prior_examples={prior_examples}."
             )
         inputs = len(getattr(self.model, "inputs", None) or [None])
-        data = _Data(dataset, steps, batch_size, inputs)
+        data = Batches(dataset, steps, batch_size, inputs)
         before = {
             id(layer): tuple(
                 kernels.to_numpy(weight)
@@ -187,7 +187,7 @@ class StatisticsPass:
 
     def _totals(
         self,
-        data: "_Data",
+        data: Batches,
         by_batch: bool,
         verbose: int | bool,
         done: Sequence[int] | set[int] = (),
@@ -203,7 +203,7 @@ class StatisticsPass:
         )
         seen = 0
         with self._hooks(by_batch):
-            for x in data.batches():
+            for x, _, _ in data:
                 examples = int(tree.flatten(x)[0].shape[0])
                 for layer, moments in self._moments_of(x, by_batch):
                     totals[id(layer)].add(*moments)
@@ -323,128 +323,3 @@ class _Total:
                 + share * (1 - share) * distance**2
             )
             self.mean = self.mean + share * distance
-
-
-class _Data:
-    """Batches of inputs, from whatever holds them."""
-
-    def __init__(
-        self, dataset: Any, steps: int | None, batch_size: int, inputs: int
-    ) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        # A list is the inputs of a model with several, or else of batches.
-        self.is_list_of_inputs = (
-            isinstance(dataset, list) and inputs > 1 and len(dataset) == inputs
-        )
-        self.asked = steps
-        self.known = self._known_steps()
-        if self.known == 0:
-            raise ValueError(
-                "`dataset` must hold at least one batch. Received: "
-                f"dataset={_described(dataset)}, which is empty."
-            )
-        if self.known == math.inf and steps is None:
-            raise ValueError(
-                "`steps` must be given for a dataset that never ends. "
-                "Received: steps=None."
-            )
-        if steps is not None and self.known is not None and steps > self.known:
-            raise self._too_few(self.known)
-
-    @property
-    def steps(self) -> int | None:
-        """Number of batches to come, where it is known."""
-        if self.asked is not None:
-            return self.asked
-        return None if self.known is None else int(self.known)
-
-    def batches(self) -> Iterator[Any]:
-        """The inputs `x` of each batch."""
-        batches = self._all_batches()
-        for at, batch in enumerate(batches):
-            if self.asked is not None and at == self.asked:
-                return
-            yield keras.utils.unpack_x_y_sample_weight(batch)[0]
-
-    def check_complete(self, seen: int) -> None:
-        """Raises if the data ran out, or there was none."""
-        if seen == 0:
-            raise ValueError(
-                "`dataset` must hold at least one batch. Received: "
-                f"dataset={_described(self.dataset)}, which is empty."
-            )
-        if self.asked is not None and seen < self.asked:
-            raise self._too_few(seen)
-
-    def check_repeatable(self) -> None:
-        """Raises if the data can be read only once."""
-        if isinstance(self.dataset, Iterator):
-            raise ValueError(
-                "`dataset` must be one that can be read again where "
-                "layer_by_layer=True. Received: dataset="
-                f"{_described(self.dataset)}."
-            )
-
-    def _too_few(self, found: float) -> ValueError:
-        return ValueError(
-            "`steps` must not be above the number of batches in `dataset`. "
-            f"Received: steps={self.asked}, for {found} batches."
-        )
-
-    def _known_steps(self) -> float | None:
-        if isinstance(self.dataset, keras.utils.PyDataset):
-            count = self.dataset.num_batches
-            return math.inf if count is None else count
-        if hasattr(self.dataset, "cardinality"):  # tf.data
-            count = int(self.dataset.cardinality())
-            return {-1: math.inf, -2: None}.get(count, count)
-        if self._is_arrays:
-            return math.ceil(self._examples / self.batch_size)
-        if not hasattr(self.dataset, "__iter__"):
-            raise TypeError(
-                "`dataset` must be arrays, a tf.data.Dataset, a PyDataset or "
-                "an iterable of batches. Received: dataset="
-                f"{_described(self.dataset)}."
-            )
-        return None
-
-    @property
-    def _is_arrays(self) -> bool:
-        if isinstance(self.dataset, Iterator):
-            return False
-        if isinstance(self.dataset, list) and not self.is_list_of_inputs:
-            return False
-        leaves = tree.flatten(self.dataset)
-        return bool(leaves) and all(
-            isinstance(leaf, np.ndarray) or ops.is_tensor(leaf)
-            for leaf in leaves
-        )
-
-    @property
-    def _examples(self) -> int:
-        sizes = {len(leaf) for leaf in tree.flatten(self.dataset)}
-        if len(sizes) > 1:
-            raise ValueError(
-                "`dataset` must hold arrays of the same length. Received: "
-                f"lengths {sorted(sizes)}."
-            )
-        return sizes.pop()
-
-    def _all_batches(self) -> Iterator[Any]:
-        if self._is_arrays:
-            for begin in range(0, self._examples, self.batch_size):
-                part = slice(begin, begin + self.batch_size)
-                batch = tree.map_structure(
-                    lambda leaf, part=part: leaf[part], self.dataset
-                )
-                yield (batch,) if self.is_list_of_inputs else batch
-        elif isinstance(self.dataset, keras.utils.PyDataset):
-            for index in range(self.steps or 0):
-                yield self.dataset[index]
-        else:
-            yield from self.dataset
-
-
-def _described(dataset: Any) -> str:
-    return f"<{type(dataset).__name__}>"

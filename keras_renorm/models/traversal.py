@@ -6,9 +6,10 @@ Layer = TypeVar("Layer")
 
 
 def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
-    """The layers of a kind, at any depth, each once, in order of creation.
+    """The layers of a kind, the model included, at any depth, each once.
 
-    Nested models, wrappers and the layers inside custom layers included.
+    Nested models, wrappers and the layers inside custom layers are searched;
+    what holds a layer comes before it.
     Keras has no public way to reach the last; this is the one place that
     uses its `_flatten_layers`.
     """
