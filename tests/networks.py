@@ -170,6 +170,17 @@ def randomize(model, rng):
     return model
 
 
+def randomize_mildly(model, rng):
+    """As `randomize`, for deep networks: lest activations overflow."""
+    for layer in normalizations(model):
+        channels = layer.moving_mean.shape[0]
+        layer.moving_mean.assign(rng.normal(0.0, 0.1, channels))
+        layer.moving_variance.assign(rng.uniform(0.5, 2.0, channels))
+        if layer.beta is not None:
+            layer.beta.assign(rng.normal(0.0, 0.1, channels))
+    return model
+
+
 def data_of(model, rng, examples=4):
     """Random inputs for a model."""
     values = [

@@ -72,9 +72,12 @@ def test_what_trains_is_the_same(network, rng):
     assert len(model.trainable_weights) == len(converted.trainable_weights)
     flags = [
         [
-            (layer.name, layer.trainable)
+            # An input trains nothing.
+            (
+                layer.name,
+                layer.trainable or isinstance(layer, layers.InputLayer),
+            )
             for layer in each._flatten_layers()
-            if not isinstance(layer, layers.InputLayer)
         ]
         for each in (model, converted)
     ]
@@ -244,20 +247,57 @@ def test_keras_applications(name, rng):
     model = getattr(keras.applications, name)(
         weights=None, include_top=False, input_shape=(size, size, 3)
     )
-    for layer in networks.normalizations(model):
-        # Near what normalization would find, lest activations overflow.
-        channels = layer.moving_mean.shape[0]
-        layer.moving_mean.assign(rng.normal(0.0, 0.1, channels))
-        layer.moving_variance.assign(rng.uniform(0.5, 2.0, channels))
-        layer.beta.assign(rng.normal(0.0, 0.1, channels))
+    networks.randomize_mildly(model, rng)
     x = rng.uniform(0, 255, (2, size, size, 3)).astype("float32")
+    assert_there_and_back(model, x)
+
+
+def hub_backbone(name):
+    """A small network of keras-hub of each kind."""
+    models = pytest.importorskip("keras_hub").models
+    shape = {"image_shape": (64, 64, 3)}
+    if name.startswith("resnet"):
+        return models.ResNetBackbone(
+            input_conv_filters=[64],
+            input_conv_kernel_sizes=[7],
+            stackwise_num_filters=[64, 32],
+            stackwise_num_blocks=[2, 2],
+            stackwise_num_strides=[1, 2],
+            block_type="basic_block",
+            use_pre_activation=name == "resnet v2",
+            **shape,
+        )
+    return models.EfficientNetBackbone(
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        stackwise_kernel_sizes=[3, 3],
+        stackwise_num_repeats=[1, 2],
+        stackwise_input_filters=[8, 16],
+        stackwise_output_filters=[16, 24],
+        stackwise_expansion_ratios=[1, 4],
+        stackwise_strides=[1, 2],
+        stackwise_squeeze_and_excite_ratios=[0.25, 0.25],
+        stackwise_block_types=["v1", "v1"],
+        **shape,
+    )
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # keras-hub's own
+@pytest.mark.parametrize("name", ["resnet", "resnet v2", "efficientnet"])
+def test_backbones_of_keras_hub(name, rng):
+    model = networks.randomize_mildly(hub_backbone(name), rng)
+    x = rng.uniform(0, 1, (2, 64, 64, 3)).astype("float32")
+    assert_there_and_back(model, x)
+
+
+def assert_there_and_back(model, x):
     converted = convert(model)
     assert len(networks.normalizations(converted)) == len(
         networks.normalizations(model)
     )
-    # `clone_model` calls an unnamed input by the name of its tensor.
-    assert [layer.name for layer in converted.layers[1:]] == [
-        layer.name for layer in model.layers[1:]
+    assert [layer.name for layer in converted.layers] == [
+        layer.name for layer in model.layers
     ]
     expected = model.predict(x, verbose=0)
     assert np.all(np.isfinite(expected))

@@ -7,6 +7,7 @@ import keras
 from keras_renorm import kernels
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
+from keras_renorm.models import legacy
 from keras_renorm.models.rebuild import describe, rebuild
 from keras_renorm.models.traversal import find_layers
 
@@ -34,7 +35,7 @@ _WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
 def convert(
-    model: keras.Model,
+    model: Any,
     to: type[BatchNormalization] = BatchRenormalization,
     **layer_arguments: Any,
 ) -> keras.Model:
@@ -50,8 +51,12 @@ def convert(
     functional and nested models, in wrappers such as `TimeDistributed`, and in
     custom layers whose `get_config` holds it.
 
+    A model of tf_keras (Keras 2) becomes one of Keras 3, not compiled. It may
+    hold layers that Keras 3 has too, and sums and products; the statistics of
+    its renormalization come along.
+
     Args:
-        model: A sequential or functional model.
+        model: A built sequential or functional model.
         to: The class to convert to: `BatchRenormalization` (default) or
             `BatchNormalization`.
         **layer_arguments: Arguments for each new layer, in place of the old
@@ -68,7 +73,8 @@ def convert(
             kind.
         ValueError: If the model is neither sequential nor functional, has no
             batch normalization, has some out of reach (created inside a custom
-            layer) or of a class of its own, or an argument is out of range.
+            layer) or of a class of its own; if one of tf_keras has what Keras
+            3 lacks; if an argument is out of range.
 
     Example:
 
@@ -87,7 +93,7 @@ def convert(
     return _with_layers(model, to, layer_arguments)
 
 
-def revert(model: keras.Model) -> keras.Model:
+def revert(model: Any) -> keras.Model:
     """A copy of a model with Keras's `BatchNormalization` for our layers.
 
     The copy infers what the model infers, and bit for bit what the Keras model
@@ -119,8 +125,17 @@ def revert(model: keras.Model) -> keras.Model:
 
 
 def _with_layers(
-    model: keras.Model, to: type, layer_arguments: dict[str, Any]
+    model: keras.Model, to: Any, layer_arguments: dict[str, Any]
 ) -> keras.Model:
+    if to is not KERAS:
+        to(**layer_arguments)  # raises before anything is built
+    if legacy.is_tf_keras(model):
+        return legacy.translate(
+            model,
+            lambda config: to.from_config(
+                {**_arguments_of(config, to), **layer_arguments}
+            ),
+        )
     layers = find_layers(model, KERAS)
     if not layers:
         raise ValueError(
@@ -138,11 +153,10 @@ def _with_layers(
             "whose meaning conversion would lose. Received: "
             f"{describe(foreign)} of class {type(foreign[0]).__name__}."
         )
-    if to is not KERAS:
-        to(**layer_arguments)  # raises before anything is built
 
     def replace(layer: Any) -> Any:
-        return to(**{**_arguments_of(layer, to), **layer_arguments})
+        arguments = _arguments_of(layer.get_config(), to)
+        return to.from_config({**arguments, **layer_arguments})
 
     new_model, copies = rebuild(
         model, lambda layer: isinstance(layer, KERAS), replace
@@ -153,9 +167,8 @@ def _with_layers(
     return new_model
 
 
-def _arguments_of(layer: Any, to: type) -> dict[str, Any]:
-    """The arguments of a layer that one of class `to` takes."""
-    config = layer.get_config()
+def _arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
+    """Of the configuration of a layer, what one of class `to` takes."""
     arguments = {name: config[name] for name in _SHARED if name in config}
     if to is KERAS:
         if keras.backend.backend() != "tensorflow":
@@ -165,9 +178,10 @@ def _arguments_of(layer: Any, to: type) -> dict[str, Any]:
         if name in config:
             arguments[name] = config[name]
     if to is BatchRenormalization:
-        if isinstance(layer, BatchRenormalization):
-            arguments |= {"r_max": layer.r_max, "d_max": layer.d_max}
-        elif config.get("renorm"):
+        for name in ("r_max", "d_max"):
+            if name in config:
+                arguments[name] = config[name]
+        if config.get("renorm"):
             arguments |= _limits_of_clipping(config["renorm_clipping"])
     return arguments
 

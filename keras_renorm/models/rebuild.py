@@ -97,8 +97,16 @@ def rebuild(
 
     def clone(nested: keras.Model) -> keras.Model:
         if not isinstance(nested, keras.Sequential):
+            if type(nested) is not _functional_class():
+                # Its constructor takes other arguments: clone its graph.
+                nested = keras.Model(
+                    nested.input, nested.output, name=nested.name
+                )
             return keras.models.clone_model(
-                nested, clone_function=copy, call_function=call
+                nested,
+                input_tensors=_new_inputs(nested),
+                clone_function=copy,
+                call_function=call,
             )
         new = keras.models.clone_model(nested, clone_function=copy)
         if any(id(layer) in stand_ins for layer in new.layers):
@@ -128,6 +136,26 @@ def rebuild(
         # `clone_model` has done it, before it was known what trains.
         new_model.compile_from_config(model.get_compile_config())
     return new_model, copies
+
+
+def _new_inputs(model: keras.Model) -> Any:
+    """Inputs for a copy of a functional model.
+
+    Of the same names: those that `clone_model` makes have their tensors'.
+    """
+    layers = {
+        id(layer.output): layer
+        for layer in model.layers
+        if isinstance(layer, keras.layers.InputLayer)
+    }
+    return keras.tree.map_structure(
+        lambda tensor: (
+            keras.layers.InputLayer.from_config(
+                layers[id(tensor)].get_config()
+            ).output
+        ),
+        model.input,
+    )
 
 
 def _rewritten(
