@@ -5,6 +5,7 @@ What the tutorials claim they assert themselves; CI runs them.
 
 import runpy
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -39,12 +40,32 @@ def test_quickstart_trains_on_mnist(monkeypatch, tmp_path):
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
 @pytest.mark.parametrize(
-    ("data", "examples"),
-    # Of many classes ten are kept.
-    [("cats_vs_dogs", 30), ("stanford_dogs", 200), ("domainnet", 400)],
+    ("data", "examples", "loaded"),
+    [  # of many classes ten are kept
+        (
+            "cats_vs_dogs",
+            30,
+            {("cats_vs_dogs", "train[:80%]"), ("cats_vs_dogs", "train[80%:]")},
+        ),
+        (
+            "stanford_dogs",
+            200,
+            {("stanford_dogs", "train"), ("stanford_dogs", "test")},
+        ),
+        (
+            "domainnet",
+            400,
+            {
+                ("domainnet/clipart", "train"),
+                ("domainnet/clipart", "test"),
+                ("domainnet/sketch", "train"),
+                ("domainnet/sketch", "test"),
+            },
+        ),
+    ],
 )
 def test_domain_adaptation_runs_on_photographs(
-    data, examples, monkeypatch, tmp_path
+    data, examples, loaded, monkeypatch, tmp_path
 ):
     import tensorflow_datasets as tfds
 
@@ -53,8 +74,13 @@ def test_domain_adaptation_runs_on_photographs(
         "sys.argv", ["domains", *options, "--output", str(tmp_path)]
     )
     monkeypatch.syspath_prepend(str(TUTORIALS))
-    with tfds.testing.mock_data(num_examples=examples):
+    with (
+        tfds.testing.mock_data(num_examples=examples),
+        mock.patch.object(tfds, "load", wraps=tfds.load) as load,
+    ):
         names = runpy.run_path(str(TUTORIALS / "05_domain_adaptation.py"))
+    calls = load.call_args_list
+    assert {(call.args[0], call.kwargs["split"]) for call in calls} == loaded
     source, target = names["DOMAINS"][data]
     for images, labels in names["data"].values():
         assert images.dtype == "uint8"
@@ -74,15 +100,20 @@ def test_domain_adaptation_runs_on_photographs(
     assert any(np.any(banks[0][key] != banks[1][key]) for key in banks[0])
     assert (tmp_path / "domain_adaptation.png").stat().st_size > 0
 
-    # What decides between brown and black: red inside the box.
+
+@pytest.mark.tensorflow
+def test_brown_and_black_are_told_apart_by_red_inside_the_box(monkeypatch):
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+    import domains
+
     image = np.zeros((20, 40, 3), "uint8")
     image[:, 20:, 0] = 200
     for left, red in ((0.0, 0), (0.55, 200)):
         box = np.array([[0.0, left, 1.0, left + 0.45]], "float32")
         example = {"image": image, "label": 3, "objects": {"bbox": box}}
-        _, label, redness = names["shrink"](example)
+        _, label, redness = domains.shrink(example)
         assert (label, float(redness)) == (3, pytest.approx(red))
-    halves = names["in_redder_half"](
+    halves = domains.in_redder_half(
         np.array([0, 0, 1, 1]), np.array([1.0, 2.0, 30.0, 20.0])
     )
     assert halves.tolist() == [False, True, True, False]
@@ -111,8 +142,9 @@ def test_colored_digits_share_no_digit_between_training_and_test(
             paper = np.median(image[:, :, 0], axis=1)[:, None, None]
             ink = 1 - (image / paper).mean(-1).reshape(-1, 64)
             ink /= 1 - np.mean(np.array(domain.ink) / np.array(domain.paper))
-            distances = ((ink[:, None] - digits / 16) ** 2).sum(axis=-1)
-            found = distances.argmin(axis=-1)
+            # |ink - digit|^2 less |ink|^2
+            squares = (digits**2).sum(axis=-1) / 256
+            found = (squares - 2 * ink @ digits.T / 16).argmin(axis=-1)
             np.testing.assert_array_equal(truth[found], labels.numpy())
             assert len(set(found)) == len(found)
             rows[domain.name, split] = set(found)

@@ -14,8 +14,7 @@
 # 4. `recalibrate` on few images, with and without a prior.
 # 5. See where it does not help: a target of one class.
 #
-# The digits are scikit-learn's (1,797 real images of 8x8 pixels), coloured by
-# the `tfds` dataset in `colored_digits.py`, beside this file.
+# The digits are scikit-learn's (1,797 real images of 8x8 pixels), coloured.
 #
 # Takes about a minute on two CPU cores. Needs
 # `pip install keras-renorm[tutorials]`.
@@ -34,8 +33,7 @@ import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
-from colored_digits import ColoredDigits
+from domains import CLASSES, DOMAINS, load_domains
 from keras import layers
 from rich.console import Console
 from rich.progress import track
@@ -53,13 +51,6 @@ DEFAULT_STEPS = 600
 DRAWS = 3  # sets of target images of each size
 BATCH_SIZE = 512  # of inference
 PRIORS = (0, 16, 64)
-# Source first, then targets.
-DOMAINS = {
-    "colored_digits": ("brown", "dark_brown", "black"),
-    "cats_vs_dogs": ("brown", "black"),
-    "stanford_dogs": ("brown", "black"),
-    "domainnet": ("clipart", "sketch"),
-}
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", choices=DOMAINS, default="colored_digits")
@@ -80,96 +71,19 @@ console = Console()
 # %% [markdown]
 # ## The data
 #
-# `ColoredDigits` is a `tfds.core.GeneratorBasedBuilder` with a configuration
-# for each domain. It is made on the spot, without a network.
+# The digits are a `tfds` dataset with a configuration for each domain
+# (`colored_digits.py`), made on the spot, without a network. No digit is in a
+# training split and in a test split.
 #
-# The other names are downloaded (gigabytes), and their images are resized to
-# 64x64, which makes a training step some SLOWER times as long:
-#
-# - `stanford_dogs`: brown dogs, then black dogs. What is brown? We take the
-#   mean red inside the first dog's box, and cut each breed at its median, so
-#   that both domains hold all breeds in equal parts.
-# - `cats_vs_dogs`: the same, of the whole image.
-# - `domainnet`: clip art, then sketches, two of its six configurations.
-#
-# Of their classes we take the first ten. Do not expect much from a network this
-# small; for photographs begin with a pretrained one.
-
+# Other names are downloaded, gigabytes of them, and take the first ten classes
+# (`domains.py`): `stanford_dogs` (brown dogs, then black dogs of each breed),
+# `cats_vs_dogs` (the same) and `domainnet` (clip art, then sketches). Their
+# images are resized to 64x64: a step takes eight times as long, and needs more
+# of its kind (`--steps 5000`). Do not expect much of a network this small; for
+# photographs begin with a pretrained one, see `keras_renorm.convert`.
 
 # %%
-CLASSES = 10
-SIZE = 64
-
-
-def load_digit_domain(domain, split):
-    """Images and labels of coloured digits."""
-    builder = ColoredDigits(config=domain, data_dir=args.output / "tfds")
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-    )
-    dataset = builder.as_dataset(split=split, as_supervised=True)
-    images, labels = dataset.batch(len(dataset)).get_single_element()
-    return images.numpy(), labels.numpy()
-
-
-def shrink(example):
-    """A small image, its label, and the mean red inside the first box."""
-    image = tf.image.resize(example["image"], (SIZE, SIZE), antialias=True)
-    box = [[0.0, 0.0, 1.0, 1.0]]
-    if "objects" in example:
-        box = example["objects"]["bbox"][:1]
-    crop = tf.image.crop_and_resize(image[None], box, [0], (16, 16))
-    return (
-        tf.cast(tf.round(image), tf.uint8),
-        example["label"],
-        tf.reduce_mean(crop[..., 0]),
-    )
-
-
-def load_photographs(name, split):
-    """Images, labels and redness of a data set by name."""
-    dataset = tfds.load(name, split=split)
-    dataset = dataset.filter(lambda example: example["label"] < CLASSES)
-    dataset = dataset.map(shrink, tf.data.AUTOTUNE)
-    return map(np.stack, zip(*dataset.as_numpy_iterator(), strict=True))
-
-
-def in_redder_half(labels, redness):
-    """Whether an image is at least as red as the median of its class."""
-    medians = np.zeros(CLASSES)
-    for label in np.unique(labels):
-        medians[label] = np.median(redness[labels == label])
-    return redness >= medians[labels]
-
-
-def load_domains(name):
-    """`{(domain, split): (images, labels)}`; bytes."""
-    tfds.disable_progress_bar()
-    splits = {"train": "train", "test": "test"}
-    if name == "colored_digits":
-        return {
-            (domain, split): load_digit_domain(domain, split)
-            for domain in DOMAINS[name]
-            for split in splits
-        }
-    data = {}
-    if name == "domainnet":
-        for domain in DOMAINS[name]:
-            for split in splits:
-                images, labels, _ = load_photographs(f"{name}/{domain}", split)
-                data[domain, split] = images, labels
-        return data
-    if name == "cats_vs_dogs":  # has no test split
-        splits = {"train": "train[:80%]", "test": "train[80%:]"}
-    for split, its_name in splits.items():
-        images, labels, redness = load_photographs(name, its_name)
-        brown = in_redder_half(labels, redness)
-        data["brown", split] = images[brown], labels[brown]
-        data["black", split] = images[~brown], labels[~brown]
-    return data
-
-
-data = load_domains(args.data)
+data = load_domains(args.data, args.output / "tfds")
 table = Table("domain", title=args.data, title_justify="left")
 for column in ("training", "test", "mean red, green, blue"):
     table.add_column(column, justify="right")
@@ -511,7 +425,8 @@ for column, target in enumerate(TARGETS):
     axes.set_xticks(COUNTS[::2], COUNTS[::2])
     axes.set(title=f"Accuracy on {target}", xlabel="target images", ylim=(0, 1))
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower right")
+    if not column:
+        axes.legend(loc="lower right")
 
 axes = figure.add_subplot(grid[-1, -1])
 near = TARGETS[0]
@@ -526,3 +441,47 @@ axes.set(title=f"{near}, adapted to one class:\non that class", ylim=(0, 1))
 picture = args.output / "domain_adaptation.png"
 figure.savefig(picture, dpi=150)
 console.print(f"The picture is in {picture}")
+
+# %% [markdown]
+# ## What we claim
+#
+# The thresholds leave room for other seeds; they hold for the digits and a run
+# of full length. That each network came back to the source to the bit was
+# asserted above, for all data.
+
+# %%
+if args.data == "colored_digits" and args.steps >= DEFAULT_STEPS:
+    for seed in range(args.seeds):
+        assert before["brown", seed] > 0.94
+        assert before["black", seed] < 0.5
+        assert after["black", seed] > 0.92
+        assert after["dark_brown", seed] > 0.93
+        assert after["dark_brown", seed] > before["dark_brown", seed] + 0.03
+        # One class: on that class it fails, with a prior less so.
+        one = [narrow["dark_brown", prior, seed][0] for prior in PRIORS]
+        assert one[0] < before["dark_brown", seed] - 0.3
+        assert one[0] < one[1] < one[2]
+    # From 16 images on every draw gains, without a prior too.
+    enough_images = np.array(COUNTS) >= 16
+    for target in TARGETS:
+        assert gains(target, 0)[enough_images].min() > 0
+    # One image: near, it may do harm, but not with a prior; far, it does more
+    # than 16 with the greatest prior.
+    assert gains("dark_brown", 0)[0].min() < -0.05
+    assert gains("dark_brown", 16).min() > -0.02
+    far = gains("black", 64)[COUNTS.index(16)]
+    assert gains("black", 0)[0].mean() > far.mean() + 0.1
+    console.print("All claims hold")
+
+# %% [markdown]
+# ## What to try next
+#
+# - `layer_by_layer=False` in `adapt`. Without a prior little changes; with a
+#   prior of 16 and 32 images?
+# - A domain of your own: another `Domain` in `colored_digits.py` (and a higher
+#   `VERSION`), say white ink on black paper. Is that a matter of statistics?
+# - Images of two or three classes in place of one. How many until adapting
+#   does no harm?
+# - Keras's `BatchNormalization` in place of ours: `recalibrate` and the banks
+#   take it as it is.
+# - `--data stanford_dogs --steps 5000`, if you have a network.
