@@ -93,6 +93,11 @@ def test_domain_adaptation_runs_on_photographs(
             for domain in (source, target)
         ]
         assert np.all(np.abs(counts[0] - counts[1]) <= 1)
+        brown, black = (
+            {image.tobytes() for image in names["data"][domain, "train"][0]}
+            for domain in (source, target)
+        )
+        assert not brown & black
     banks = [
         dict(np.load(tmp_path / f"{each}.npz")) for each in (source, target)
     ]
