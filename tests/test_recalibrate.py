@@ -316,6 +316,27 @@ def trained(callbacks, validation):
     return x, y, history.history
 
 
+@pytest.mark.tensorflow
+def test_one_model_many_times_gives_no_warning_of_traces(rng, caplog):
+    import tensorflow as tf
+
+    x = helpers.inputs_of(rng, (12, 5, 3))
+    model = first_layer()
+    tf.get_logger().addHandler(caplog.handler)
+    try:
+        for count in range(1, len(x)):
+            for layer_by_layer in (False, True):
+                recalibrate(
+                    model,
+                    x[:count],
+                    layer_by_layer=layer_by_layer,
+                    verbose=False,
+                )
+    finally:
+        tf.get_logger().removeHandler(caplog.handler)
+    assert "retracing" not in caplog.text
+
+
 @pytest.mark.parametrize("validation", [False, True])
 def test_the_callback_runs_before_validation_and_checkpoints(
     validation, rng, tmp_path

@@ -5,6 +5,7 @@ What the tutorials claim they assert themselves; CI runs them.
 
 import runpy
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,3 +35,130 @@ def test_quickstart_trains_on_mnist(monkeypatch, tmp_path):
     assert rows.shape == (15, names["BATCH_SIZE"])
     assert all(len(set(names["y_train"][batch])) == 1 for batch in rows)
     assert (tmp_path / "quickstart.png").stat().st_size > 0
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+@pytest.mark.parametrize(
+    ("data", "examples", "loaded"),
+    [  # of many classes ten are kept
+        (
+            "cats_vs_dogs",
+            30,
+            {("cats_vs_dogs", "train[:80%]"), ("cats_vs_dogs", "train[80%:]")},
+        ),
+        (
+            "stanford_dogs",
+            200,
+            {("stanford_dogs", "train"), ("stanford_dogs", "test")},
+        ),
+        (
+            "domainnet",
+            400,
+            {
+                ("domainnet/clipart", "train"),
+                ("domainnet/clipart", "test"),
+                ("domainnet/sketch", "train"),
+                ("domainnet/sketch", "test"),
+            },
+        ),
+    ],
+)
+def test_domain_adaptation_runs_on_photographs(
+    data, examples, loaded, monkeypatch, tmp_path
+):
+    import tensorflow_datasets as tfds
+
+    options = ["--data", data, "--seeds", "1", "--steps", "2"]
+    monkeypatch.setattr(
+        "sys.argv", ["domains", *options, "--output", str(tmp_path)]
+    )
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+    with (
+        tfds.testing.mock_data(num_examples=examples),
+        mock.patch.object(tfds, "load", wraps=tfds.load) as load,
+    ):
+        names = runpy.run_path(str(TUTORIALS / "05_domain_adaptation.py"))
+    calls = load.call_args_list
+    assert {(call.args[0], call.kwargs["split"]) for call in calls} == loaded
+    source, target = names["DOMAINS"][data]
+    for images, labels in names["data"].values():
+        assert images.dtype == "uint8"
+        assert images.shape == (len(labels), 64, 64, 3)
+        assert 0 < len(labels) < examples
+        assert labels.max() < 10
+    if data != "domainnet":  # of a class, a domain has one half
+        counts = [
+            np.bincount(names["data"][domain, "train"][1], minlength=10)
+            for domain in (source, target)
+        ]
+        assert np.all(np.abs(counts[0] - counts[1]) <= 1)
+        brown, black = (
+            {image.tobytes() for image in names["data"][domain, "train"][0]}
+            for domain in (source, target)
+        )
+        assert not brown & black
+    banks = [
+        dict(np.load(tmp_path / f"{each}.npz")) for each in (source, target)
+    ]
+    assert banks[0].keys() == banks[1].keys()
+    assert any(np.any(banks[0][key] != banks[1][key]) for key in banks[0])
+    assert (tmp_path / "domain_adaptation.png").stat().st_size > 0
+
+
+@pytest.mark.tensorflow
+def test_brown_and_black_are_told_apart_by_red_inside_the_box(monkeypatch):
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+    import domains
+
+    image = np.zeros((20, 40, 3), "uint8")
+    image[:, 20:, 0] = 200
+    for left, red in ((0.0, 0), (0.55, 200)):
+        box = np.array([[0.0, left, 1.0, left + 0.45]], "float32")
+        example = {"image": image, "label": 3, "objects": {"bbox": box}}
+        _, label, redness = domains.shrink(example)
+        assert (label, float(redness)) == (3, pytest.approx(red))
+    halves = domains.in_redder_half(
+        np.array([0, 0, 1, 1]), np.array([1.0, 2.0, 30.0, 20.0])
+    )
+    assert halves.tolist() == [False, True, True, False]
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+def test_colored_digits_share_no_digit_between_training_and_test(
+    monkeypatch, tmp_path
+):
+    from sklearn.datasets import load_digits
+
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+    from colored_digits import ColoredDigits
+
+    digits, truth = load_digits(return_X_y=True)
+    rows = {}
+    for domain in ColoredDigits.BUILDER_CONFIGS:
+        builder = ColoredDigits(config=domain.name, data_dir=tmp_path)
+        builder.download_and_prepare()
+        for split in ("train", "test"):
+            dataset = builder.as_dataset(split=split, as_supervised=True)
+            images, labels = dataset.batch(2_000).get_single_element()
+            # Back to the ink of a pixel, and to the digit nearest to it.
+            image = images.numpy().reshape(-1, 8, 2, 8, 2, 3).mean((2, 4)) / 255
+            paper = np.median(image[:, :, 0], axis=1)[:, None, None]
+            ink = 1 - (image / paper).mean(-1).reshape(-1, 64)
+            ink /= 1 - np.mean(np.array(domain.ink) / np.array(domain.paper))
+            # |ink - digit|^2 less |ink|^2
+            squares = (digits**2).sum(axis=-1) / 256
+            found = (squares - 2 * ink @ digits.T / 16).argmin(axis=-1)
+            np.testing.assert_array_equal(truth[found], labels.numpy())
+            assert len(set(found)) == len(found)
+            rows[domain.name, split] = set(found)
+    test = rows["brown", "test"]
+    assert len(test) == 449
+    for (domain, split), found in rows.items():
+        if split == "test":
+            assert found == test, domain
+        else:
+            assert not found & test, domain
+    assert not rows["brown", "train"] & rows["black", "train"]
+    assert len(rows["brown", "train"] | rows["black", "train"] | test) == 1797

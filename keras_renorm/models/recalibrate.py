@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import keras
@@ -114,9 +115,11 @@ class StatisticsPass:
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []
         self._moments: list[functional.Moments] = []
-        # A graph for each way to normalize, made on the first batch.
+        # A graph for each way to normalize, made on the first batch. Partials
+        # have no code of their own: TensorFlow counts traces by code, and would
+        # warn when many models, or one model many times, are recalibrated.
         self._gather = {
-            by_batch: kernels.compiled(lambda x: self._gather_moments(x))
+            by_batch: kernels.compiled(partial(self._gather_moments))
             for by_batch in (True, False)
         }
 
