@@ -196,6 +196,46 @@ def test_a_shared_layer_pools_its_calls(rng):
     helpers.assert_close(layer.moving_variance, rows.var(axis=0), 1e-5)
 
 
+def test_a_prior_reaches_deeper_layers_as_it_serves(rng):
+    """Each layer is measured behind layers that normalize by the mixture."""
+    x = helpers.inputs_of(rng, (30, 2))
+    models = [
+        networks.randomize(
+            keras.Sequential(
+                [
+                    keras.Input((2,)),
+                    BatchNormalization(name="first"),
+                    layers.Activation("tanh"),
+                    BatchNormalization(name="second"),
+                ]
+            ),
+            np.random.default_rng(0),
+        )
+        for _ in range(3)
+    ]
+    banks = []
+    for model, layer_by_layer in zip(models, (None, True, False), strict=True):
+        old = get_statistics(model)
+        recalibrate(
+            model,
+            x,
+            prior_examples=70,
+            layer_by_layer=layer_by_layer,
+            verbose=False,
+        )
+        banks.append(get_statistics(model))
+    between = activations(models[0], x)[1]
+    helpers.assert_close(
+        banks[0]["second/moving_mean"],
+        0.7 * old["second/moving_mean"] + 0.3 * between.mean(axis=0),
+        1e-5,
+    )
+    for key, value in banks[1].items():
+        assert np.array_equal(banks[0][key], value)
+    difference = banks[2]["second/moving_mean"] - banks[0]["second/moving_mean"]
+    assert np.abs(difference).max() > 1e-2
+
+
 def test_prior_examples_mix_old_and_new(rng):
     x = helpers.inputs_of(rng, (24, 3))
     model = networks.randomize(first_layer(sizes=(3,)), rng)

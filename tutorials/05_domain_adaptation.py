@@ -171,7 +171,7 @@ def adapt(model, home, images, prior=0):
         model,
         images,
         prior_examples=prior,
-        layer_by_layer=True,
+        layer_by_layer=True,  # the default where there is a prior
         batch_size=BATCH_SIZE,
         verbose=False,
     )

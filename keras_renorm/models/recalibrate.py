@@ -23,7 +23,7 @@ def recalibrate(
     dataset: Any,
     steps: int | None = None,
     *,
-    layer_by_layer: bool = False,
+    layer_by_layer: bool | None = None,
     prior_examples: float = 0.0,
     batch_size: int = 32,
     verbose: int | bool = True,
@@ -36,7 +36,7 @@ def recalibrate(
     Johnson 2021): pooled by count, with the law of total variance, so that how
     the data is cut into batches does not matter for a layer's own input.
 
-    In one pass (default), batch normalization normalizes with the statistics
+    In one pass, batch normalization normalizes with the statistics
     of the batch on the way, everything else infers: deeper layers see what
     the batches make of it. With `layer_by_layer=True` there is a pass for each
     layer, from the first on, and the layers before it use their new
@@ -57,7 +57,9 @@ def recalibrate(
             `x` is used.
         steps: Number of batches, or `None` (default) for all.
         layer_by_layer: Whether to make a pass for each layer. The dataset must
-            be one that can be read again.
+            be one that can be read again. `None` (default): where there are
+            `prior_examples`, so that each layer is measured behind layers that
+            normalize by the mixture, as they will.
         prior_examples: Weight of the present statistics, in examples: N in
             N / (N + n) of the old and n / (N + n) of the new, for n examples
             seen (Schneider et al. 2020, section 3.1). 0 (default) drops them.
@@ -128,7 +130,7 @@ class StatisticsPass:
         dataset: Any,
         steps: int | None,
         *,
-        layer_by_layer: bool = False,
+        layer_by_layer: bool | None = None,
         prior_examples: float = 0.0,
         batch_size: int = 32,
         verbose: int | bool = True,
@@ -168,6 +170,8 @@ class StatisticsPass:
                 )
             )
 
+        if layer_by_layer is None:
+            layer_by_layer = prior > 0
         if not layer_by_layer:
             totals = self._totals(data, True, verbose)
             for layer in self.layers:
