@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 from unittest import mock
 
+import keras
 import numpy as np
 import pytest
 
@@ -35,6 +36,68 @@ def test_quickstart_trains_on_mnist(monkeypatch, tmp_path):
     assert rows.shape == (15, names["BATCH_SIZE"])
     assert all(len(set(names["y_train"][batch])) == 1 for batch in rows)
     assert (tmp_path / "quickstart.png").stat().st_size > 0
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+@pytest.mark.parametrize(
+    ("data", "examples"), [("cats_vs_dogs", 60), ("stanford_dogs", 1_000)]
+)
+def test_fine_tuning_runs_on_photographs(data, examples, monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    options = ["--data", data, "--weights", "none", "--seeds", "1"]
+    monkeypatch.setattr(
+        "sys.argv",
+        ["tune", *options, "--steps", "2", "--output", str(tmp_path)],
+    )
+
+    def small_network(input_shape, include_top, pooling, weights):
+        assert (include_top, pooling, weights) == (False, "avg", None)
+        return keras.Sequential(
+            [
+                keras.Input(input_shape),
+                keras.layers.Conv2D(4, 3, strides=4),
+                keras.layers.BatchNormalization(),
+                keras.layers.GlobalAveragePooling2D(),
+            ]
+        )
+
+    monkeypatch.setattr(keras.applications, "MobileNetV2", small_network)
+    with tfds.testing.mock_data(num_examples=examples):
+        names = runpy.run_path(str(TUTORIALS / "04_fine_tuning.py"))
+    images, labels = names["x_new"], names["y_new"]
+    assert images.shape == (len(labels), 96, 96, 3)
+    assert -1 <= images.min() < 0 < images.max() <= 1
+    assert 0 < len(labels) <= examples
+    assert labels.max() < 5  # of 120 breeds
+    for batch in names["one_class_batches"](
+        np.random.default_rng(0), names["rows_of_class"]
+    ):
+        assert len(set(labels[batch])) == 1
+    assert (tmp_path / "fine_tuning.png").stat().st_size > 0
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+def test_small_batches_and_export_run_on_mnist(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    options = ["--data", "mnist", "--seeds", "1", "--steps", "4"]
+    monkeypatch.setattr(
+        "sys.argv", ["export", *options, "--output", str(tmp_path)]
+    )
+    with tfds.testing.mock_data(num_examples=200):
+        names = runpy.run_path(
+            str(TUTORIALS / "06_small_batches_and_export.py")
+        )
+    assert names["x"].shape == (200, 28, 28, 1)
+    assert set(names["y_new"]) == set(range(5))
+    assert {runtime for runtime, _ in names["differences"]} >= {
+        "tf_saved_model",
+        "onnx",
+    }
+    assert (tmp_path / "small_batches_and_export.png").stat().st_size > 0
 
 
 @pytest.mark.tensorflow

@@ -184,10 +184,10 @@ else:
 # %%
 def split(rng):
     """Rows to train on, as a list for each class, and rows to validate."""
-    rows = [
-        rng.permutation(np.flatnonzero(y_new == label))[:EXAMPLES_PER_CLASS]
-        for label in np.unique(y_new)
-    ]
+    rows = []
+    for label in np.unique(y_new):
+        of_class = rng.permutation(np.flatnonzero(y_new == label))
+        rows.append(of_class[: min(EXAMPLES_PER_CLASS, len(of_class) // 2)])
     return rows, np.setdiff1d(np.arange(len(y_new)), np.concatenate(rows))
 
 
