@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm import BatchNormalization, BatchRenormalization, kernels
 from keras_renorm.diagnostics import (
     effective_smoothness,
     gradient_predictiveness,
@@ -240,6 +240,19 @@ def test_layers_are_the_owners_of_weights_in_their_order():
     ]
 
 
+def test_a_shared_layer_owns_its_weights():
+    shared = layers.Dense(3, name="shared")
+    inner = keras.Sequential(
+        [keras.Input((3,)), shared, layers.Dense(3, name="other")], name="inner"
+    )
+    wrapped = layers.TimeDistributed(shared, name="wrapped")
+    inputs = keras.Input((2, 3))
+    hidden = wrapped(shared(inputs))
+    model = keras.Model(inputs, inner(hidden[:, 0]))
+    found = Objective(model, "mse", (np.zeros((1, 2, 3)), np.zeros(1)), True)
+    assert found.layers() == [("shared", [0, 1]), ("other", [2, 3])]
+
+
 @pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
 def test_each_point_is_the_training_loss_from_the_same_state(kind, rng):
     batch = batch_of(rng)
@@ -427,6 +440,18 @@ def test_a_loss_for_each_output_with_sample_weights(rng):
     assert shift.layers == (model.name, "first", "second")
 
 
+def test_a_loss_object_with_sample_weights(rng):
+    model = linear_network(3, 1)
+    x, y = rng.normal(size=(5, 3)), rng.normal(size=(5, 1))
+    weight = rng.uniform(0.1, 2.0, 5)
+    line = loss_along_gradient(
+        model, keras.losses.MeanSquaredError(), (x, y, weight), 0.1
+    )
+    outputs = x @ values_of(model.weights)[0]
+    expected = np.mean(weight * (outputs - y)[:, 0] ** 2)
+    np.testing.assert_allclose(line.initial_loss, expected, rtol=1e-6)
+
+
 def test_dict_outputs(rng):
     inputs = keras.Input((3,))
     model = keras.Model(
@@ -535,13 +560,24 @@ def test_where_the_gradient_is_zero():
     assert np.all(np.isnan(shift.cosines))
 
 
-def test_weights_that_the_loss_does_not_depend_on(rng):
-    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
-    model.unused = layers.Dense(1)
-    model.unused.build((None, 2))
-    batch = rng.normal(size=(4, 2)), np.ones((4, 1))
-    line = gradient_predictiveness(model, "mse", batch, 0.1)
-    assert np.all(np.isfinite(line.values))
+def test_gradients_are_dense_and_zero_where_nothing_depends():
+    def function(weights, rows):
+        return ops.sum(ops.take(weights[0], rows, axis=0) * 2.0)
+
+    weights = [ops.ones((3, 2)), ops.ones((2,))]
+    _, graph = kernels.value_and_gradients(function)
+    value, (table, unused) = graph(weights, ops.convert_to_tensor([2, 0, 2]))
+    assert float(value) == 12.0
+    assert ops.is_tensor(table)
+    assert helpers.to_numpy(table).tolist() == [[2, 2], [0, 0], [4, 4]]
+    assert helpers.to_numpy(unused).tolist() == [0, 0]
+
+
+def test_another_backend_is_an_error(monkeypatch):
+    monkeypatch.setattr(kernels.backend, "backend", lambda: "torch")
+    message = "The backend of Keras must be TensorFlow or JAX. Received: torch."
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        kernels.value_and_gradients(ops.sum)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -86,21 +86,21 @@ class Objective:
         In the order of the weights. The owner is the innermost layer; where
         several layers have one name, they are numbered.
         """
-        variables = self.model.trainable_variables
         owners: dict[int, Any] = {}
-        sizes: dict[int, int] = {}
         for layer in find_layers(self.model, keras.layers.Layer):
-            owned = layer.trainable_variables
-            for variable in owned:
-                # What holds a layer comes before it, so at equal size the
-                # later one is the inner one.
-                if len(owned) <= sizes.get(id(variable), len(owned)):
-                    owners[id(variable)] = layer
-                    sizes[id(variable)] = len(owned)
+            inner = {
+                id(variable)
+                for each in find_layers(layer, keras.layers.Layer)
+                if each is not layer
+                for variable in each.trainable_variables
+            }
+            for variable in layer.trainable_variables:
+                if id(variable) not in inner:
+                    owners.setdefault(id(variable), layer)
         places: dict[int, list[int]] = {}
         names: dict[int, str] = {}
         seen: dict[str, int] = {}
-        for at, variable in enumerate(variables):
+        for at, variable in enumerate(self.model.trainable_variables):
             owner = owners[id(variable)]
             if id(owner) not in places:
                 places[id(owner)] = []
