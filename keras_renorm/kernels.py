@@ -157,6 +157,16 @@ def value_and_gradients(function: Any) -> tuple[Any, Any]:
     )
 
 
+def check_no_strategy() -> None:
+    """Raises in the scope of a strategy, where Keras divides its losses."""
+    if backend.backend() == "tensorflow" and tf.distribute.has_strategy():
+        raise RuntimeError(
+            "Losses must be measured outside the scope of a distribution "
+            "strategy, inside which Keras divides them by the number of "
+            f"replicas. Received: {tf.distribute.get_strategy()!r}."
+        )
+
+
 def read(variable: Any, dtype: str) -> Tensor:
     """The value of a variable as it is now, in a type."""
     if backend.backend() == "tensorflow":

@@ -1,7 +1,9 @@
 """The loss along the gradient, in closed form; and nothing is touched."""
 
+import gc
 import re
 import sys
+import weakref
 
 import keras
 import numpy as np
@@ -381,10 +383,10 @@ class Counted(keras.Model):
         self.first = layers.Dense(3, name="first")
         self.second = layers.Dense(1, name="second")
         self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
-        self.calls = 0
+        self.calls = []  # a list, in which a change is not one of the model
 
     def call(self, inputs):
-        self.calls += 1
+        self.calls.append(inputs)
         hidden = self.first(inputs["a"]) * self.scale
         return [hidden, self.second(ops.concatenate([hidden, inputs["b"]], 1))]
 
@@ -397,7 +399,7 @@ def counted(rng):
     y = [rng.normal(size=(8, 3)), rng.normal(size=(8, 1))]
     model = Counted()
     model(x)
-    model.calls = 0
+    model.calls.clear()
     return model, x, y
 
 
@@ -406,7 +408,102 @@ def test_subclassed_models_are_traced_once_a_graph(function, rng):
     model, x, y = counted(rng)
     function(model, ["mse", "mae"], (x, y), np.geomspace(0.001, 1, 9))
     # One with the gradient, one without.
-    assert model.calls == 1 + (function is loss_along_gradient)
+    traced = 1 + (function is loss_along_gradient)
+    assert len(model.calls) == traced
+    function(model, ["mse", "mae"], (x, y), 0.1)
+    assert len(model.calls) == traced
+
+
+def change_rate(model):
+    model.layers[3].rate = 0.1
+
+
+def freeze_statistics(model):
+    model.layers[1].frozen_statistics = True
+
+
+def freeze_layer(model):
+    model.layers[0].trainable = False
+
+
+def freeze_other_weights(model):
+    """As many as before, of the same shapes."""
+    model.layers[1].gamma.trainable = not model.layers[1].gamma.trainable
+    model.layers[1].beta.trainable = not model.layers[1].beta.trainable
+
+
+def change_activation(model):
+    model.layers[5].activation = keras.activations.tanh
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_rate,
+        freeze_statistics,
+        freeze_layer,
+        freeze_other_weights,
+        change_activation,
+    ],
+)
+def test_a_change_of_the_model_is_seen(change, rng):
+    batch = batch_of(rng)
+    model, other = network(), network()
+    model.layers[1].gamma.trainable = other.layers[1].gamma.trainable = False
+    for each in (model, other):
+        assign(
+            each.layers[1].weights[1:],
+            [np.full(8, 0.5), *values_of(each.layers[1].weights[2:])],
+        )
+    model.set_weights([helpers.to_numpy(each) for each in other.weights])
+    before = loss_along_gradient(model, LOSS, batch, STEP_SIZES).values
+    change(model)
+    change(other)
+    after = loss_along_gradient(model, LOSS, batch, STEP_SIZES).values
+    fresh = loss_along_gradient(other, LOSS, batch, STEP_SIZES).values
+    np.testing.assert_array_equal(after, fresh)
+    assert np.all(before != after)
+
+
+def test_a_change_of_the_loss_is_seen(rng):
+    model = linear_network(3, 1)
+    batch = rng.normal(size=(4, 3)), np.ones((4, 1))
+    factors = [
+        loss_along_gradient(
+            model, lambda y, p, c=c: c * mean_square(y, p), batch, 0.1
+        ).initial_loss
+        for c in (1.0, 2.0, 3.0)
+    ]
+    np.testing.assert_allclose(
+        np.array(factors) / factors[0], [1, 2, 3], rtol=1e-6
+    )
+    loss = keras.losses.Huber(delta=0.1)
+    first = loss_along_gradient(model, loss, batch, 0.1).initial_loss
+    loss._fn_kwargs = {"delta": 0.2}
+    assert loss_along_gradient(model, loss, batch, 0.1).initial_loss > first
+
+
+def test_graphs_do_not_keep_a_model(rng):
+    model = network()
+    loss_along_gradient(model, LOSS, batch_of(rng), 0.1)
+    held = weakref.ref(model)
+    del model
+    keras.utils.clear_session()
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.tensorflow
+def test_in_the_scope_of_a_strategy_is_an_error(rng):
+    import tensorflow as tf
+
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    with strategy.scope():
+        model = network()
+        for function in FUNCTIONS:
+            with pytest.raises(RuntimeError, match=r"^Losses must be measured"):
+                function(model, LOSS, batch_of(rng), 0.1)
+    assert loss_along_gradient(model, LOSS, batch_of(rng), 0.1).initial_loss > 0
 
 
 def test_a_loss_for_each_output_with_sample_weights(rng):

@@ -8,6 +8,10 @@ Nothing of the model changes, at no time: weights, moving statistics, step
 counters and seeds are read once, and handed on as values. Each point of a
 line starts from the same ones, so dropout is the same at every point.
 
+A model is traced at the first call, and again after a change of its layers'
+attributes, of the loss or of the shapes of the batch. Call these functions
+outside the scope of a distribution strategy; the model may be made inside.
+
 Noise that comes from elsewhere than a `keras.random.SeedGenerator` is out of
 reach.
 
@@ -80,6 +84,8 @@ def loss_along_gradient(
         ValueError: If a step size is not positive and finite, or there is
             none; if the model is not built or has no trainable weight; if the
             loss is not one number, or does not fit the outputs.
+        RuntimeError: In the scope of a distribution strategy, or on another
+            backend than TensorFlow and JAX.
 
     Example:
 
@@ -140,8 +146,7 @@ def gradient_predictiveness(
         number `gradient_norm`; `plot(ax=None)`.
 
     Raises:
-        TypeError: As `loss_along_gradient`.
-        ValueError: As `loss_along_gradient`.
+        TypeError, ValueError, RuntimeError: As `loss_along_gradient`.
 
     Example:
 
@@ -198,8 +203,7 @@ def effective_smoothness(
         numbers `maximum` and `gradient_norm`; `plot(ax=None)`.
 
     Raises:
-        TypeError: As `loss_along_gradient`.
-        ValueError: As `loss_along_gradient`.
+        TypeError, ValueError, RuntimeError: As `loss_along_gradient`.
 
     Example:
 
@@ -260,8 +264,7 @@ def internal_covariate_shift(
         `plot(ax=None)`.
 
     Raises:
-        TypeError: As `loss_along_gradient`.
-        ValueError: As `loss_along_gradient`.
+        TypeError, ValueError, RuntimeError: As `loss_along_gradient`.
 
     Example:
 

@@ -1,6 +1,7 @@
 """What training minimizes, as a function of the weights."""
 
 import math
+import weakref
 from collections.abc import Collection
 from typing import Any
 
@@ -31,10 +32,10 @@ class Objective:
     def __init__(
         self, model: keras.Model, loss: Any, batch: Any, training: bool
     ) -> None:
+        kernels.check_no_strategy()
         self.model = _checked_model(model)
-        self._loss = _checked_loss(loss)
+        checked_loss = _checked_loss(loss)
         self._batch = _checked_batch(batch)
-        self._training = training
         self._state = [
             kernels.read(variable, variable.dtype)
             for variable in model.non_trainable_variables
@@ -43,21 +44,19 @@ class Objective:
             kernels.read(variable, variable.dtype)
             for variable in model.trainable_variables
         ]
-        self._value, self._with_gradients = kernels.value_and_gradients(
-            self._compute
+        self._value, self._with_gradients = _graphs(
+            model, checked_loss, training
         )
 
     def value(self, weights: list[Tensor]) -> float:
         """The loss at some weights."""
         return float(
-            ops.convert_to_numpy(
-                self._value(weights, self._state, *self._batch)
-            )
+            ops.convert_to_numpy(self._value(weights, self._state, self._batch))
         )
 
     def gradients(self, weights: list[Tensor]) -> list[Tensor]:
         """The gradient of the loss at some weights, a tensor a weight."""
-        _, gradients = self._with_gradients(weights, self._state, *self._batch)
+        _, gradients = self._with_gradients(weights, self._state, self._batch)
         return gradients
 
     def moved(
@@ -112,25 +111,66 @@ class Objective:
             places[id(owner)].append(at)
         return [(names[each], places[each]) for each in places]
 
-    def _compute(
-        self,
-        weights: list[Tensor],
-        state: list[Tensor],
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
+
+# Graphs by model and `training`, each with what it was traced for. Tracing
+# takes longer than a few points of a line, and TensorFlow never gives back
+# the memory of conditionals that it traced.
+_GRAPHS: weakref.WeakKeyDictionary[keras.Model, dict[bool, Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _graphs(model: keras.Model, loss: Any, training: bool) -> tuple[Any, Any]:
+    """The loss and its gradients as graphs, traced anew after a change."""
+    held = _GRAPHS.setdefault(model, {})
+    mark = _fingerprint(model, loss)
+    if training not in held or held[training][0] != mark:
+        graphs = kernels.value_and_gradients(_function(model, loss, training))
+        held[training] = mark, graphs
+    return held[training][1]
+
+
+def _fingerprint(model: keras.Model, loss: Any) -> tuple[Any, ...]:
+    """What a graph has baked in: the attributes of layers and losses.
+
+    Plain values as they are, other objects by identity, so that a changed
+    dropout rate or a frozen layer is seen. What changes inside a list is not.
+    """
+    losses = tree.flatten(loss)
+    owners = [*find_layers(model, keras.layers.Layer), *losses]
+    return (
+        # Not by `id`: the graph must not outlive the loss that it is of.
+        tuple(losses),
+        tree.map_structure(id, loss),
+        tuple(id(variable) for variable in model.trainable_variables),
+        tuple(
+            (id(owner), name, value)
+            if isinstance(value, bool | int | float | str)
+            else (id(owner), name, id(value))
+            for owner in owners
+            for name, value in vars(owner).items()
+        ),
+    )
+
+
+def _function(model: keras.Model, loss: Any, training: bool) -> Any:
+    reference = weakref.ref(model)  # or the graphs would keep the model
+
+    def compute(
+        weights: list[Tensor], state: list[Tensor], batch: list[Any]
     ) -> Tensor:
-        variables = (
-            self.model.trainable_variables + self.model.non_trainable_variables
-        )
+        x, y, sample_weight = batch
+        model = reference()
+        assert model is not None  # the caller holds it
+        variables = model.trainable_variables + model.non_trainable_variables
         values = list(weights) + list(state)
         with keras.StatelessScope(
             state_mapping=zip(variables, values, strict=True),
             collect_losses=True,
         ):
-            outputs = self.model(x, training=self._training)
-            total = _loss_value(self._loss, y, outputs, sample_weight)
-            for penalty in self.model.losses:
+            outputs = model(x, training=training)
+            total = _loss_value(loss, y, outputs, sample_weight)
+            for penalty in model.losses:
                 total = total + ops.cast(ops.sum(penalty), total.dtype)
         if len(total.shape) > 0:
             raise ValueError(
@@ -138,6 +178,8 @@ class Objective:
                 f"{tuple(total.shape)}."
             )
         return total
+
+    return compute
 
 
 class _FromFunction(keras.losses.Loss):
@@ -263,18 +305,20 @@ def _checked_loss(loss: Any) -> Any:
 
 
 def _checked_batch(batch: Any) -> list[Any]:
-    """Tensors `[x, y]` or `[x, y, sample_weight]`."""
+    """Tensors `[x, y, sample_weight]`, the last `None` if there is none."""
     if not isinstance(batch, tuple | list):
         raise TypeError(
             "`batch` must be (x, y) or (x, y, sample_weight). Received: "
             f"batch=<{type(batch).__name__}>."
         )
-    parts = list(batch)
-    if len(parts) == 3 and parts[2] is None:
-        parts.pop()
-    if len(parts) not in (2, 3):
+    if len(batch) not in (2, 3):
         raise ValueError(
             "`batch` must be (x, y) or (x, y, sample_weight). Received: "
-            f"{len(parts)} parts."
+            f"{len(batch)} parts."
         )
-    return [tree.map_structure(ops.convert_to_tensor, each) for each in parts]
+    return [
+        None
+        if part is None
+        else tree.map_structure(ops.convert_to_tensor, part)
+        for part in (*batch, None)[:3]
+    ]
