@@ -456,6 +456,7 @@ def test_a_change_of_the_model_is_seen(change, rng):
             [np.full(8, 0.5), *values_of(each.layers[1].weights[2:])],
         )
     model.set_weights([helpers.to_numpy(each) for each in other.weights])
+    model(batch[0])  # the first call changes a layer, the later ones do not
     before = loss_along_gradient(model, LOSS, batch, STEP_SIZES).values
     change(model)
     change(other)
@@ -665,7 +666,7 @@ def test_gradients_are_dense_and_zero_where_nothing_depends():
     _, graph = kernels.value_and_gradients(function)
     value, (table, unused) = graph(weights, ops.convert_to_tensor([2, 0, 2]))
     assert float(value) == 12.0
-    assert ops.is_tensor(table)
+    assert not hasattr(table, "indices")
     assert helpers.to_numpy(table).tolist() == [[2, 2], [0, 0], [4, 4]]
     assert helpers.to_numpy(unused).tolist() == [0, 0]
 

@@ -141,7 +141,6 @@ def _fingerprint(model: keras.Model, loss: Any) -> tuple[Any, ...]:
     return (
         # Not by `id`: the graph must not outlive the loss that it is of.
         tuple(losses),
-        tree.map_structure(id, loss),
         tuple(id(variable) for variable in model.trainable_variables),
         tuple(
             (id(owner), name, value)
@@ -160,8 +159,7 @@ def _function(model: keras.Model, loss: Any, training: bool) -> Any:
         weights: list[Tensor], state: list[Tensor], batch: list[Any]
     ) -> Tensor:
         x, y, sample_weight = batch
-        model = reference()
-        assert model is not None  # the caller holds it
+        model: Any = reference()
         variables = model.trainable_variables + model.non_trainable_variables
         values = list(weights) + list(state)
         with keras.StatelessScope(
