@@ -125,6 +125,48 @@ def compiled(function: Any) -> Any:
     return tf.function(function, autograph=False, reduce_retracing=True)
 
 
+def value_and_gradients(function: Any) -> tuple[Any, Any]:
+    """`function(weights, *arguments)`, and it with gradients, as graphs.
+
+    `weights` is a list of tensors; the function returns a number and keeps no
+    state. The second graph returns `(value, gradients)`, the gradients a list
+    of dense tensors, zero for a weight that the value does not depend on.
+    """
+    if backend.backend() == "tensorflow":
+
+        def differentiated(
+            weights: list[Tensor], *arguments: Any
+        ) -> tuple[Tensor, list[Tensor]]:
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                value = function(weights, *arguments)
+            gradients = tape.gradient(
+                value, weights, unconnected_gradients="zero"
+            )
+            # That of a table that is looked up in is sparse.
+            return value, [tf.convert_to_tensor(each) for each in gradients]
+
+        return compiled(function), compiled(differentiated)
+    if backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function), jax.jit(jax.value_and_grad(function))
+    raise RuntimeError(
+        "The backend of Keras must be TensorFlow or JAX. "
+        f"Received: {backend.backend()}."
+    )
+
+
+def check_no_strategy() -> None:
+    """Raises in the scope of a strategy, where Keras divides its losses."""
+    if backend.backend() == "tensorflow" and tf.distribute.has_strategy():
+        raise RuntimeError(
+            "Losses must be measured outside the scope of a distribution "
+            "strategy, inside which Keras divides them by the number of "
+            f"replicas. Received: {tf.distribute.get_strategy()!r}."
+        )
+
+
 def read(variable: Any, dtype: str) -> Tensor:
     """The value of a variable as it is now, in a type."""
     if backend.backend() == "tensorflow":

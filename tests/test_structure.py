@@ -98,5 +98,10 @@ def test_public_names_have_an_example():
         keras_renorm.recalibrate,
         keras_renorm.get_statistics,
         keras_renorm.set_statistics,
+        keras_renorm.diagnostics.loss_along_gradient,
+        keras_renorm.diagnostics.gradient_predictiveness,
+        keras_renorm.diagnostics.effective_smoothness,
+        keras_renorm.diagnostics.internal_covariate_shift,
+        keras_renorm.diagnostics.ActivationNoise,
     ):
         assert ">>>" in public.__doc__, public
