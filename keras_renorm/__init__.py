@@ -1,6 +1,6 @@
 """Batch (re)normalization for Keras that behaves the same when it serves."""
 
-from keras_renorm import callbacks, schedules
+from keras_renorm import callbacks, diagnostics, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models.convert import convert, revert
@@ -16,6 +16,7 @@ __all__ = [
     "BatchRenormalization",
     "callbacks",
     "convert",
+    "diagnostics",
     "fold",
     "freeze_statistics",
     "get_statistics",

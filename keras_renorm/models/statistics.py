@@ -137,3 +137,13 @@ def statistics_layers(model: keras.Model) -> list[Any]:
             f"{describe(unbuilt)} not built."
         )
     return layers
+
+
+def is_untrained(layer: Any) -> bool:
+    """Whether moving statistics are as they are made: mean 0, variance 1."""
+    if not layer.built:
+        return True
+    mean, variance = map(
+        kernels.to_numpy, (layer.moving_mean, layer.moving_variance)
+    )
+    return bool(np.all(mean == 0) and np.all(variance == 1))

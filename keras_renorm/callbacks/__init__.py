@@ -1,0 +1,9 @@
+"""Callbacks: what `fit` does with the layers; no mathematics."""
+
+from keras_renorm.callbacks.recalibration import RecalibrateStatistics
+from keras_renorm.callbacks.scheduler import RenormScheduler
+
+__all__ = [
+    "RecalibrateStatistics",
+    "RenormScheduler",
+]
