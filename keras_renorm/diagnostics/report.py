@@ -88,18 +88,19 @@ class Report:
             from rich.console import Console
             from rich.table import Table
         except ImportError:  # plain columns do
-            widths = [max(map(len, column)) for column in zip(heads, *rows)]
+            columns = zip(heads, *rows, strict=True)
+            widths = [max(map(len, column)) for column in columns]
             return "\n".join(
                 "  ".join(
                     cell.ljust(width)
                     for cell, width in zip(line, widths, strict=True)
                 ).rstrip()
-                for line in [[title], heads, *rows][1:]
+                for line in [heads, *rows]
             )
         table = Table(title=title)
-        for head in heads:
-            justify = "left" if head == "layer" else "right"
-            table.add_column(head, justify=justify, overflow="fold")
+        table.add_column(heads[0], overflow="fold")
+        for head in heads[1:]:
+            table.add_column(head, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         text = io.StringIO()

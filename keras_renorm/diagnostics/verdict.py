@@ -15,9 +15,9 @@ from keras_renorm.diagnostics.measurement import Measurement
 SHIFT = 0.25
 # Batch means that scatter by this much, of the standard deviation of all
 # data, are too uncertain where batches are random draws: a batch then counts
-# for nine independent elements. Wu and He 2018 (arXiv:1803.08494, section 4.1)
-# see errors rise from batches of eight images on.
-NOISE = 1 / 3
+# for eleven independent elements. Wu and He 2018 (arXiv:1803.08494, section
+# 4.1) see errors rise from batches of eight images on.
+NOISE = 0.3
 # The same where batches are no random draws: a smaller scatter harms, for the
 # network can learn to use what a batch has in common.
 GROUPED = 0.2

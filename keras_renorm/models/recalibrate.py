@@ -17,7 +17,10 @@ from keras_renorm.models.observe import (
     to_float64,
 )
 from keras_renorm.models.rebuild import describe
-from keras_renorm.models.statistics import statistics_layers
+from keras_renorm.models.statistics import (
+    check_no_keras_renorm,
+    statistics_layers,
+)
 
 Tensor = Any
 
@@ -107,15 +110,7 @@ class StatisticsPass:
     def __init__(self, model: keras.Model) -> None:
         self.model = model
         self.layers = statistics_layers(model)
-        renormalized = [
-            layer for layer in self.layers if getattr(layer, "renorm", False)
-        ]
-        if renormalized:
-            raise ValueError(
-                "`model` must have no Keras layer with `renorm=True`, whose "
-                "moving statistics follow from others; `keras_renorm.convert` "
-                f"it. Received: layers {describe(renormalized)}."
-            )
+        check_no_keras_renorm(self.layers)
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []
         self._moments: list[functional.Moments] = []
