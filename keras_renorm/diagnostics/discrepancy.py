@@ -99,7 +99,7 @@ def discrepancy(
     return Report(
         model=model.name,
         layers=result.layers,
-        verdicts=verdicts_of(result.layers, referred),
+        verdicts=verdicts_of(result.layers, referred, result.gap),
         gap=result.gap,
         training=result.scores[0],
         inference=result.scores[1],

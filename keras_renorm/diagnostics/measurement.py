@@ -1,7 +1,6 @@
 """The figures of one layer."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +32,7 @@ class Gap(NamedTuple):
         return Gap(self.difference + other.difference, self.size + other.size)
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """One layer over a dataset.
 
     Batch statistics are those of the layer's input in training mode, one
@@ -73,6 +71,10 @@ class Measurement:
             of all data (root mean square over channels).
         scatter_expected: What random draws of this many examples make of it;
             NaN where it cannot be told.
+        batch_noise: The gap that batches like these make by themselves, where
+            the moving statistics are those of all data: root mean square over
+            batches and channels of (1 − r, d), with the pooled mean and
+            variance in the place of the moving ones.
         from_start: Where the moving statistics stand on the way from (0, 1)
             to the data's, 0 to 1, if they stand on that line; else NaN.
         constant_channels: Indices of the channels whose variance over all
@@ -104,13 +106,14 @@ class Measurement:
     f_limit: float
     scatter: float
     scatter_expected: float
+    batch_noise: float
     from_start: float
     constant_channels: tuple[int, ...]
 
     def row(self) -> dict[str, Any]:
         """One flat row of a table."""
         row: dict[str, Any] = {"layer": self.name}
-        for name in self.__dataclass_fields__:
+        for name in self._fields:
             value = getattr(self, name)
             if name in ("r", "d"):
                 names = ("lowest", "5%", "median", "95%", "highest")

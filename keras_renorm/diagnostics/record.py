@@ -43,6 +43,7 @@ class Record:
             self.sigma = np.sqrt(self.moving_variance + self.epsilon)
         self.elements = Total()
         self.variances = Total()
+        self.deviations = Total()
         self.examples = Total()
         self.gap = Gap(0.0, 0.0)
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
@@ -62,9 +63,11 @@ class Record:
         if not np.max(count):
             return
         self.elements.add(count, shift, residual, variance)
-        self.variances.add(1, variance, 0.0, 0.0)
         with np.errstate(all="ignore"):
-            r = np.sqrt(variance + self.epsilon) / self.sigma
+            sigma = np.sqrt(variance + self.epsilon)
+            self.variances.add(1, variance, 0.0, 0.0)
+            self.deviations.add(1, sigma, 0.0, 0.0)
+            r = sigma / self.sigma
             d = ((shift - self.moving_mean) + residual) / self.sigma
             self._jeffreys += float(np.mean(jeffreys(r, d)))
         # To float32: a limit of 1 and a ratio of 1 + 1e-16 are the same.
@@ -100,6 +103,13 @@ class Record:
             )
             scatter = np.sqrt(np.mean(self._between / pooled_sigma**2))
             expected = np.sqrt(np.mean(self._drawn / pooled_sigma**2))
+            # Mean of (1 - σ_B / σ)², from the means of σ_B and σ_B².
+            scales = (
+                (self.variances.mean + self.epsilon) / pooled_sigma**2
+                - 2 * self.deviations.mean / pooled_sigma
+                + 1
+            )
+            noise = np.sqrt(np.mean(scales + self._between / pooled_sigma**2))
             constant = self.elements.variance < self.epsilon / 100
             beyond = self._beyond / batches
         r, d = self._distributions()
@@ -128,6 +138,7 @@ class Record:
             f_limit=f_limit,
             scatter=float(scatter),
             scatter_expected=float(expected),
+            batch_noise=float(noise),
             from_start=self._from_start(),
             constant_channels=tuple(np.flatnonzero(constant).tolist()),
         )
@@ -232,7 +243,7 @@ class Record:
         """How far on the line from (0, 1) to the data's statistics.
 
         A moving average that began there is at 1 − momentum^steps. NaN where
-        no one number fits means and variances, each to a tenth of the way:
+        no one number fits means and variances, each to 2 % of its squares:
         data that is brighter, say, has other means and the same variances.
         """
         sigma = np.sqrt(self.elements.variance + self.epsilon)
@@ -248,6 +259,6 @@ class Record:
         fitted = float(whole @ gone / max(whole @ whole, 1e-30))
         for way, part in ways:
             left = np.sum((part - fitted * way) ** 2)
-            if left > 0.01 * (way @ way):
+            if left > 0.02 * (way @ way):
                 return math.nan
         return fitted

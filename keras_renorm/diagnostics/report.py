@@ -63,7 +63,7 @@ class Report:
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         heads = ["layer", "r 5-95 %", "d 5-95 %", "beyond", "J", "gap"]
-        heads += ["shift", "F", "scatter", "constant"]
+        heads += ["shift", "noise", "F", "constant"]
         rows = [
             [
                 layer.name,
@@ -73,8 +73,8 @@ class Report:
                 _short(layer.jeffreys),
                 _short(layer.gap),
                 _short(layer.shift),
+                _short(layer.batch_noise),
                 _short(layer.f),
-                _short(layer.scatter),
                 f"{len(layer.constant_channels)}/{layer.channels}",
             ]
             for layer in self.layers
@@ -153,7 +153,7 @@ class Report:
             for name, color, offset in (
                 ("gap", "#d55e00", -0.2),
                 ("shift", "#009e73", 0.0),
-                ("scatter", "#999999", 0.2),
+                ("batch_noise", "#999999", 0.2),
             ):
                 parts[2].barh(
                     at + offset,
@@ -162,7 +162,7 @@ class Report:
                     color=color,
                     label=name if at == 0 else None,
                 )
-        parts[2].set(title="gap, shift, scatter")
+        parts[2].set(title="gap, shift, batch noise")
         parts[2].legend()
         parts[0].set_yticks(places, [layer.name for layer in self.layers])
         parts[0].invert_yaxis()
