@@ -139,7 +139,8 @@ class RenormMonitor(keras.callbacks.Callback):
         check_no_keras_renorm(found)
         self.rows, self._epoch_rows = [], []
         self._before = None
-        self._step, self._stride, self._next = 0, 1, self.every
+        self._step, self._next = 0, self.every
+        self._stride = int(getattr(self.model, "steps_per_execution", 1) or 1)
         self._is_compared = self.dataset is None
 
     def on_epoch_begin(
