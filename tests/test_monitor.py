@@ -63,8 +63,8 @@ def test_figures_are_those_of_the_batch_that_was_trained_on(kind):
     options = {}
     limits = (3.0, 5.0)
     if kind is BatchRenormalization:
-        limits = (1.3, 0.4)
-        options = {"r_max": 1.3, "d_max": 0.4}
+        limits = (2.0, 1.5)
+        options = {"r_max": 2.0, "d_max": 1.5}
     monitor = RenormMonitor(every=3)
     fit(network(kind, **options), [monitor], epochs=2)
     rows = [row for row in monitor.rows if row["layer"] == "first"]

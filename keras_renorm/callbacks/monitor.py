@@ -13,6 +13,7 @@ from keras_renorm.diagnostics.probe import (
     LayerState,
     figures_of,
     has_moved,
+    read_moved,
     read_state,
 )
 from keras_renorm.diagnostics.verdict import GROUPED
@@ -159,7 +160,10 @@ class RenormMonitor(keras.callbacks.Callback):
         is_due = self._step + self._stride >= self._next or (
             is_last and not self._epoch_rows
         )
-        self._before = self._read() if is_due and self._layers else None
+        self._before = None
+        if is_due and self._layers:
+            self._synchronize()
+            self._before = [read_state(layer) for layer in self._layers]
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -170,7 +174,8 @@ class RenormMonitor(keras.callbacks.Callback):
         if not self._layers:
             self._layers = statistics_layers(self.model)
         if self._before is not None:
-            self._add_rows(self._before, self._read())
+            self._synchronize()
+            self._add_rows(self._before)
             self._before = None
             self._next = (self._step // self.every + 1) * self.every
 
@@ -192,17 +197,14 @@ class RenormMonitor(keras.callbacks.Callback):
         if self._writer is not None:
             self._writer.flush()
 
-    def _read(self) -> list[LayerState]:
-        """The layers' states as they are now."""
+    def _synchronize(self) -> None:
+        # During an epoch Keras's JAX trainer holds the weights itself.
         if hasattr(self.model, "jax_state_sync"):
-            # During an epoch Keras's JAX trainer holds the weights itself.
             self.model.jax_state_sync()
-        return [read_state(layer) for layer in self._layers]
 
-    def _add_rows(
-        self, before: list[LayerState], after: list[LayerState]
-    ) -> None:
-        for layer, old, new in zip(self._layers, before, after, strict=True):
+    def _add_rows(self, before: list[LayerState]) -> None:
+        for layer, old in zip(self._layers, before, strict=True):
+            new = read_moved(layer, old)
             steps = self._stride
             if old.step is not None and new.step is not None:
                 steps = new.step - old.step

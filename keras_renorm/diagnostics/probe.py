@@ -117,24 +117,37 @@ def probe(
 
 
 def read_state(layer: Any) -> LayerState:
-    """The state of a layer as it is now."""
-    step = limits = None
+    """The state of a layer before a step."""
+    limits = None
     if isinstance(layer, BatchRenormalization):
-        step, limits = layer.current_step(), layer.current_limits()
-
-    def value(weight: Any, default: float) -> Any:
-        if weight is None:
-            return default
-        return kernels.to_numpy(weight).astype("float64")
-
-    return LayerState(
-        value(layer.moving_mean, 0.0),
-        value(layer.moving_variance, 1.0),
-        value(layer.gamma, 1.0),
-        value(layer.beta, 0.0),
-        step,
-        limits,
+        limits = layer.current_limits()
+    return read_moved(
+        layer,
+        LayerState(
+            np.zeros(0),
+            np.zeros(0),
+            1.0 if layer.gamma is None else _value(layer.gamma),
+            0.0 if layer.beta is None else _value(layer.beta),
+            None,
+            limits,
+        ),
     )
+
+
+def read_moved(layer: Any, before: LayerState) -> LayerState:
+    """The state after it: only what moves of itself is read anew."""
+    step = None
+    if isinstance(layer, BatchRenormalization):
+        step = layer.current_step()
+    return before._replace(
+        moving_mean=_value(layer.moving_mean),
+        moving_variance=_value(layer.moving_variance),
+        step=step,
+    )
+
+
+def _value(variable: Any) -> np.ndarray:
+    return kernels.to_numpy(variable).astype("float64")
 
 
 def has_moved(layer: Any, before: LayerState, after: LayerState) -> bool:
