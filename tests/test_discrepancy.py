@@ -312,6 +312,36 @@ def test_every_call_of_a_shared_layer_meets_the_statistics_as_they_are(rng):
     assert found.gap == pytest.approx(expected, rel=1e-5)
 
 
+def test_calls_of_a_shared_layer_are_as_batches_of_their_own(rng):
+    """Renormalization trains by the moving statistics, too."""
+
+    def kind(**arguments):
+        options = {"momentum": 0.1, "r_max": 1.2, "d_max": 0.3}
+        return BatchRenormalization(**options, **arguments)
+
+    x = batches_of(rng, [6, 6], (4,))
+    model = networks.shared(kind)
+    (together,) = discrepancy(model, [(tuple(x),)], verbose=False).layers
+    model = one_layer(kind(name="shared_bn"), (4,))
+    (apart,) = discrepancy(model, x, verbose=False).layers
+    assert together.gap == pytest.approx(apart.gap, rel=1e-6)
+    assert together.beyond == apart.beyond
+
+
+def test_the_noise_of_a_moving_average_is_no_shift(rng):
+    """Its momentum keeps few batches: it is off by 0.29, and rightly so."""
+    layer = BatchNormalization(momentum=0.5)
+    model = one_layer(layer, (200,))
+    x = rng.normal(2.0, 3.0, size=(4 * 60, 200)).astype("float32")
+    for at in range(0, 80, 4):
+        layer(x[at : at + 4], training=True)
+    (found,) = discrepancy(model, x[80:], batch_size=4, verbose=False).layers
+    mean, variance = helpers.statistics(layer)
+    d = (x[80:].mean(axis=0) - mean) / np.sqrt(variance + 1e-3)
+    assert np.sqrt(np.mean(d**2)) > 0.25
+    assert found.shift < 0.2
+
+
 def classifier(kind=BatchNormalization):
     model = keras.Sequential(
         [
