@@ -2,12 +2,11 @@
 
     python benchmarks/monitor.py
 
-A run of `fit` with the callback and one without take turns on the same model,
-`--steps` steps each, so that what else the machine does hits both alike; the
-figure is the median over rounds of the difference. That is small beside the
-noise of a step, so the probes are timed by themselves, too: their share of a
-step is their cost, over 100 steps. Takes about three
-minutes.
+Its own time: what its methods take, waiting for the weights included, over the
+time of the steps. Beside it the difference between runs of `fit` with it and
+without it, which take turns, median and 10 to 90 %: on a busy machine that is
+noise, on a quiet one it would show a cost that its methods do not. Takes about
+three minutes.
 """
 
 import argparse

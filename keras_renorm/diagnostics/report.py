@@ -163,7 +163,7 @@ class Report:
                     label=name if at == 0 else None,
                 )
         parts[2].set(title="gap, shift, batch noise")
-        parts[2].legend()
+        figure.legend(loc="outside lower right", ncols=3)
         parts[0].set_yticks(places, [layer.name for layer in self.layers])
         parts[0].invert_yaxis()
         causes = ", ".join(each.cause for each in self.verdicts) or HEALTHY
