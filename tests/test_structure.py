@@ -73,6 +73,10 @@ def test_examples_run(module):
         **{name: getattr(keras_renorm, name) for name in keras_renorm.__all__},
         **vars(keras_renorm.schedules),
         **vars(keras_renorm.callbacks),
+        **{
+            name: getattr(keras_renorm.diagnostics, name)
+            for name in keras_renorm.diagnostics.__all__
+        },
     }
     result = doctest.testmod(
         importlib.import_module(module),
@@ -90,6 +94,8 @@ def test_public_names_have_an_example():
         keras_renorm.schedules.ioffe2017,
         keras_renorm.callbacks.RenormScheduler,
         keras_renorm.callbacks.RecalibrateStatistics,
+        keras_renorm.callbacks.RenormMonitor,
+        keras_renorm.diagnostics.discrepancy,
         keras_renorm.convert,
         keras_renorm.revert,
         keras_renorm.fold,

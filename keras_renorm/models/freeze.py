@@ -3,11 +3,10 @@
 import warnings
 
 import keras
-import numpy as np
 
-from keras_renorm import kernels
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.models.rebuild import describe
+from keras_renorm.models.statistics import is_untrained
 from keras_renorm.models.traversal import find_layers
 
 
@@ -40,7 +39,7 @@ def freeze_statistics(model: keras.Model) -> None:
     True
     """
     layers = _our_layers(model)
-    untrained = [layer for layer in layers if _is_untrained(layer)]
+    untrained = [layer for layer in layers if is_untrained(layer)]
     if untrained:
         warnings.warn(
             "Statistics that were never trained are frozen at mean 0 and "
@@ -93,12 +92,3 @@ def _our_layers(model: keras.Model) -> list[BatchNormalization]:
             f"which has {what}."
         )
     return layers
-
-
-def _is_untrained(layer: BatchNormalization) -> bool:
-    if not layer.built:
-        return True
-    mean, variance = map(
-        kernels.to_numpy, (layer.moving_mean, layer.moving_variance)
-    )
-    return bool(np.all(mean == 0) and np.all(variance == 1))

@@ -1,8 +1,7 @@
 """Population statistics of the weights that a model has now."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,17 @@ from keras import ops, tree
 
 from keras_renorm import arguments, functional, kernels
 from keras_renorm.models.batches import Batches
+from keras_renorm.models.observe import (
+    Total,
+    aligned_inputs,
+    observed,
+    to_float64,
+)
 from keras_renorm.models.rebuild import describe
-from keras_renorm.models.statistics import statistics_layers
+from keras_renorm.models.statistics import (
+    check_no_keras_renorm,
+    statistics_layers,
+)
 
 Tensor = Any
 
@@ -105,15 +113,7 @@ class StatisticsPass:
     def __init__(self, model: keras.Model) -> None:
         self.model = model
         self.layers = statistics_layers(model)
-        renormalized = [
-            layer for layer in self.layers if getattr(layer, "renorm", False)
-        ]
-        if renormalized:
-            raise ValueError(
-                "`model` must have no Keras layer with `renorm=True`, whose "
-                "moving statistics follow from others; `keras_renorm.convert` "
-                f"it. Received: layers {describe(renormalized)}."
-            )
+        check_no_keras_renorm(self.layers)
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []
         self._moments: list[functional.Moments] = []
@@ -159,7 +159,7 @@ class StatisticsPass:
             layer.moving_mean.assign(mean)
             layer.moving_variance.assign(variance)
 
-        def mixed(layer: Any, total: "_Total") -> tuple[np.ndarray, ...]:
+        def mixed(layer: Any, total: Total) -> tuple[np.ndarray, ...]:
             keep = prior / (prior + total.examples) if prior else 0.0
             return tuple(
                 keep * old + (1 - keep) * new
@@ -198,9 +198,9 @@ class StatisticsPass:
         by_batch: bool,
         verbose: int | bool,
         done: Sequence[int] | set[int] = (),
-    ) -> dict[int, "_Total"]:
+    ) -> dict[int, Total]:
         """The pooled moments of each layer; checked to be good."""
-        totals = {id(layer): _Total() for layer in self.layers}
+        totals = {id(layer): Total() for layer in self.layers}
         bar = keras.utils.Progbar(
             data.steps,
             verbose=int(bool(verbose)),
@@ -209,7 +209,10 @@ class StatisticsPass:
             else f"batch, layer {len(done) + 1} of {len(self.layers)}",
         )
         seen = 0
-        with self._hooks(by_batch):
+        with observed(
+            self.layers,
+            lambda layer, call: self._hook(layer, call, by_batch),
+        ):
             for x, _, _ in data:
                 examples = int(tree.flatten(x)[0].shape[0])
                 for layer, moments in self._moments_of(x, by_batch):
@@ -238,11 +241,7 @@ class StatisticsPass:
     def _moments_of(self, x: Any, by_batch: bool) -> list[tuple[Any, Any]]:
         """Runs a batch; each call of a layer, with the moments of its input."""
         gathered = [
-            [
-                np.asarray(ops.convert_to_numpy(value), dtype="float64")
-                for value in moments
-            ]
-            for moments in self._gather[by_batch](x)
+            to_float64(moments) for moments in self._gather[by_batch](x)
         ]
         return list(zip(self._called, gathered, strict=True))
 
@@ -251,28 +250,13 @@ class StatisticsPass:
         self.model(x, training=False)
         return list(self._moments)
 
-    @contextmanager
-    def _hooks(self, by_batch: bool) -> Iterator[None]:
-        """Lets the layers tell the moments of their inputs."""
-        for layer in self.layers:
-            layer.call = self._hook(layer, layer.call, by_batch)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.call  # what the class has is there again
-
     def _hook(
         self, layer: Any, call: Callable[..., Any], by_batch: bool
     ) -> Callable[..., Any]:
         def hooked(
             inputs: Tensor, training: bool | None = None, mask: Any = None
         ) -> Tensor:
-            axis = layer.axis % len(inputs.shape)
-            aligned = mask
-            if mask is not None:
-                aligned = functional.align_mask(mask, inputs, axis)
-            values = ops.cast(inputs, kernels.statistics_dtype(inputs.dtype))
+            values, axis, aligned = aligned_inputs(layer, inputs, mask)
             centered, moments = functional.centered_moments(
                 values, (axis,), aligned
             )
@@ -292,41 +276,3 @@ class StatisticsPass:
             return ops.cast(outputs, layer.compute_dtype)
 
         return hooked
-
-
-class _Total:
-    """Moments of all batches so far, in float64: Chan et al. 1983."""
-
-    def __init__(self) -> None:
-        self.examples = 0
-        self.count = 0.0
-        self.mean: Any = 0.0
-        self.variance: Any = 0.0
-
-    @property
-    def is_finite(self) -> bool:
-        return bool(
-            np.all(np.isfinite(self.mean))
-            and np.all(np.isfinite(self.variance))
-        )
-
-    def add(
-        self,
-        count: np.ndarray,
-        shift: np.ndarray,
-        residual: np.ndarray,
-        variance: np.ndarray,
-    ) -> None:
-        added = float(np.max(count))
-        if not added:
-            return
-        self.count += added
-        share = added / self.count
-        with np.errstate(all="ignore"):  # what is not finite is told later
-            distance = (shift + residual) - self.mean
-            self.variance = (
-                (1 - share) * self.variance
-                + share * variance
-                + share * (1 - share) * distance**2
-            )
-            self.mean = self.mean + share * distance

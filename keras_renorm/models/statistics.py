@@ -137,3 +137,26 @@ def statistics_layers(model: keras.Model) -> list[Any]:
             f"{describe(unbuilt)} not built."
         )
     return layers
+
+
+def is_untrained(layer: Any) -> bool:
+    """Whether moving statistics are as they are made: mean 0, variance 1."""
+    if not layer.built:
+        return True
+    mean, variance = map(
+        kernels.to_numpy, (layer.moving_mean, layer.moving_variance)
+    )
+    return bool(np.all(mean == 0) and np.all(variance == 1))
+
+
+def check_no_keras_renorm(layers: list[Any]) -> None:
+    """Raises if a layer's moving statistics are not averages of a batch's."""
+    renormalized = [
+        layer for layer in layers if getattr(layer, "renorm", False)
+    ]
+    if renormalized:
+        raise ValueError(
+            "`model` must have no Keras layer with `renorm=True`, whose "
+            "moving statistics follow from others; `keras_renorm.convert` "
+            f"it. Received: layers {describe(renormalized)}."
+        )

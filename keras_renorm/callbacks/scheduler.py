@@ -1,4 +1,4 @@
-"""Callbacks: what `fit` does with the layers."""
+"""The limits of renormalization in `fit`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,6 @@ import keras
 
 from keras_renorm import schedules
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.recalibrate import StatisticsPass
 from keras_renorm.models.traversal import find_layers
 from keras_renorm.schedules import LinearRamp
 
@@ -190,77 +189,3 @@ def _is_function(value: Any) -> bool:
 def _set_limits(layer: BatchRenormalization, limits: dict[str, Any]) -> None:
     for name, value in limits.items():
         setattr(layer, name, value)
-
-
-class RecalibrateStatistics(keras.callbacks.Callback):
-    """Recalibrates the moving statistics after each epoch of `fit`.
-
-    Before validation, so that it sees the new statistics, and, without
-    validation, at the end of the epoch; see `keras_renorm.recalibrate`. What
-    stands behind this callback in the list, such as `ModelCheckpoint`, saves
-    them. Put Keras's `SwapEMAWeights` before it, and the statistics are those
-    of the averaged weights. Training goes on from the new statistics.
-
-    Args:
-        dataset: As for `recalibrate`; read anew after each epoch. It should
-            not be the validation data.
-        steps: Number of batches, or `None` (default) for all.
-        **arguments: Others of `recalibrate`; `verbose` is `False` by default.
-
-    Raises:
-        TypeError, ValueError: When `fit` begins, if the model has no batch
-            normalization; after an epoch, as `recalibrate`. The statistics
-            are then as training left them.
-
-    Example:
-
-    >>> model = keras.Sequential([
-    ...     keras.Input((4,)), BatchNormalization(), keras.layers.Dense(1)
-    ... ])
-    >>> model.compile("sgd", "mse")
-    >>> x, y = np.random.normal(3.0, 1.0, (64, 4)), np.zeros((64, 1))
-    >>> callback = RecalibrateStatistics(x)
-    >>> history = model.fit(x, y, verbose=0, callbacks=[callback])
-    >>> bool(np.allclose(model.layers[0].moving_mean, x.mean(axis=0), 1e-4))
-    True
-    """
-
-    def __init__(
-        self, dataset: Any, steps: int | None = None, **arguments: Any
-    ) -> None:
-        super().__init__()
-        self.dataset = dataset
-        self.steps = steps
-        self.arguments = {"verbose": False, **arguments}
-        self._pass: StatisticsPass | None = None
-        self._is_due = False
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Finds the layers."""
-        self._pass = StatisticsPass(self.model)
-
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        """The statistics will be due when it ends."""
-        self._is_due = True
-
-    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Recalibrates, where validation begins."""
-        self._recalibrate()
-
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        """Recalibrates, if there was no validation."""
-        self._recalibrate()
-
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Lets go of the model."""
-        self._pass = None
-        self._is_due = False
-
-    def _recalibrate(self) -> None:
-        if self._is_due and self._pass is not None:
-            self._pass.run(self.dataset, self.steps, **self.arguments)
-        self._is_due = False

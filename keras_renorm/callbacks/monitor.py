@@ -1,0 +1,330 @@
+"""How far training is from inference, while `fit` runs."""
+
+import math
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm import arguments
+from keras_renorm.diagnostics.comparison import Comparison
+from keras_renorm.diagnostics.probe import (
+    LayerState,
+    figures_of,
+    has_moved,
+    read_moved,
+    read_state,
+)
+from keras_renorm.diagnostics.verdict import GROUPED
+from keras_renorm.layers.batch_renormalization import BatchRenormalization
+from keras_renorm.models.batches import Batches
+from keras_renorm.models.statistics import (
+    check_no_keras_renorm,
+    statistics_layers,
+)
+from keras_renorm.models.traversal import find_layers
+
+# Limits that cut more than this share of the values, when they have relaxed
+# to their end, leave training and inference apart.
+SATURATED = 0.25
+# Batches of `dataset` that are looked at.
+DATASET_BATCHES = 16
+
+
+class RenormMonitor(keras.callbacks.Callback):
+    """Writes down r, d and the gap between training and inference in `fit`.
+
+    Every so many steps it reads the moving statistics before and after the
+    step, and takes the moving average back:
+
+        batch_mean = (after - momentum * before) / (1 - momentum)
+
+    and the variance likewise. So it sees the statistics of the very batch
+    that was trained on, augmented and shuffled as it was, with nothing added
+    to the graph; and from them r, d and, in closed form, how far the layer's
+    training-mode outputs were from its inference-mode outputs for that batch.
+
+    At the end of each epoch `logs` get the means over the epoch's probes:
+    `renorm_r` and `renorm_d` (95 % quantiles over channels of the factor by
+    which r is off 1 either way, and of |d|), `renorm_clipped` (share of
+    channels where r or d is beyond the limits; of layers without limits, 3
+    and 5), `renorm_gap`, and, of `BatchRenormalization` layers,
+    `renorm_r_max` and `renorm_d_max`; the largest of all layers under these
+    names, and each layer's with its name before: `"bn1/renorm_gap"`. History
+    has them, and so have `CSVLogger` and `TensorBoard` if they stand behind
+    this callback in the list.
+
+    It warns once a run, when `fit` ends, if limits never relaxed (r_max was 1
+    and d_max was 0 throughout), or if limits that have relaxed to their end
+    still clip more than a quarter of the values; and after the first epoch,
+    if the batches of `dataset` are no random draws.
+
+    Limits: a layer that is frozen is left out, and so is one of momentum 0 or
+    1. With `steps_per_execution`, and for a `BatchRenormalization` layer
+    called several times a step, the figures are those of the average batch
+    between two readings. Another layer called several times a step reads as
+    the sum of its calls. Rounding leaves an error of about 1e-7 / (1 -
+    momentum) of the moving statistics. Under a strategy, replicas that do not
+    synchronize are averaged.
+
+    Args:
+        every: Steps from one probe to the next, >= 1. An epoch that has none
+            gets one at its last step, or its first, where its length is
+            unknown. Defaults to 100.
+        dataset: `None` (default), or the training data in its batches, as for
+            `recalibrate`: 16 of them are compared after the first epoch, as
+            `keras_renorm.diagnostics.discrepancy` does, to see whether they
+            are random draws.
+        log_dir: `None` (default), or a folder for TensorBoard, which gets
+            each probe.
+        per_layer: Whether `logs` get each layer's figures, too (TensorBoard
+            and `rows` always do). Defaults to `True`; `False` keeps the
+            progress bar short.
+
+    Attributes:
+        rows: A dict for each probe and layer, for `pandas.DataFrame`.
+
+    Raises:
+        TypeError, ValueError: If an argument is of the wrong kind or out of
+            range; when `fit` begins, if the model has no batch normalization,
+            or has Keras layers with `renorm=True` (`convert` them).
+        ImportError: If `log_dir` is given and tensorboard is not installed.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((4,)), BatchRenormalization(name="bn", r_max=2.0)
+    ... ])
+    >>> model.compile("sgd", "mse")
+    >>> x = np.random.default_rng(0).normal(size=(64, 4))
+    >>> monitor = RenormMonitor(every=4, per_layer=False)
+    >>> history = model.fit(x, x, verbose=0, callbacks=[monitor]).history
+    >>> history["renorm_r_max"]
+    [2.0]
+
+    References:
+        Ioffe 2017, arXiv:1702.03275, section 3.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        dataset: Any = None,
+        log_dir: Any = None,
+        per_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        self.every = arguments.check_integer("every", every, minimum=1)
+        self.per_layer = arguments.check_boolean("per_layer", per_layer)
+        self.dataset = dataset
+        self.log_dir = log_dir
+        self.rows: list[dict[str, Any]] = []
+        self._writer = None if log_dir is None else _writer(log_dir)
+        self._layers: list[Any] = []
+        self._before: list[LayerState] | None = None
+        self._first_batch = 0
+        self._step = 0
+        # Steps of an execution; when the next probe is due.
+        self._stride = 1
+        self._next = self.every
+        self._epoch_rows: list[dict[str, Any]] = []
+        self._is_compared = False
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Finds the layers, but in a model that its first batch builds."""
+        found = find_layers(self.model, keras.layers.BatchNormalization)
+        self._layers = []
+        if not found or all(layer.built for layer in found):
+            self._layers = statistics_layers(self.model)
+        check_no_keras_renorm(found)
+        self.rows, self._epoch_rows = [], []
+        self._before = None
+        self._step, self._next = 0, self.every
+        self._stride = int(getattr(self.model, "steps_per_execution", 1) or 1)
+        self._is_compared = self.dataset is None
+
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Begins to gather."""
+        self._epoch_rows = []
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Reads the moving statistics, where a probe is due."""
+        self._first_batch = batch
+        steps = self.params.get("steps")
+        is_last = steps is not None and batch + self._stride >= steps
+        is_due = self._step + self._stride >= self._next or (
+            is_last and not self._epoch_rows
+        )
+        self._before = None
+        if is_due and self._layers:
+            self._synchronize()
+            self._before = [read_state(layer) for layer in self._layers]
+
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Reads them again."""
+        self._stride = batch - self._first_batch + 1
+        self._step += self._stride
+        if not self._layers:
+            self._layers = statistics_layers(self.model)
+        if self._before is not None:
+            self._synchronize()
+            self._add_rows(self._before)
+            self._before = None
+            self._next = (self._step // self.every + 1) * self.every
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Writes the means of the epoch's probes into `logs`."""
+        # An epoch of unknown length may have had none: the last one stands.
+        rows = self._epoch_rows or self.rows[-len(self._layers) :]
+        if logs is not None and rows:
+            logs.update(_summary(rows, self.per_layer))
+        if not self._is_compared:
+            self._is_compared = True
+            self._compare_batches()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Warns of limits that never relaxed, or that clip too much."""
+        self._warn_of_limits()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _synchronize(self) -> keras.Model:
+        """Puts weights into the model that Keras's JAX trainer holds itself."""
+        return self.model  # asking for it does
+
+    def _add_rows(self, before: list[LayerState]) -> None:
+        for layer, old in zip(self._layers, before, strict=True):
+            new = read_moved(layer, old)
+            steps = self._stride
+            if old.step is not None and new.step is not None:
+                steps = new.step - old.step
+            if not has_moved(layer, old, new) or not steps:
+                continue
+            row = {
+                "step": self._step,
+                "layer": layer.name,
+                **figures_of(layer, old, new, steps),
+            }
+            self.rows.append(row)
+            self._epoch_rows.append(row)
+            if self._writer is not None:
+                for name, value in row.items():
+                    if name not in ("step", "layer"):
+                        self._writer.add_scalar(
+                            f"{layer.name}/renorm_{name}", value, self._step
+                        )
+
+    def _compare_batches(self) -> None:
+        inputs = len(getattr(self.model, "inputs", None) or [None])
+        known = Batches(self.dataset, 1, 32, inputs).known
+        steps = DATASET_BATCHES
+        if known is not None:
+            steps = int(min(steps, known))
+        batches = list(Batches(self.dataset, steps, 32, inputs))
+        found = Comparison(self.model).run(batches, None, verbose=False)
+        grouped = [
+            layer
+            for layer in found.layers
+            if layer.f > layer.f_limit and layer.scatter > GROUPED
+        ]
+        if grouped:
+            worst = max(grouped, key=lambda layer: layer.f)
+            warnings.warn(
+                "Batches of `dataset` do not look i.i.d.: their means vary "
+                f"{worst.f:.1f} times as much as random draws make them "
+                f"({worst.name}; by chance below {worst.f_limit:.1f}). "
+                "Shuffle before batching, or renormalize.",
+                stacklevel=2,
+            )
+
+    def _warn_of_limits(self) -> None:
+        layers = [
+            layer
+            for layer in self._layers
+            if isinstance(layer, BatchRenormalization)
+            and layer.trainable
+            and not layer.frozen_statistics
+        ]
+        closed = [
+            layer.name
+            for layer in layers
+            if layer.current_limits() == (1.0, 0.0)
+        ]
+        if closed:
+            warnings.warn(
+                "Limits of renormalization never relaxed in this run: r_max "
+                f"is 1 and d_max is 0 still, in layers {', '.join(closed)}. "
+                "That is plain batch normalization; `RenormScheduler()` "
+                "scales the ramps to the run.",
+                stacklevel=2,
+            )
+        shares = {}
+        for layer in layers:
+            step = layer.current_step()
+            has_relaxed = step >= max(
+                ramp.end_step for ramp in (layer.r_max, layer.d_max)
+            )
+            clipped = [
+                row["clipped"]
+                for row in self._epoch_rows
+                if row["layer"] == layer.name
+            ]
+            if has_relaxed and layer.name not in closed and clipped:
+                shares[layer.name] = float(np.mean(clipped))
+        saturated = [
+            name for name, share in shares.items() if share > SATURATED
+        ]
+        if saturated:
+            worst = max(saturated, key=lambda name: shares[name])
+            warnings.warn(
+                f"Limits of renormalization clip {shares[worst]:.0%} of the "
+                f"channels in {worst} (above {SATURATED:.0%} in layers "
+                f"{', '.join(saturated)}), though they have relaxed: training "
+                "and inference stay apart. Raise r_max and d_max, or see "
+                "`keras_renorm.diagnostics.discrepancy`.",
+                stacklevel=2,
+            )
+
+
+_LOGGED = ("r", "d", "clipped", "gap", "r_max", "d_max")
+
+
+def _summary(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
+    """Means over probes, a layer each, and the largest of all layers."""
+    summary: dict[str, float] = {}
+    layers: dict[str, float] = {}
+    names = dict.fromkeys(row["layer"] for row in rows)
+    for figure in _LOGGED:
+        for name in names:
+            values = [
+                row[figure]
+                for row in rows
+                if row["layer"] == name and figure in row
+            ]
+            if values:
+                mean = float(np.mean(values))
+                layers[f"{name}/renorm_{figure}"] = mean
+                key = f"renorm_{figure}"
+                summary[key] = max(summary.get(key, -math.inf), mean)
+    return {**summary, **(layers if per_layer else {})}
+
+
+def _writer(log_dir: Any) -> Any:
+    try:
+        from tensorboard.summary import Writer
+    except ImportError as error:
+        raise ImportError(
+            "`log_dir` needs tensorboard, which TensorFlow does not install: "
+            "pip install tensorboard. Received: log_dir="
+            f"{str(log_dir)!r}."
+        ) from error
+    return Writer(str(log_dir))

@@ -1,0 +1,115 @@
+"""How far training and inference are apart, and why."""
+
+from typing import Any
+
+import keras
+
+from keras_renorm import arguments
+from keras_renorm.diagnostics.comparison import Comparison
+from keras_renorm.diagnostics.report import Report
+from keras_renorm.diagnostics.verdict import verdicts_of
+
+
+def discrepancy(
+    model: keras.Model,
+    dataset: Any,
+    steps: int | None = None,
+    *,
+    reference: Any = None,
+    r_max: float | None = None,
+    d_max: float | None = None,
+    batch_size: int = 32,
+    verbose: int | bool = True,
+) -> Report:
+    """Measures what batch normalization does differently when it serves.
+
+    Each batch runs twice. In training mode each layer does what it does in
+    training; in inference mode it uses its moving statistics. Everything else
+    (dropout, say) infers in both, so that what differs is normalization
+    alone. Batch statistics, r and d are those of the layers' inputs in
+    training mode; whether examples within a batch are alike is tested on
+    inputs in inference mode, which batches do not mix.
+
+    Nothing in the model changes: no weight, statistic, counter, seed, metric
+    or optimizer variable.
+
+    Give it the batches that training uses: their size and what they hold
+    together is what is measured. Arrays are cut in the order that they have,
+    while `fit` shuffles them; shuffle them before, if so.
+
+    Args:
+        model: A built model with batch normalization, Keras's or ours, at any
+            depth. With labels in the dataset and a compiled model, loss and
+            metrics are computed in both modes.
+        dataset: As for `recalibrate`: arrays, a `tf.data.Dataset`, a
+            `PyDataset` or another iterable of `x`, `(x, y)` or `(x, y,
+            sample_weight)`.
+        steps: Number of batches, or `None` (default) for all. Twenty or more
+            tell causes apart well; with one, batches cannot be compared.
+        reference: Training data, where `dataset` is other data, in the same
+            forms: tells averages that lag from a change of domain. As many
+            batches of it are read as of `dataset`, or all if `steps` is
+            `None`.
+        r_max: Values of r beyond this are counted, >= 1. `None` (default) for
+            the present limit of a `BatchRenormalization` layer, 3 for others.
+        d_max: The same for d, >= 0; 5 for other layers.
+        batch_size: Examples a batch where `dataset` is arrays.
+        verbose: Whether to show a progress bar.
+
+    Returns:
+        A `Report`: `print` it, `report.verdicts` (cause, reason, remedy,
+        layers), `report.rows` for a `pandas.DataFrame`, `report.plot()`.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range; if the model has no batch
+            normalization, or is not built; if the dataset is empty, holds
+            fewer than `steps` batches, never ends without `steps`, does not
+            reach a layer, or makes activations in training mode that are not
+            finite.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((2,)), BatchNormalization(name="bn")
+    ... ])
+    >>> x = np.random.default_rng(0).normal(5.0, 2.0, (640, 2))
+    >>> report = discrepancy(model, x, verbose=False)
+    >>> [(verdict.cause, verdict.layers) for verdict in report.verdicts]
+    [('statistics never trained', ('bn',))]
+    >>> recalibrate(model, x, verbose=False)
+    >>> discrepancy(model, x, verbose=False).verdicts
+    []
+
+    References:
+        Ioffe 2017, arXiv:1702.03275, section 3 (r and d). Wu and Johnson
+        2021, arXiv:2105.07576 (population statistics, domains, batches that
+        are not i.i.d.). Jeffreys 1946, Proc. R. Soc. A 186 (the divergence).
+    """
+    if r_max is not None:
+        r_max = _at_least("r_max", r_max, 1)
+    if d_max is not None:
+        d_max = _at_least("d_max", d_max, 0)
+    comparison = Comparison(model)
+    options = (steps, r_max, d_max, batch_size, verbose)
+    referred = None
+    if reference is not None:
+        referred = comparison.run(reference, *options).layers
+    result = comparison.run(dataset, *options)
+    return Report(
+        model=model.name,
+        layers=result.layers,
+        verdicts=verdicts_of(result.layers, referred, result.gap),
+        gap=result.gap,
+        training=result.scores[0],
+        inference=result.scores[1],
+    )
+
+
+def _at_least(name: str, value: Any, minimum: float) -> float:
+    number = arguments.check_number(name, value)
+    if number < minimum:
+        raise ValueError(
+            f"`{name}` must be at least {minimum}. Received: {name}={value}."
+        )
+    return number

@@ -1,0 +1,136 @@
+"""The figures of one layer."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# The final limits of the paper (Ioffe 2017, section 4).
+R_MAX, D_MAX = 3.0, 5.0
+
+
+class Gap(NamedTuple):
+    """Sums of squares of training-mode outputs less inference-mode outputs.
+
+    Attributes:
+        difference: Of the difference.
+        size: Of the training-mode outputs.
+    """
+
+    difference: float
+    size: float
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of the difference over that of the outputs."""
+        if self.difference == 0:
+            return 0.0
+        return math.sqrt(self.difference / self.size) if self.size else math.inf
+
+    def plus(self, other: "Gap") -> "Gap":
+        """Both together."""
+        return Gap(self.difference + other.difference, self.size + other.size)
+
+
+class Measurement(NamedTuple):
+    """One layer over a dataset.
+
+    Batch statistics are those of the layer's input in training mode, one
+    value a batch and channel; σ_B and σ have epsilon under the root.
+
+    Attributes:
+        name: Name of the layer.
+        kind: Name of its class.
+        channels: Number of channels.
+        batches: Number of batches (of groups, with virtual batches; a layer
+            that is called twice counts each call).
+        elements: Elements a batch and channel, on average.
+        examples: Examples a batch, on average.
+        is_frozen: Whether training mode, too, uses the moving statistics.
+        is_untrained: Whether these are exactly 0 and 1.
+        is_broken: Whether they are not finite, or a variance is negative.
+        r_max, d_max: The limits that the shares below are counted by.
+        r: Lowest, 5 %, median, 95 % and highest of r = σ_B / σ.
+        d: The same of d = (μ_B − μ) / σ.
+        beyond_r: Share of values of r outside [1 / r_max, r_max].
+        beyond_d: Share of values of d outside [-d_max, d_max].
+        beyond: Share of channels and batches where either is.
+        jeffreys: Mean over batches and channels of the Jeffreys divergence
+            ½ (r² + 1/r² − 2 + d² (1 + 1/r²)) of N(μ_B, σ_B²) and N(μ, σ²).
+        population_jeffreys: The same for the pooled mean and variance of all
+            batches in the place of a batch's, mean over channels.
+        gap: Training-mode outputs less inference-mode outputs for the same
+            input: root mean square, over that of the training-mode outputs.
+        shift: How far the moving statistics are from those of the data,
+            beyond noise, in standard deviations; see `shift_of`.
+        f: Between-batch F statistic of the examples' channel means, mean
+            over channels. 1 where batches are random draws, NaN where it
+            cannot be told (one batch, or one example a batch).
+        f_limit: What F stays below by chance.
+        scatter: Standard deviation of batch means, over that of the elements
+            of all data (root mean square over channels).
+        scatter_expected: What random draws of this many examples make of it;
+            NaN where it cannot be told.
+        batch_noise: The gap that batches like these make by themselves, where
+            the moving statistics are those of all data: root mean square over
+            batches and channels of (1 − r, d), with the pooled mean and
+            variance in the place of the moving ones.
+        from_start: Where the moving statistics stand on the way from (0, 1)
+            to the data's, 0 to 1, if they stand on that line; else NaN.
+        constant_channels: Indices of the channels whose variance over all
+            data is below a hundredth of epsilon: normalization divides by
+            epsilon's root, and what comes out is nearly constant.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    batches: int
+    elements: float
+    examples: float
+    is_frozen: bool
+    is_untrained: bool
+    is_broken: bool
+    r_max: float
+    d_max: float
+    r: tuple[float, ...]
+    d: tuple[float, ...]
+    beyond_r: float
+    beyond_d: float
+    beyond: float
+    jeffreys: float
+    population_jeffreys: float
+    gap: float
+    shift: float
+    f: float
+    f_limit: float
+    scatter: float
+    scatter_expected: float
+    batch_noise: float
+    from_start: float
+    constant_channels: tuple[int, ...]
+
+    def row(self) -> dict[str, Any]:
+        """One flat row of a table."""
+        row: dict[str, Any] = {"layer": self.name}
+        for name in self._fields:
+            value = getattr(self, name)
+            if name in ("r", "d"):
+                names = ("lowest", "5%", "median", "95%", "highest")
+                for part, number in zip(names, value, strict=True):
+                    row[f"{name}_{part}"] = number
+            elif name == "constant_channels":
+                row[name] = len(value)
+            elif name != "name":
+                row[name] = value
+        return row
+
+
+def jeffreys(r: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Jeffreys divergence of N(μ_B, σ_B²) and N(μ, σ²), by r and d.
+
+    KL(p ‖ q) + KL(q ‖ p) = ½ (v_p/v_q + v_q/v_p − 2 + (μ_p − μ_q)² (1/v_p +
+    1/v_q)), in nats; with r = σ_B/σ and d = (μ_B − μ)/σ it is
+    ½ (r² + 1/r² − 2 + d² (1 + 1/r²)).
+    """
+    return 0.5 * (r**2 + r**-2 - 2 + d**2 * (1 + r**-2))

@@ -1,0 +1,196 @@
+"""One training step of a layer, by its moving statistics on either side."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_renorm import kernels
+from keras_renorm.diagnostics.measurement import D_MAX, R_MAX, jeffreys
+from keras_renorm.layers.batch_renormalization import BatchRenormalization
+
+
+class LayerState(NamedTuple):
+    """What is read of a layer between two steps.
+
+    Attributes:
+        moving_mean: The moving mean, float64.
+        moving_variance: The moving variance, float64.
+        gamma: The scale, or 1.
+        beta: The offset, or 0.
+        step: The step counter, or `None` where the layer has none.
+        limits: r_max and d_max of the next step, or `None`.
+    """
+
+    moving_mean: np.ndarray
+    moving_variance: np.ndarray
+    gamma: np.ndarray | float
+    beta: np.ndarray | float
+    step: int | None
+    limits: tuple[float, float] | None
+
+
+class Probe(NamedTuple):
+    """What a step did in one layer, a value a channel.
+
+    Attributes:
+        r: σ_B / σ, not clipped.
+        d: (μ_B − μ) / σ, not clipped.
+        is_beyond: Whether either is beyond the limits.
+        jeffreys: Divergence of the batch's Gaussian and the moving one.
+        gap: Training-mode outputs less inference-mode outputs, root mean
+            square, over that of the training-mode outputs; one number.
+    """
+
+    r: np.ndarray
+    d: np.ndarray
+    is_beyond: np.ndarray
+    jeffreys: np.ndarray
+    gap: float
+
+
+def batch_statistic(
+    before: np.ndarray, after: np.ndarray, momentum: float, steps: int = 1
+) -> np.ndarray:
+    """What a moving average was moved by.
+
+    The statistic of the batch, where it moved once. Where it moved several
+    times, the average of the batches', in which each weighs `momentum` times
+    what the next one does.
+    """
+    kept = momentum**steps
+    return (after - kept * before) / (1 - kept)
+
+
+def probe(
+    mean: np.ndarray,
+    variance: np.ndarray,
+    moving_mean: np.ndarray,
+    moving_variance: np.ndarray,
+    epsilon: float,
+    gamma: np.ndarray | float = 1.0,
+    beta: np.ndarray | float = 0.0,
+    normalizing: tuple[float, float] = (1.0, 0.0),
+    counted: tuple[float, float] = (1.0, 0.0),
+) -> Probe:
+    """A step of a layer, from the statistics of its batch.
+
+    The training output is γ (x̂ r' + d') + β and the inference output of the
+    same input γ (x̂ r + d) + β, where x̂ has mean 0 and mean square v_B / σ_B²
+    and r', d' are clipped. So their difference has the mean square
+
+        γ² ((r' − r)² v_B / σ_B² + (d' − d)²)
+
+    and the training output γ² r'² v_B / σ_B² + (γ d' + β)².
+
+    Args:
+        mean: Mean of the batch, one value a channel.
+        variance: Variance of the batch.
+        moving_mean: Moving mean from before the step.
+        moving_variance: Moving variance from before the step.
+        epsilon: The layer's.
+        gamma: The layer's scale.
+        beta: The layer's offset.
+        normalizing: r_max and d_max of the step; (1, 0) is batch
+            normalization.
+        counted: r_max and d_max that values are counted by.
+    """
+    variance = np.maximum(variance, 0.0)  # of a rounding error
+    squared = variance + epsilon
+    sigma = np.sqrt(moving_variance + epsilon)
+    r, d = np.sqrt(squared) / sigma, (mean - moving_mean) / sigma
+    r_max, d_max = normalizing
+    r_used = np.clip(r, 1 / r_max, r_max)
+    d_used = np.clip(d, -d_max, d_max)
+    size = variance / squared
+    difference = gamma**2 * ((r_used - r) ** 2 * size + (d_used - d) ** 2)
+    output = gamma**2 * r_used**2 * size + (gamma * d_used + beta) ** 2
+    r_max, d_max = counted
+    is_beyond = (r > r_max) | (r < 1 / r_max) | (np.abs(d) > d_max)
+    total = float(np.sum(difference))
+    return Probe(
+        r,
+        d,
+        is_beyond,
+        jeffreys(r, d),
+        float(np.sqrt(total / max(np.sum(output), 1e-30))),
+    )
+
+
+def read_state(layer: Any) -> LayerState:
+    """The state of a layer before a step."""
+    limits = None
+    if isinstance(layer, BatchRenormalization):
+        limits = layer.current_limits()
+    return read_moved(
+        layer,
+        LayerState(
+            np.zeros(0),
+            np.zeros(0),
+            1.0 if layer.gamma is None else _value(layer.gamma),
+            0.0 if layer.beta is None else _value(layer.beta),
+            None,
+            limits,
+        ),
+    )
+
+
+def read_moved(layer: Any, before: LayerState) -> LayerState:
+    """The state after it: only what moves of itself is read anew."""
+    step = None
+    if isinstance(layer, BatchRenormalization):
+        step = layer.current_step()
+    return before._replace(
+        moving_mean=_value(layer.moving_mean),
+        moving_variance=_value(layer.moving_variance),
+        step=step,
+    )
+
+
+def _value(variable: Any) -> np.ndarray:
+    return kernels.to_numpy(variable).astype("float64")
+
+
+def has_moved(layer: Any, before: LayerState, after: LayerState) -> bool:
+    """Whether the moving statistics tell of the batch."""
+    return 0 < layer.momentum < 1 and not (
+        np.array_equal(before.moving_mean, after.moving_mean)
+        and np.array_equal(before.moving_variance, after.moving_variance)
+    )
+
+
+def figures_of(
+    layer: Any, before: LayerState, after: LayerState, steps: int
+) -> dict[str, float]:
+    """Figures of the steps between two states of a layer.
+
+    `r` is the 95 % quantile over channels of max(r, 1/r), `d` that of |d|;
+    `clipped` the share of channels beyond the layer's limits, or 3 and 5
+    where it has none; `jeffreys` a mean over channels.
+    """
+    mean, variance = (
+        batch_statistic(old, new, layer.momentum, steps)
+        for old, new in zip(before[:2], after[:2], strict=True)
+    )
+    found = probe(
+        mean,
+        variance,
+        before.moving_mean,
+        before.moving_variance,
+        layer.epsilon,
+        before.gamma,
+        before.beta,
+        normalizing=before.limits or (1.0, 0.0),
+        counted=before.limits or (R_MAX, D_MAX),
+    )
+    figures = {
+        "r": float(np.quantile(np.maximum(found.r, 1 / found.r), 0.95)),
+        "r_median": float(np.median(found.r)),
+        "d": float(np.quantile(np.abs(found.d), 0.95)),
+        "d_median": float(np.median(found.d)),
+        "clipped": float(np.mean(found.is_beyond)),
+        "jeffreys": float(np.mean(found.jeffreys)),
+        "gap": found.gap,
+    }
+    if before.limits is not None:
+        figures["r_max"], figures["d_max"] = before.limits
+    return figures

@@ -1,0 +1,264 @@
+"""Counts what batches tell of one layer, and makes figures of it."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from keras_renorm import kernels
+from keras_renorm.diagnostics.measurement import (
+    D_MAX,
+    R_MAX,
+    Gap,
+    Measurement,
+    jeffreys,
+)
+from keras_renorm.layers.batch_renormalization import BatchRenormalization
+from keras_renorm.models.observe import Total
+from keras_renorm.models.statistics import is_untrained
+
+# Quantiles rest on at most this many batches, evenly spread over all.
+KEPT_BATCHES = 512
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+class Record:
+    """Counts the batches of one layer, in float64."""
+
+    def __init__(
+        self, layer: Any, r_max: float | None, d_max: float | None
+    ) -> None:
+        self.layer = layer
+        limits = (R_MAX, D_MAX)
+        if isinstance(layer, BatchRenormalization):
+            limits = layer.current_limits()
+        self.r_max = limits[0] if r_max is None else r_max
+        self.d_max = limits[1] if d_max is None else d_max
+        self.epsilon = float(layer.epsilon)
+        self.moving_mean, self.moving_variance = (
+            kernels.to_numpy(weight).astype("float64")
+            for weight in (layer.moving_mean, layer.moving_variance)
+        )
+        with np.errstate(all="ignore"):
+            self.sigma = np.sqrt(self.moving_variance + self.epsilon)
+        self.elements = Total()
+        self.variances = Total()
+        self.deviations = Total()
+        self.examples = Total()
+        self.gap = Gap(0.0, 0.0)
+        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+        self._stride = 1
+        self._extremes: list[np.ndarray] = []
+        self._beyond = np.zeros(3)
+        self._jeffreys = 0.0
+
+    def add_batch(
+        self,
+        count: np.ndarray,
+        shift: np.ndarray,
+        residual: np.ndarray,
+        variance: np.ndarray,
+    ) -> None:
+        """Counts what training normalizes together: a batch, or a group."""
+        if not np.max(count):
+            return
+        self.elements.add(count, shift, residual, variance)
+        with np.errstate(all="ignore"):
+            sigma = np.sqrt(variance + self.epsilon)
+            self.variances.add(1, variance, 0.0, 0.0)
+            self.deviations.add(1, sigma, 0.0, 0.0)
+            r = sigma / self.sigma
+            d = ((shift - self.moving_mean) + residual) / self.sigma
+            self._jeffreys += float(np.mean(jeffreys(r, d)))
+        # To float32: a limit of 1 and a ratio of 1 + 1e-16 are the same.
+        r, d = r.astype("float32"), d.astype("float32")
+        beyond_r = (r > np.float32(self.r_max)) | (
+            r < np.float32(1 / self.r_max)
+        )
+        beyond_d = np.abs(d) > np.float32(self.d_max)
+        self._beyond += [
+            np.mean(each) for each in (beyond_r, beyond_d, beyond_r | beyond_d)
+        ]
+        self._extremes.append(np.array([r.min(), r.max(), d.min(), d.max()]))
+        if (self.elements.batches - 1) % self._stride == 0:
+            self._kept.append((r, d))
+            if len(self._kept) > KEPT_BATCHES:
+                self._kept = self._kept[::2]
+                self._stride *= 2
+
+    def measure(self, is_frozen: bool) -> Measurement:
+        """The figures of all batches so far."""
+        batches = self.elements.batches
+        is_broken = not bool(
+            np.all(np.isfinite(self.moving_mean))
+            and np.all(np.isfinite(self.moving_variance))
+            and np.all(self.moving_variance >= 0)
+        )
+        with np.errstate(all="ignore"):
+            f, f_limit = self._f()
+            pooled_sigma = np.sqrt(self.elements.variance + self.epsilon)
+            population = jeffreys(
+                pooled_sigma / self.sigma,
+                (self.elements.mean - self.moving_mean) / self.sigma,
+            )
+            scatter = np.sqrt(np.mean(self._between / pooled_sigma**2))
+            expected = np.sqrt(np.mean(self._drawn / pooled_sigma**2))
+            # Mean of (1 - σ_B / σ)², from the means of σ_B and σ_B².
+            scales = (
+                (self.variances.mean + self.epsilon) / pooled_sigma**2
+                - 2 * self.deviations.mean / pooled_sigma
+                + 1
+            )
+            noise = np.sqrt(np.mean(scales + self._between / pooled_sigma**2))
+            constant = self.elements.variance < self.epsilon / 100
+            beyond = self._beyond / batches
+        r, d = self._distributions()
+        return Measurement(
+            name=self.layer.name,
+            kind=type(self.layer).__name__,
+            channels=len(self.moving_mean),
+            batches=batches,
+            elements=self.elements.count / batches,
+            examples=self.examples.count / max(self.examples.batches, 1),
+            is_frozen=is_frozen,
+            is_untrained=is_untrained(self.layer),
+            is_broken=is_broken,
+            r_max=self.r_max,
+            d_max=self.d_max,
+            r=r,
+            d=d,
+            beyond_r=float(beyond[0]),
+            beyond_d=float(beyond[1]),
+            beyond=float(beyond[2]),
+            jeffreys=self._jeffreys / batches,
+            population_jeffreys=float(np.mean(population)),
+            gap=self.gap.relative,
+            shift=math.nan if is_broken else self.shift(),
+            f=f,
+            f_limit=f_limit,
+            scatter=float(scatter),
+            scatter_expected=float(expected),
+            batch_noise=float(noise),
+            from_start=self._from_start(),
+            constant_channels=tuple(np.flatnonzero(constant).tolist()),
+        )
+
+    def _distributions(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        extremes = np.array(self._extremes)
+        found = []
+        for at in range(2):
+            values = np.concatenate([pair[at] for pair in self._kept])
+            low, high = extremes[:, 2 * at], extremes[:, 2 * at + 1]
+            found.append(
+                (
+                    float(low.min()),
+                    *(float(each) for each in np.quantile(values, QUANTILES)),
+                    float(high.max()),
+                )
+            )
+        return found[0], found[1]
+
+    @property
+    def _between(self) -> np.ndarray:
+        """Variance of the batch means (divisor: batches less 1)."""
+        batches = self.elements.batches
+        if batches < 2:
+            return self._drawn
+        between = np.maximum(self.elements.variance - self.elements.within, 0)
+        return between * batches / (batches - 1)
+
+    @property
+    def _drawn(self) -> np.ndarray:
+        """What the variance of batch means is for random draws of examples.
+
+        The variance of one example's mean, which takes the likeness of an
+        example's elements into account, over the number of examples.
+        """
+        total, batches = self.examples, self.examples.batches
+        if total.count <= batches:  # one example a batch
+            return np.full_like(self.sigma, math.nan)
+        within = total.within * total.count / (total.count - batches)
+        return within * batches / total.count
+
+    def _f(self) -> tuple[float, float]:
+        """F of one-way analysis of variance, and what it may be by chance.
+
+        The limit is four standard deviations of the F of one channel, for
+        channels may all say the same; it is 2 at least.
+        """
+        total, batches = self.examples, self.examples.batches
+        free = total.count - batches
+        if batches < 2 or free <= 0:
+            return math.nan, math.nan
+        between = (total.variance - total.within) * total.count / (batches - 1)
+        within = total.within * total.count / free
+        varies = total.variance > 1e-12 * (total.mean**2 + self.epsilon)
+        if not np.any(varies):
+            return math.nan, math.nan
+        # Where nothing varies within batches, but between them.
+        f = between[varies] / np.maximum(
+            within[varies], 1e-6 * total.variance[varies]
+        )
+        limit = 1 + 4 * math.sqrt(2 / (batches - 1) + 2 / free)
+        return float(np.mean(f)), max(2.0, limit)
+
+    def shift(self) -> float:
+        """Distance of the moving statistics from the data's, without noise.
+
+            shift² = mean over channels of d̄² − noise and (ln r̄)² − noise
+
+        with d̄ = (mean of the data − μ) / σ, at most D_MAX, and r̄ the ratio
+        of standard deviations, at most R_MAX either way. A moving variance is
+        right if it is the mean variance of batches or that of all data, or
+        anything between; r̄ is taken from the nearer. The noise is that of
+        means over these batches and of a moving average with the layer's
+        momentum m over batches like these: their variance times
+        1/batches + (1 − m)/(1 + m).
+        """
+        batches = self.elements.batches
+        momentum = float(self.layer.momentum)
+        factor = 1 / batches + (1 - momentum) / (1 + momentum)
+        noise = np.nan_to_num(self._between) / self.sigma**2
+        d = (self.elements.mean - self.moving_mean) / self.sigma
+        d = np.clip(d, -D_MAX, D_MAX)
+        low, high, now = (
+            0.5 * np.log(each + self.epsilon)
+            for each in (
+                self.elements.within,
+                self.elements.variance,
+                self.moving_variance,
+            )
+        )
+        log_r = np.maximum(low - now, 0) + np.minimum(high - now, 0)
+        log_r = np.clip(log_r, -math.log(R_MAX), math.log(R_MAX))
+        log_noise = self.variances.variance / (
+            4 * (self.variances.mean + self.epsilon) ** 2
+        )
+        squared = np.mean(d**2 - factor * noise) + max(
+            np.mean(log_r**2 - factor * log_noise), 0.0
+        )
+        return math.sqrt(max(squared, 0.0))
+
+    def _from_start(self) -> float:
+        """How far on the line from (0, 1) to the data's statistics.
+
+        A moving average that began there is at 1 − momentum^steps. NaN where
+        no one number fits means and variances, each to 2 % of its squares:
+        data that is brighter, say, has other means and the same variances.
+        """
+        sigma = np.sqrt(self.elements.variance + self.epsilon)
+        scale = sigma**2 + 1
+        ways = [
+            (self.elements.mean / sigma, self.moving_mean / sigma),
+            (
+                (self.elements.within - 1) / scale,
+                (self.moving_variance - 1) / scale,
+            ),
+        ]
+        whole, gone = (np.concatenate(each) for each in zip(*ways, strict=True))
+        fitted = float(whole @ gone / max(whole @ whole, 1e-30))
+        for way, part in ways:
+            left = np.sum((part - fitted * way) ** 2)
+            if left > 0.02 * (way @ way):
+                return math.nan
+        return fitted

@@ -1,0 +1,69 @@
+"""Loss and metrics, kept outside of a model."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+
+class Scores:
+    """Loss and metrics of a compiled model in one mode.
+
+    The metrics' state is held here, not in the metrics.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.model = model
+        self._state: list[tuple[Any, Any]] | None = None
+        self._metrics: dict[str, Any] = {}
+        self._loss = 0.0
+        self._examples = 0
+
+    def add(
+        self, x: Any, y: Any, weight: Any, outputs: Any, losses: Any
+    ) -> None:
+        """One batch; `losses` are those of activities."""
+        if y is None or not getattr(self.model, "compiled", False):
+            return
+        examples = int(tree.flatten(x)[0].shape[0])
+        y, weight = (
+            None if each is None else tree.map_structure(_tensor, each)
+            for each in (y, weight)
+        )
+        # Regularizers read their variables from the scope.
+        weights = [
+            (each, each.value) for each in self.model.trainable_variables
+        ]
+        with keras.StatelessScope([*weights, *(self._state or [])]) as scope:
+            if self._state is None:
+                for metric in self.model.metrics:
+                    metric.reset_state()
+            loss = float(
+                self.model.compute_loss(
+                    x=x, y=y, y_pred=outputs, sample_weight=weight
+                )
+            ) + sum(float(each) for each in losses)
+            self._metrics = self.model.compute_metrics(x, y, outputs, weight)
+            found = [
+                (variable, scope.get_current_value(variable))
+                for variable in self.model.metrics_variables
+            ]
+        self._state = [pair for pair in found if pair[1] is not None]
+        self._loss += loss * examples
+        self._examples += examples
+
+    def values(self) -> dict[str, float]:
+        """By name, the loss first; empty without labels."""
+        if not self._examples:
+            return {}
+        values = {
+            name: float(value)
+            for name, value in self._metrics.items()
+            if name != "loss" and np.ndim(value) == 0
+        }
+        return {"loss": self._loss / self._examples, **values}
+
+
+def _tensor(value: Any) -> Any:
+    return ops.convert_to_tensor(value)

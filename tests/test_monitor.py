@@ -1,0 +1,343 @@
+"""`RenormMonitor` in `fit`."""
+
+import csv
+import re
+import sys
+import types
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm.callbacks import RenormMonitor, RenormScheduler
+from keras_renorm.diagnostics import discrepancy
+from keras_renorm.diagnostics.probe import batch_statistic
+from tests import helpers, networks
+
+KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
+X = helpers.inputs_of(np.random.default_rng(1), (64, 3))
+
+
+def network(kind=BatchNormalization, **options):
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            kind(name="first", momentum=0.9, **options),
+            layers.Dense(4, activation="relu"),
+            kind(name="second", **options),
+            layers.Dense(1),
+        ]
+    )
+
+
+def fit(model, callbacks, epochs=2, steps_per_execution=1, **options):
+    # XLA compiles for long, and knows nothing of this.
+    model.compile(
+        keras.optimizers.SGD(0.01),
+        "mse",
+        steps_per_execution=steps_per_execution,
+        jit_compile=False,
+    )
+    options = {"x": X, "y": X[:, :1], "batch_size": 8, **options}
+    return model.fit(
+        epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks, **options
+    ).history
+
+
+def moving_before(x, steps, momentum=0.9):
+    """Moving statistics of the first layer after some steps, in float64."""
+    mean, variance = np.zeros(3), np.ones(3)
+    for at in range(steps):
+        batch = x[8 * (at % 8) : 8 * (at % 8) + 8].astype("float64")
+        mean = momentum * mean + (1 - momentum) * batch.mean(axis=0)
+        variance = momentum * variance + (1 - momentum) * batch.var(axis=0)
+    return mean, variance
+
+
+@pytest.mark.filterwarnings("ignore:Limits of renormalization clip")
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_are_those_of_the_batch_that_was_trained_on(kind):
+    options = {}
+    limits = (3.0, 5.0)
+    if kind is BatchRenormalization:
+        limits = (2.0, 1.5)
+        options = {"r_max": 2.0, "d_max": 1.5}
+    monitor = RenormMonitor(every=3)
+    fit(network(kind, **options), [monitor], epochs=2)
+    rows = [row for row in monitor.rows if row["layer"] == "first"]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12, 15]
+    shares = []
+    for row in rows:
+        step = row["step"] - 1
+        mean, variance = moving_before(X, step)
+        batch = X[8 * (step % 8) : 8 * (step % 8) + 8].astype("float64")
+        sigma = np.sqrt(variance + 1e-3)
+        r = np.sqrt(batch.var(axis=0) + 1e-3) / sigma
+        d = (batch.mean(axis=0) - mean) / sigma
+        beyond = (np.maximum(r, 1 / r) > limits[0]) | (abs(d) > limits[1])
+        expected = {
+            "r": np.quantile(np.maximum(r, 1 / r), 0.95),
+            "r_median": np.median(r),
+            "d": np.quantile(abs(d), 0.95),
+            "d_median": np.median(d),
+            "clipped": beyond.mean(),
+            "jeffreys": np.mean((r**2 + r**-2 - 2 + d**2 * (1 + r**-2)) / 2),
+        }
+        found = {name: row[name] for name in expected}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        shares.append(beyond.mean())
+    if kind is BatchRenormalization:
+        assert 0 < np.mean(shares) < 1
+        assert (rows[0]["r_max"], rows[0]["d_max"]) == limits
+
+
+@pytest.mark.filterwarnings("ignore:Limits of renormalization clip")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gap_is_what_discrepancy_measures(kind, rng):
+    options = {}
+    if kind is BatchRenormalization:
+        options = {"r_max": 1.2, "d_max": 0.3}
+    model = networks.randomize(network(kind, **options), rng)
+    batch = X[:8]
+    measured = discrepancy(model, [batch], verbose=False).layers
+    monitor = RenormMonitor(every=1)
+    fit(model, [monitor], epochs=1, x=batch, y=batch[:, :1])
+    for row, layer in zip(monitor.rows, measured, strict=True):
+        assert row["layer"] == layer.name
+        assert row["gap"] == pytest.approx(layer.gap, rel=2e-3)
+        assert row["jeffreys"] == pytest.approx(layer.jeffreys, rel=2e-2)
+        assert row["clipped"] == pytest.approx(layer.beyond)
+
+
+def test_a_moving_average_taken_back_over_several_steps():
+    values = np.array([[1.0, 4.0], [2.0, -3.0], [7.0, 0.5]])
+    average = start = np.array([5.0, 5.0])
+    for value in values:
+        average = 0.8 * average + 0.2 * value
+    weights = np.array([0.64, 0.8, 1.0])
+    expected = weights @ values / weights.sum()
+    found = batch_statistic(start, average, 0.8, steps=3)
+    np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Limits of renormalization clip")
+def test_logs_get_the_epochs_means(tmp_path):
+    path = tmp_path / "log.csv"
+    monitor = RenormMonitor(every=3)
+    model = network(BatchRenormalization, r_max=2.0, d_max=1.0)
+    history = fit(model, [monitor, keras.callbacks.CSVLogger(path)])
+    epochs = [
+        [row for row in monitor.rows if low < row["step"] <= low + 8]
+        for low in (0, 8)
+    ]
+    for name in ("r", "d", "clipped", "gap", "r_max", "d_max"):
+        means = [
+            {
+                layer: np.mean(
+                    [row[name] for row in rows if row["layer"] == layer]
+                )
+                for layer in ("first", "second")
+            }
+            for rows in epochs
+        ]
+        for layer in ("first", "second"):
+            assert history[f"{layer}/renorm_{name}"] == pytest.approx(
+                [mean[layer] for mean in means]
+            )
+        assert history[f"renorm_{name}"] == pytest.approx(
+            [max(mean.values()) for mean in means]
+        )
+    with open(path) as file:
+        line = next(csv.DictReader(file))
+    assert float(line["renorm_gap"]) == history["renorm_gap"][0]
+
+
+def test_logs_without_layers_and_without_limits():
+    history = fit(network(), [RenormMonitor(every=3, per_layer=False)])
+    names = {name for name in history if "renorm" in name}
+    assert names == {f"renorm_{name}" for name in ("r", "d", "clipped", "gap")}
+
+
+@pytest.mark.parametrize("every", [8, 16, 100])
+def test_every_epoch_has_a_probe(every):
+    monitor = RenormMonitor(every=every)
+    history = fit(network(), [monitor], epochs=3)
+    assert [row["step"] for row in monitor.rows[::2]] == [8, 16, 24]
+    assert len(history["renorm_gap"]) == 3
+
+
+def test_an_epoch_of_unknown_length_repeats_the_last_probe():
+    def batches():
+        for at in range(0, 64, 8):
+            yield X[at : at + 8], X[at : at + 8, :1]
+
+    class Endless(keras.utils.PyDataset):
+        @property
+        def num_batches(self):
+            return None
+
+        def __getitem__(self, index):
+            part = slice(8 * (index % 8), 8 * (index % 8) + 8)
+            return X[part], X[part, :1]
+
+    monitor = RenormMonitor(every=5)
+    generator = (each for _ in range(10) for each in batches())
+    model = network()
+    model.compile("sgd", "mse", jit_compile=False)
+    with warnings.catch_warnings():
+        # Keras: the generator ran out, which is how its length is learnt.
+        warnings.simplefilter("ignore")
+        history = model.fit(
+            generator, epochs=1, verbose=0, callbacks=[monitor]
+        ).history
+    assert [row["step"] for row in monitor.rows[::2]] == list(range(5, 81, 5))
+    assert len(history["renorm_gap"]) == 1
+
+
+@pytest.mark.tensorflow  # JAX: an execution of several steps unrolls them
+def test_several_steps_an_execution():
+    monitor = RenormMonitor(every=4)
+    fit(network(), [monitor], epochs=2, steps_per_execution=4)
+    rows = [row for row in monitor.rows if row["layer"] == "first"]
+    assert [row["step"] for row in rows] == [4, 8, 12, 16]
+    mean, variance = moving_before(X, 4)
+    after, _ = moving_before(X, 8)
+    average = (after - 0.9**4 * mean) / (1 - 0.9**4)
+    d = (average - mean) / np.sqrt(variance + 1e-3)
+    assert rows[1]["d"] == pytest.approx(np.quantile(abs(d), 0.95), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Limits of renormalization clip")
+def test_training_is_the_same_with_and_without_it():
+    def weights(callbacks):
+        keras.utils.set_random_seed(5)
+        model = network(BatchRenormalization, r_max=2.0, d_max=1.0)
+        fit(model, callbacks)
+        return [helpers.to_numpy(each) for each in model.weights]
+
+    monitor = RenormMonitor(every=1, dataset=X)
+    for mine, other in zip(weights([monitor]), weights([]), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_layers_that_stand_still_are_left_out():
+    model = network()
+    model.get_layer("second").frozen_statistics = True
+    monitor = RenormMonitor(every=2)
+    history = fit(model, [monitor])
+    assert {row["layer"] for row in monitor.rows} == {"first"}
+    assert "first/renorm_gap" in history
+    model.get_layer("first").trainable = False
+    monitor = RenormMonitor(every=2)
+    assert not any("renorm" in name for name in fit(model, [monitor]))
+
+
+def test_a_model_that_is_built_by_fit():
+    model = keras.Sequential([BatchNormalization(name="bn"), layers.Dense(1)])
+    history = fit(model, [RenormMonitor(every=2)])
+    assert len(history["bn/renorm_gap"]) == 2
+
+
+def test_a_second_run_begins_anew():
+    monitor = RenormMonitor(every=8)
+    model = network()
+    fit(model, [monitor], epochs=3)
+    fit(model, [monitor], epochs=1)
+    assert [row["step"] for row in monitor.rows] == [8, 8]
+
+
+def test_limits_that_never_relaxed():
+    message = (
+        "Limits of renormalization never relaxed in this run: r_max is 1 and "
+        "d_max is 0 still, in layers first, second."
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)) as found:
+        fit(network(BatchRenormalization), [RenormMonitor(every=3)])
+    assert len(found) == 1
+    # And none where they did; warnings are errors here.
+    model = network(BatchRenormalization)
+    fit(model, [RenormScheduler(), RenormMonitor(every=3)], epochs=8)
+
+
+def test_limits_that_clip_too_much():
+    model = network(BatchRenormalization, r_max=1.01, d_max=0.01)
+    with pytest.warns(UserWarning, match="Limits of renormalization clip 100%"):
+        fit(model, [RenormMonitor(every=3)])
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_batches_that_are_no_random_draws(is_sorted, rng):
+    x = helpers.inputs_of(rng, (160, 3))
+    if is_sorted:
+        x = x[np.argsort(x[:, 0])]
+    batches = [x[at : at + 8] for at in range(0, 160, 8)]
+    monitor = RenormMonitor(every=100, dataset=batches)
+    run = {"model": network(), "callbacks": [monitor], "x": x, "y": x[:, :1]}
+    if not is_sorted:
+        fit(**run)
+        return
+    message = (
+        r"Batches of `dataset` do not look i.i.d.: their means vary [\d.]+"
+    )
+    with pytest.warns(UserWarning, match=message) as found:
+        fit(**run)
+    assert len(found) == 1
+
+
+def test_tensorboard_gets_each_probe(monkeypatch, tmp_path):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, tag, data, step):
+            written.append((tag, data, step))
+
+        def flush(self):
+            written.append("flush")
+
+    module = types.ModuleType("tensorboard.summary")
+    module.Writer = Writer
+    monkeypatch.setitem(
+        sys.modules, "tensorboard", types.ModuleType("tensorboard")
+    )
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", module)
+    monitor = RenormMonitor(every=4, log_dir=tmp_path)
+    fit(network(), [monitor], epochs=1)
+    assert written[-1] == "flush"
+    gaps = [each for each in written[:-1] if each[0] == "first/renorm_gap"]
+    assert gaps == [
+        ("first/renorm_gap", row["gap"], row["step"])
+        for row in monitor.rows
+        if row["layer"] == "first"
+    ]
+
+
+def test_without_tensorboard(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    message = (
+        "`log_dir` needs tensorboard, which TensorFlow does not install: pip "
+        "install tensorboard. Received: log_dir='logs'."
+    )
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
+        RenormMonitor(log_dir="logs")
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"`every` must be at least 1\. Rec"):
+        RenormMonitor(every=0)
+    with pytest.raises(TypeError, match=r"`every` must be an integer\. Rec"):
+        RenormMonitor(every=2.5)
+    with pytest.raises(TypeError, match=r"`per_layer` must be True or False\."):
+        RenormMonitor(per_layer=1)
+    plain = keras.Sequential([keras.Input((3,)), layers.Dense(1)], name="mlp")
+    with pytest.raises(ValueError, match="model=mlp, which has none"):
+        fit(plain, [RenormMonitor()])
+    if networks.HAS_RENORM:
+        model = network(layers.BatchNormalization, renorm=True)
+        with pytest.raises(ValueError, match="Received: layers first, second"):
+            fit(model, [RenormMonitor()])

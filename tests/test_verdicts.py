@@ -1,0 +1,394 @@
+"""The cause that is named: networks with one thing wrong, and healthy ones."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from sklearn.datasets import load_digits
+
+import keras_renorm
+from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm.diagnostics import discrepancy
+from keras_renorm.diagnostics.measurement import Measurement
+from keras_renorm.diagnostics.verdict import verdicts_of
+
+SEEDS = [0, 1]
+IMAGES, LABELS = load_digits(return_X_y=True)
+IMAGES = (IMAGES.reshape(-1, 8, 8, 1) / 16).astype("float32")
+LABELS = LABELS.astype("int32")
+
+
+def convolutional(bn):
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(8, 3, use_bias=False, name="first"),
+            bn(name="bn1"),
+            layers.ReLU(),
+            layers.Conv2D(16, 3, use_bias=False),
+            bn(name="bn2"),
+            layers.ReLU(),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(10),
+        ]
+    )
+
+
+def dense(bn):
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Flatten(),
+            layers.Dense(32, use_bias=False, name="first"),
+            bn(name="bn1"),
+            layers.ReLU(),
+            layers.Dense(32, use_bias=False),
+            bn(name="bn2"),
+            layers.ReLU(),
+            layers.Dense(10),
+        ]
+    )
+
+
+def shuffled(seed, size, count):
+    """Random draws."""
+    rng = np.random.default_rng(seed)
+    order = np.concatenate(
+        [rng.permutation(len(IMAGES)) for _ in range(size * count // 1797 + 1)]
+    )
+    return [
+        (IMAGES[each], LABELS[each])
+        for each in np.split(order[: size * count], count)
+    ]
+
+
+def one_class_each(seed, size, count):
+    """Random draws of one class."""
+    rng = np.random.default_rng(seed)
+    chosen = [
+        rng.choice(np.flatnonzero(rng.integers(10) == LABELS), size, False)
+        for _ in range(count)
+    ]
+    return [(IMAGES[each], LABELS[each]) for each in chosen]
+
+
+def sorted_by_class(size):
+    order = np.argsort(LABELS, kind="stable")[: 1797 // size * size]
+    parts = np.split(order, len(order) // size)
+    return [(IMAGES[each], LABELS[each]) for each in parts]
+
+
+def trained(network, seed, batches, kind=layers.BatchNormalization, **options):
+    keras.utils.set_random_seed(seed)
+    model = network(functools.partial(kind, **options))
+    model.compile(
+        keras.optimizers.Adam(2e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+
+    class Data(keras.utils.PyDataset):
+        def __len__(self):
+            return len(batches)
+
+        def __getitem__(self, index):
+            return batches[index]
+
+    model.fit(Data(), shuffle=False, verbose=0)
+    return model
+
+
+@functools.cache
+def healthy_weights(network, seed):
+    model = trained(network, seed, shuffled(seed, 32, 300), momentum=0.95)
+    return model.get_weights()
+
+
+def healthy(network, seed):
+    """A network, its training batches and others."""
+    model = network(layers.BatchNormalization)
+    model.set_weights(healthy_weights(network, seed))
+    return model, shuffled(seed + 50, 32, 24)
+
+
+def causes(report):
+    return [verdict.cause for verdict in report.verdicts]
+
+
+both = pytest.mark.parametrize("network", [convolutional, dense])
+seeds = pytest.mark.parametrize("seed", SEEDS)
+networks_by_seed = pytest.mark.parametrize(
+    ("network", "seed"), [(convolutional, 0), (dense, 1), (convolutional, 2)]
+)
+
+
+@both
+@seeds
+def test_a_healthy_network(network, seed):
+    model, data = healthy(network, seed)
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == []
+    assert str(report).endswith("No discrepancy worth acting on.")
+
+
+@pytest.mark.parametrize(
+    ("network", "seed", "momentum", "steps"),
+    [
+        (convolutional, 0, 0.99, 60),
+        (convolutional, 1, 0.99, 60),
+        (dense, 0, 0.99, 60),
+        (dense, 1, 0.999, 300),
+    ],
+)
+def test_averages_that_have_not_arrived(network, seed, momentum, steps):
+    model = trained(network, seed, shuffled(seed, 32, steps), momentum=momentum)
+    data = shuffled(seed + 50, 32, 24)
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == ["moving averages lag"]
+    # The share of the way that so many steps go.
+    assert "% of the way in" in report.verdicts[0].reason
+    assert report.layers[0].from_start == pytest.approx(
+        1 - momentum**steps, abs=0.05
+    )
+    # The remedy helps.
+    keras_renorm.recalibrate(model, data, verbose=False)
+    assert causes(discrepancy(model, data, verbose=False)) == []
+
+
+@networks_by_seed
+def test_averages_of_other_weights(network, seed):
+    """Weights that moved fast: only a reference tells it from a domain."""
+    model, data = healthy(network, seed)
+    rng = np.random.default_rng(seed)
+    kernel = model.get_layer("first").kernel
+    values = np.asarray(keras.ops.convert_to_numpy(kernel.value))
+    kernel.assign(values + 0.5 * values.std() * rng.normal(size=values.shape))
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == ["moving averages lag, or another domain"]
+    report = discrepancy(
+        model, data, reference=shuffled(seed + 60, 32, 24), verbose=False
+    )
+    assert causes(report) == ["moving averages lag"]
+    assert "bn1" in report.verdicts[0].layers
+
+
+DOMAINS = {
+    "inverted": lambda x: 1 - x,
+    "low contrast": lambda x: 0.5 * x,
+    "bright": lambda x: x + 0.2,
+    "loud": lambda x: 1.6 * x,
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "seed", "change"),
+    [
+        (convolutional, 0, "inverted"),
+        (convolutional, 1, "bright"),
+        (convolutional, 0, "loud"),
+        (dense, 0, "low contrast"),
+        (dense, 1, "inverted"),
+        (dense, 1, "bright"),
+    ],
+)
+def test_another_domain(network, seed, change):
+    model, data = healthy(network, seed)
+    target = [(DOMAINS[change](x), y) for x, y in data]
+    report = discrepancy(model, target, verbose=False)
+    assert causes(report) == ["moving averages lag, or another domain"]
+    report = discrepancy(
+        model, target, reference=shuffled(seed + 60, 32, 24), verbose=False
+    )
+    assert causes(report) == ["another domain"]
+    assert "prior_examples" in report.verdicts[0].remedy
+
+
+@networks_by_seed
+def test_batches_too_small(network, seed):
+    model = trained(network, seed, shuffled(seed, 2, 400))
+    data = shuffled(seed + 50, 2, 100)
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == ["batches too small"]
+    assert "convert" in report.verdicts[0].remedy
+
+
+@networks_by_seed
+def test_batches_of_one_class(network, seed):
+    model = trained(network, seed, one_class_each(seed, 16, 300), momentum=0.98)
+    data = one_class_each(seed + 50, 16, 60)
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == ["batches not i.i.d."]
+    assert "Shuffle" in report.verdicts[0].remedy
+
+
+def test_sorted_data():
+    model = trained(convolutional, 0, sorted_by_class(32) * 4, momentum=0.95)
+    report = discrepancy(model, sorted_by_class(32), verbose=False)
+    assert causes(report)[0] == "batches not i.i.d."
+
+
+def test_renormalization_that_corrects_and_one_that_does_not():
+    batches = shuffled(0, 2, 400)
+    model = trained(
+        dense, 0, batches, BatchRenormalization, r_max=3.0, d_max=5.0
+    )
+    data = shuffled(50, 2, 100)
+    assert "batches too small" not in causes(
+        discrepancy(model, data, verbose=False)
+    )
+    for layer in model.layers:
+        if isinstance(layer, BatchRenormalization):
+            layer.r_max, layer.d_max = 1.0, 0.0
+    report = discrepancy(model, data, verbose=False)
+    (verdict,) = [
+        each for each in report.verdicts if each.cause == "batches too small"
+    ]
+    assert "now r_max=1 and d_max=0" in verdict.remedy
+
+
+@networks_by_seed
+def test_statistics_never_trained(network, seed):
+    model = trained(
+        network,
+        seed,
+        shuffled(seed, 32, 100),
+        BatchNormalization,
+        frozen_statistics=True,
+    )
+    report = discrepancy(model, shuffled(seed + 50, 32, 24), verbose=False)
+    assert causes(report) == ["statistics never trained"]
+    assert report.verdicts[0].layers == ("bn1", "bn2")
+
+
+@networks_by_seed
+def test_constant_channels(network, seed):
+    model, data = healthy(network, seed)
+    kernel = model.get_layer("first").kernel
+    values = np.array(keras.ops.convert_to_numpy(kernel.value))
+    values[..., [2, 5]] = 0
+    kernel.assign(values)
+    keras_renorm.recalibrate(model, data, verbose=False)
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == ["constant channels"]
+    assert "(bn1: 2, 5)" in report.verdicts[0].reason
+    assert report.verdicts[0].layers == ("bn1",)
+
+
+@networks_by_seed
+def test_one_layer_only(network, seed):
+    model, data = healthy(network, seed)
+    bank = keras_renorm.get_statistics(model)
+    bank["bn2/moving_mean"] += 0.7 * np.sqrt(bank["bn2/moving_variance"])
+    keras_renorm.set_statistics(model, bank)
+    report = discrepancy(model, data, verbose=False)
+    (verdict,) = report.verdicts
+    assert verdict.layers == ("bn2",)
+    assert verdict.reason.startswith("In 1 of 2 layers only (bn2) ")
+    assert report.layers[1].shift == pytest.approx(0.7, abs=0.05)
+
+
+HEALTHY = Measurement(
+    name="bn",
+    kind="BatchNormalization",
+    channels=8,
+    batches=20,
+    elements=320.0,
+    examples=32.0,
+    is_frozen=False,
+    is_untrained=False,
+    is_broken=False,
+    r_max=3.0,
+    d_max=5.0,
+    r=(0.8, 0.9, 1.0, 1.1, 1.2),
+    d=(-0.2, -0.1, 0.0, 0.1, 0.2),
+    beyond_r=0.0,
+    beyond_d=0.0,
+    beyond=0.0,
+    jeffreys=0.01,
+    population_jeffreys=0.0,
+    gap=0.1,
+    shift=0.05,
+    f=1.0,
+    f_limit=2.0,
+    scatter=0.1,
+    scatter_expected=0.1,
+    batch_noise=0.15,
+    from_start=float("nan"),
+    constant_channels=(),
+)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ({}, []),
+        ({"shift": 0.24}, []),
+        ({"shift": 0.26}, ["moving averages lag, or another domain"]),
+        ({"shift": 0.26, "from_start": 0.9}, ["moving averages lag"]),
+        (
+            {"shift": 0.26, "from_start": 0.96},
+            ["moving averages lag, or another domain"],
+        ),
+        ({"batch_noise": 0.34, "gap": 0.5}, ["batches too small"]),
+        ({"batch_noise": 0.32, "gap": 0.5}, []),
+        ({"batch_noise": 0.34, "gap": 0.1}, []),
+        ({"batch_noise": 0.34, "gap": 0.5, "is_frozen": True}, []),
+        ({"batch_noise": 0.34, "gap": 0.5, "f": NAN}, ["batches too small"]),
+        (
+            {"batch_noise": 0.34, "gap": 0.5, "f": 3.0, "scatter": 0.3},
+            ["batches not i.i.d."],
+        ),
+        ({"scatter": 0.11, "gap": 0.3, "f": 3.0}, ["batches not i.i.d."]),
+        ({"scatter": 0.09, "gap": 0.3, "f": 3.0}, []),
+        ({"scatter": 0.11, "gap": 0.05, "f": 3.0}, []),
+        ({"scatter": 0.5, "gap": 0.5, "f": 1.9}, []),
+        ({"shift": 2.0, "is_untrained": True}, ["statistics never trained"]),
+        (
+            {"shift": NAN, "gap": NAN, "is_broken": True},
+            ["statistics not finite"],
+        ),
+        (
+            {"shift": 1.0, "scatter": 0.5, "gap": 1.0, "f": 3.0},
+            ["batches not i.i.d.", "moving averages lag, or another domain"],
+        ),
+        ({"constant_channels": (3,)}, ["constant channels"]),
+    ],
+)
+def test_rules(figures, expected):
+    layers_ = [HEALTHY, HEALTHY._replace(name="other", **figures)]
+    found = verdicts_of(layers_)
+    assert [verdict.cause for verdict in found] == expected
+    assert all(verdict.layers == ("other",) for verdict in found)
+
+
+def test_noise_matters_more_where_the_outputs_show_it():
+    noisy = HEALTHY._replace(batch_noise=0.2, gap=0.2)
+    assert verdicts_of([noisy], gap=0.49) == []
+    (found,) = verdicts_of([noisy], gap=0.51)
+    assert found.cause == "batches too small"
+    # But not where something else explains them.
+    shifted = HEALTHY._replace(name="shifted", shift=1.0)
+    (found,) = verdicts_of([noisy, shifted], gap=0.51)
+    assert found.layers == ("shifted",)
+
+
+def test_a_reference_is_asked_layer_by_layer():
+    names = ("one", "two", "three")
+    on_data = [
+        HEALTHY._replace(name=name, shift=shift)
+        for name, shift in zip(names, (0.8, 0.9, 0.1), strict=True)
+    ]
+    on_reference = [
+        HEALTHY._replace(name=name, shift=shift)
+        for name, shift in zip(names, (0.1, 0.7, 0.7), strict=True)
+    ]
+    found = verdicts_of(on_data, on_reference)
+    assert [(each.cause, each.layers) for each in found] == [
+        ("another domain", ("one",)),
+        ("moving averages lag", ("two",)),
+    ]
+    assert "0.80 standard deviations (one)" in found[0].reason
+    assert "0.10 from those of the reference" in found[0].reason
