@@ -8,8 +8,8 @@ the ratios to Keras's BatchNormalization in the same mode, with the lowest and
 the highest. `floor` is what moving the bytes takes: eight input tensors for a
 training step (forward: read x twice, write y; backward: read x and dy twice,
 write dx), two for inference, at the speed at which this process copies a
-tensor of that size. Needs tf_keras for the Keras 2 columns; they
-are left out without it.
+tensor of that size. The Keras 2 columns need tf_keras, and are left out
+without it.
 
 Prints tables; writes JSON and a picture into `--output`.
 """
