@@ -66,7 +66,8 @@ def wrapped(tf_keras):
     x = layers.Bidirectional(layers.GRU(2, return_sequences=True))(x)
     frozen = renorm(tf_keras)
     frozen.trainable = False
-    return tf_keras.Model(inputs, frozen(x))
+    x = renorm(tf_keras, axis=1)(frozen(x))
+    return tf_keras.Model(inputs, x)
 
 
 NETWORKS = [sequential, branches, wrapped]
