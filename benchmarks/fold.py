@@ -83,15 +83,8 @@ def main():
             ),
         )
     console.print(table)
-    versions = {
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "keras_renorm": keras_renorm.__version__,
-    }
     path = options.output / "fold_cpu.json"
-    timing.write(
-        path, {"machine": {**timing.machine(), **versions}, "cases": results}
-    )
+    timing.write(path, {"machine": timing.machine(), "cases": results})
     console.print(f"Written: {path}")
 
 

@@ -132,12 +132,7 @@ def main():
     if options.quick:
         steps, rounds = EVERY, 2
     results = {
-        "machine": {
-            **timing.machine(),
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "keras_renorm": keras_renorm.__version__,
-        },
+        "machine": timing.machine(),
         "every": EVERY,
         "steps": steps,
         "networks": {},

@@ -107,13 +107,7 @@ def main():
         table.add_row(name, milliseconds, *cells[1:])
     console.print(table)
     path = options.output / "replicas_cpu.json"
-    versions = {
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "keras_renorm": keras_renorm.__version__,
-    }
-    machine = {**timing.machine(), **versions}
-    timing.write(path, {"machine": machine, "cases": results})
+    timing.write(path, {"machine": timing.machine(), "cases": results})
     console.print(f"Written: {path}")
 
 

@@ -464,13 +464,7 @@ def main():
         if not options.quick
     ]
     results = {
-        "machine": {
-            **timing.machine(),
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "tf_keras": tf_keras and tf_keras.__version__,
-            "keras_renorm": keras_renorm.__version__,
-        },
+        "machine": timing.machine(),
         "cases": [],
         "memory": [],
     }

@@ -167,14 +167,12 @@ def main():
             *cells,
         )
     console.print(table)
-    versions = {"jax": jax.__version__, "keras": keras.__version__}
     path = options.output / f"speed_jax_{device.platform}.json"
     timing.write(
         path,
         {
             "machine": {
                 **timing.machine(),
-                **versions,
                 "device": device.device_kind,
             },
             "chain": length,

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,6 +95,16 @@ def machine():
         "system": platform.platform(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
+        **_versions("keras", "tensorflow", "jax", "tf_keras", "keras_renorm"),
+    }
+
+
+def _versions(*packages):
+    """Versions of those that this process has imported."""
+    return {
+        name: sys.modules[name].__version__
+        for name in packages
+        if name in sys.modules
     }
 
 
