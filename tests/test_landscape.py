@@ -414,6 +414,29 @@ def test_subclassed_models_are_traced_once_a_graph(function, rng):
     assert len(model.calls) == traced
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_training_between_calls_traces_nothing_anew(function, rng):
+    model, x, y = counted(rng)
+    model.compile("sgd", ["mse", "mae"])
+
+    def run():
+        """What the function makes of the model, and no more than it."""
+        model.calls.clear()
+        function(model, ["mse", "mae"], (x, y), 0.1)
+        return len(model.calls)
+
+    assert run() > 0
+    for _ in range(2):
+        model.fit(x, y, epochs=2, validation_data=(x, y), verbose=0)
+        assert run() == 0
+        model.evaluate(x, y, verbose=0)
+        model.predict(x, verbose=0)
+        model.train_on_batch(x, y)
+        assert run() == 0
+    model.stop_training = True
+    assert run() == 0
+
+
 def change_rate(model):
     model.layers[3].rate = 0.1
 

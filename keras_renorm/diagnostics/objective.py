@@ -130,6 +130,28 @@ def _graphs(model: keras.Model, loss: Any, training: bool) -> tuple[Any, Any]:
     return held[training][1]
 
 
+# What Keras notes on a model while it trains and evaluates it: nothing that a
+# graph depends on, and new at each epoch. A name that Keras gives up or
+# adds here costs no more than a trace.
+_BOOKKEEPING = frozenset(
+    {
+        "_called",
+        "_eval_epoch_iterator",
+        "_initial_epoch",
+        "_jax_state",
+        "_jax_state_synced",
+        "_losses_override",
+        "history",
+        "predict_function",
+        "stop_evaluating",
+        "stop_predicting",
+        "stop_training",
+        "test_function",
+        "train_function",
+    }
+)
+
+
 def _fingerprint(model: keras.Model, loss: Any) -> tuple[Any, ...]:
     """What a graph has baked in: the attributes of layers and losses.
 
@@ -148,6 +170,7 @@ def _fingerprint(model: keras.Model, loss: Any) -> tuple[Any, ...]:
             else (id(owner), name, id(value))
             for owner in owners
             for name, value in vars(owner).items()
+            if name not in _BOOKKEEPING
         ),
     )
 
