@@ -210,8 +210,8 @@ def resnet(kind, blocks, decay=0.0):
 # Full: the landscape is that of VGG with 13 convolutions and one dense layer,
 # SGD without momentum, learning rate 0.1 (Santurkar et al., Figure 1), 15,000
 # steps. The learning rates are those of ResNet-110, momentum 0.9, weight decay
-# 0.0001, 64,000 steps, the rate divided by 10 at half and at three quarters of them
-# (He et al. 2016, section 4.2, whom Bjorck et al. follow; the warm-up of
+# 0.0001, 64,000 steps, the rate divided by 10 at half and at three quarters of
+# them (He et al. 2016, section 4.2, whom Bjorck et al. follow; the warm-up of
 # ResNet-110 in the former is left out). Minibatches of 128. What the papers do
 # not state is our choice: no momentum for VGG, its number of steps, the range
 # of step sizes.
