@@ -105,6 +105,36 @@ def test_small_batches_and_export_run_on_mnist(monkeypatch, tmp_path):
 
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+def test_why_does_it_evaluate_badly_runs_on_mnist(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    options = ["--data", "mnist", "--seeds", "1", "--steps", "2"]
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate", *options, "--output", str(tmp_path)]
+    )
+    with tfds.testing.mock_data(num_examples=120):
+        names = runpy.run_path(
+            str(TUTORIALS / "07_why_does_it_evaluate_badly.py")
+        )
+    assert names["x_train"].shape == names["x_val"].shape == (120, 28, 28, 1)
+    assert len(names["outcomes"]) == 5
+    # What does not hang on how long it was trained.
+    (outcome,) = names["outcomes"]["trainable weights only"]
+    causes = [verdict.cause for verdict in outcome.report.verdicts]
+    assert causes[0] == "statistics never trained"
+    (outcome,) = names["outcomes"]["two images a batch"]
+    assert {layer.examples for layer in outcome.report.layers} == {2}
+    (outcome,) = names["outcomes"]["darker, noisy images"]
+    assert len(outcome.report.layers) == 4
+    rows = names["one_class"](np.random.default_rng(1), 16, 15)
+    assert rows.shape == (15, 16)
+    assert all(len(set(names["y_train"][batch])) == 1 for batch in rows)
+    for picture in ("report", "why_does_it_evaluate_badly"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 0
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
 @pytest.mark.parametrize(
     ("data", "examples", "loaded"),
     [  # of many classes ten are kept
