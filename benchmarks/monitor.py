@@ -152,7 +152,7 @@ def main():
             f"{found['share_of_its_own_time']:.2%}",
         )
     Console().print(table)
-    timing.write(options.output / "monitor.json", results)
+    timing.write(options.output / "monitor_cpu.json", results)
 
 
 if __name__ == "__main__":
