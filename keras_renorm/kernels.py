@@ -5,11 +5,9 @@ own all variables. Which computation runs is decided in one place, `choose`;
 the numbers are the same to rounding whichever it is.
 """
 
-import functools
 import math
 from typing import Any
 
-import numpy as np
 from keras import backend, ops
 
 from keras_renorm import functional, pooling
@@ -93,93 +91,6 @@ def _is_compiled_by_xla(inputs: Tensor) -> bool:
             context = context.outer_context
         graph = getattr(graph, "outer_graph", None)
     return False
-
-
-def as_one_graph(method: Any) -> Any:
-    """A method of a layer, as a graph of its own where it is called eagerly.
-
-    In eager mode each operation on a vector costs its dispatch, and a step
-    has some fifty of them. The arguments are tensors, or values that the
-    graph is made anew for; what the method reads of the layer but does not
-    get as an argument must not change. Under a distribution strategy, and on
-    other backends, it is the method itself.
-    """
-    if backend.backend() != "tensorflow":
-        return method
-    graph = tf.function(method, autograph=False, reduce_retracing=True)
-
-    @functools.wraps(method)
-    def called(self: Any, *arguments: Any) -> Any:
-        if tf.executing_eagerly() and not tf.distribute.has_strategy():
-            # By way of the descriptor, which holds the layer weakly.
-            return graph.__get__(self, type(self))(*arguments)
-        return method(self, *arguments)
-
-    return called
-
-
-def compiled(function: Any) -> Any:
-    """A function of tensors as a graph, where the backend has graphs."""
-    if backend.backend() != "tensorflow":
-        return function
-    return tf.function(function, autograph=False, reduce_retracing=True)
-
-
-def value_and_gradients(function: Any) -> tuple[Any, Any]:
-    """`function(weights, *arguments)`, and it with gradients, as graphs.
-
-    `weights` is a list of tensors; the function returns a number and keeps no
-    state. The second graph returns `(value, gradients)`, the gradients a list
-    of dense tensors, zero for a weight that the value does not depend on.
-    """
-    if backend.backend() == "tensorflow":
-
-        def differentiated(
-            weights: list[Tensor], *arguments: Any
-        ) -> tuple[Tensor, list[Tensor]]:
-            with tf.GradientTape() as tape:
-                tape.watch(weights)
-                value = function(weights, *arguments)
-            gradients = tape.gradient(
-                value, weights, unconnected_gradients="zero"
-            )
-            # That of a table that is looked up in is sparse.
-            return value, [tf.convert_to_tensor(each) for each in gradients]
-
-        return compiled(function), compiled(differentiated)
-    if backend.backend() == "jax":
-        import jax
-
-        return jax.jit(function), jax.jit(jax.value_and_grad(function))
-    raise RuntimeError(
-        "The backend of Keras must be TensorFlow or JAX. "
-        f"Received: {backend.backend()}."
-    )
-
-
-def check_no_strategy() -> None:
-    """Raises in the scope of a strategy, where Keras divides its losses."""
-    if backend.backend() == "tensorflow" and tf.distribute.has_strategy():
-        raise RuntimeError(
-            "Losses must be measured outside the scope of a distribution "
-            "strategy, inside which Keras divides them by the number of "
-            f"replicas. Received: {tf.distribute.get_strategy()!r}."
-        )
-
-
-def read(variable: Any, dtype: str) -> Tensor:
-    """The value of a variable as it is now, in a type."""
-    if backend.backend() == "tensorflow":
-        return tf.cast(tf.convert_to_tensor(variable.value), dtype)
-    return ops.cast(variable.value, dtype)
-
-
-def to_numpy(variable: Any) -> np.ndarray:
-    """A copy of the value of a variable.
-
-    Not of the variable itself, of which NumPy 2 warns.
-    """
-    return np.array(ops.convert_to_numpy(read(variable, variable.dtype)))
 
 
 def normalize_by_batch(

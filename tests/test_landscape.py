@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_renorm import BatchNormalization, BatchRenormalization, kernels
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    graphs,
+    kernels,
+)
 from keras_renorm.diagnostics import (
     effective_smoothness,
     gradient_predictiveness,
@@ -686,7 +691,7 @@ def test_gradients_are_dense_and_zero_where_nothing_depends():
         return ops.sum(ops.take(weights[0], rows, axis=0) * 2.0)
 
     weights = [ops.ones((3, 2)), ops.ones((2,))]
-    _, graph = kernels.value_and_gradients(function)
+    _, graph = graphs.value_and_gradients(function)
     value, (table, unused) = graph(weights, ops.convert_to_tensor([2, 0, 2]))
     assert float(value) == 12.0
     assert not hasattr(table, "indices")
@@ -698,7 +703,7 @@ def test_another_backend_is_an_error(monkeypatch):
     monkeypatch.setattr(kernels.backend, "backend", lambda: "torch")
     message = "The backend of Keras must be TensorFlow or JAX. Received: torch."
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        kernels.value_and_gradients(ops.sum)
+        graphs.value_and_gradients(ops.sum)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

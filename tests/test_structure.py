@@ -19,6 +19,7 @@ ORDER = [
     {"arguments"},
     {"schedules"},
     {"functional"},
+    {"graphs"},
     {"fused"},
     {"pooling"},
     {"kernels"},
@@ -59,9 +60,12 @@ def test_imports_point_one_way(module):
         if name.startswith("keras_renorm."):
             assert rank(name) <= rank(module), f"{module} imports {name}"
         if name.split(".")[0] == "tensorflow":
-            assert module.split(".")[1] in ("fused", "kernels", "pooling"), (
-                module
-            )
+            assert module.split(".")[1] in (
+                "fused",
+                "graphs",
+                "kernels",
+                "pooling",
+            ), module
 
 
 @pytest.mark.parametrize("module", MODULES)

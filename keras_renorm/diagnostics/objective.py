@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import arguments, kernels
+from keras_renorm import arguments, graphs, kernels
 from keras_renorm.models.traversal import find_layers
 
 Tensor = Any
@@ -32,16 +32,16 @@ class Objective:
     def __init__(
         self, model: keras.Model, loss: Any, batch: Any, training: bool
     ) -> None:
-        kernels.check_no_strategy()
+        graphs.check_no_strategy()
         self.model = _checked_model(model)
         checked_loss = _checked_loss(loss)
         self._batch = _checked_batch(batch)
         self._state = [
-            kernels.read(variable, variable.dtype)
+            graphs.read(variable, variable.dtype)
             for variable in model.non_trainable_variables
         ]
         self.weights = [
-            kernels.read(variable, variable.dtype)
+            graphs.read(variable, variable.dtype)
             for variable in model.trainable_variables
         ]
         self._value, self._with_gradients = _graphs(
@@ -125,8 +125,8 @@ def _graphs(model: keras.Model, loss: Any, training: bool) -> tuple[Any, Any]:
     held = _GRAPHS.setdefault(model, {})
     mark = _fingerprint(model, loss)
     if training not in held or held[training][0] != mark:
-        graphs = kernels.value_and_gradients(_function(model, loss, training))
-        held[training] = mark, graphs
+        traced = graphs.value_and_gradients(_function(model, loss, training))
+        held[training] = mark, traced
     return held[training][1]
 
 

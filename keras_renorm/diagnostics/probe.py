@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_renorm import kernels
+from keras_renorm import graphs
 from keras_renorm.diagnostics.measurement import D_MAX, R_MAX, jeffreys
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 
@@ -147,7 +147,7 @@ def read_moved(layer: Any, before: LayerState) -> LayerState:
 
 
 def _value(variable: Any) -> np.ndarray:
-    return kernels.to_numpy(variable).astype("float64")
+    return graphs.to_numpy(variable).astype("float64")
 
 
 def has_moved(layer: Any, before: LayerState, after: LayerState) -> bool:

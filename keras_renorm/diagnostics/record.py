@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm import kernels
+from keras_renorm import graphs
 from keras_renorm.diagnostics.measurement import (
     D_MAX,
     R_MAX,
@@ -36,7 +36,7 @@ class Record:
         self.d_max = limits[1] if d_max is None else d_max
         self.epsilon = float(layer.epsilon)
         self.moving_mean, self.moving_variance = (
-            kernels.to_numpy(weight).astype("float64")
+            graphs.to_numpy(weight).astype("float64")
             for weight in (layer.moving_mean, layer.moving_variance)
         )
         with np.errstate(all="ignore"):

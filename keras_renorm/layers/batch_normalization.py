@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_renorm import arguments, functional, kernels, pooling
+from keras_renorm import arguments, functional, graphs, kernels, pooling
 from keras_renorm.functional import Tensor
 from keras_renorm.pooling import Pool
 
@@ -253,7 +253,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             )
         return ops.cast(outputs, self.compute_dtype)
 
-    @kernels.as_one_graph
+    @graphs.as_one_graph
     def _train(
         self,
         inputs: Tensor,
@@ -272,7 +272,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self._count_step()
         return outputs
 
-    @kernels.as_one_graph
+    @graphs.as_one_graph
     def _infer(
         self,
         inputs: Tensor,
@@ -301,7 +301,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """The weights, each read once, in the type to compute in."""
         dtype = kernels.statistics_dtype(inputs.dtype)
         gamma, beta, moving_mean, moving_variance = (
-            None if weight is None else kernels.read(weight, dtype)
+            None if weight is None else graphs.read(weight, dtype)
             for weight in (
                 self.gamma,
                 self.beta,

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import functional, kernels, schedules
+from keras_renorm import functional, graphs, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
 
@@ -166,7 +166,7 @@ class BatchRenormalization(BatchNormalization):
 
     def current_step(self) -> int:
         """How many training calls the layer has seen."""
-        return 0 if self.step is None else int(kernels.to_numpy(self.step))
+        return 0 if self.step is None else int(graphs.to_numpy(self.step))
 
     def _ramp(self, row: int) -> LinearRamp:
         if not self.built:
@@ -174,9 +174,9 @@ class BatchRenormalization(BatchNormalization):
         # `str` gives the shortest decimal: 1.1, not 1.10000002384.
         initial_value, final_value = (
             float(str(value))
-            for value in kernels.to_numpy(self.limit_values)[row]
+            for value in graphs.to_numpy(self.limit_values)[row]
         )
-        begin_step, end_step = kernels.to_numpy(self.limit_steps)[row]
+        begin_step, end_step = graphs.to_numpy(self.limit_steps)[row]
         return LinearRamp(initial_value, final_value, begin_step, end_step)
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
@@ -190,14 +190,14 @@ class BatchRenormalization(BatchNormalization):
             _ramp_arrays([ramp]),
             strict=True,
         ):
-            rows = np.array(kernels.to_numpy(variable))
+            rows = np.array(graphs.to_numpy(variable))
             rows[row] = new[0]
             variable.assign(rows)
 
     def _limits(self) -> functional.Limits:
         return functional.Limits(
             *(
-                kernels.read(weight, weight.dtype)
+                graphs.read(weight, weight.dtype)
                 for weight in (self.limit_values, self.limit_steps, self.step)
             )
         )

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_renorm import kernels
+from keras_renorm import graphs
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models import legacy
@@ -208,4 +208,4 @@ def _copy_weights(old: Any, new: Any) -> None:
     for name in names:
         variable = getattr(old, name)
         if variable is not None:
-            getattr(new, name).assign(kernels.to_numpy(variable))
+            getattr(new, name).assign(graphs.to_numpy(variable))

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_renorm import kernels
+from keras_renorm import graphs
 from keras_renorm.models.rebuild import has_graph, rebuild
 from keras_renorm.models.statistics import statistics_layers
 
@@ -225,7 +225,7 @@ def _write_folded(pair: _Pair, new: Any) -> None:
     def values_of(weight: Any, default: float) -> Any:
         if weight is None:
             return default
-        return kernels.to_numpy(weight).astype("float64")
+        return graphs.to_numpy(weight).astype("float64")
 
     mean = values_of(normalization.moving_mean, 0.0)
     variance = values_of(normalization.moving_variance, 1.0)
@@ -242,5 +242,5 @@ def _write_folded(pair: _Pair, new: Any) -> None:
     new.bias.assign(bias)
     if hasattr(new, "depthwise_kernel"):
         new.depthwise_kernel.assign(
-            kernels.to_numpy(pair.before.depthwise_kernel)
+            graphs.to_numpy(pair.before.depthwise_kernel)
         )

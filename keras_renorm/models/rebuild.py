@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_renorm import kernels
+from keras_renorm import graphs
 from keras_renorm.models.traversal import find_layers
 
 
@@ -235,7 +235,7 @@ def _copy_state(
             raise _not_made_anew(layer)
         for old, variable in zip(olds, news, strict=True):
             # A copy: JAX gives the memory of a variable away.
-            variable.assign(kernels.to_numpy(old))
+            variable.assign(graphs.to_numpy(old))
 
 
 def _not_made_anew(layer: Any) -> ValueError:

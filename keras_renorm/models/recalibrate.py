@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import arguments, functional, kernels
+from keras_renorm import arguments, functional, graphs
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.observe import (
     Total,
@@ -121,7 +121,7 @@ class StatisticsPass:
         # have no code of their own: TensorFlow counts traces by code, and would
         # warn when many models, or one model many times, are recalibrated.
         self._gather = {
-            by_batch: kernels.compiled(partial(self._gather_moments))
+            by_batch: graphs.compiled(partial(self._gather_moments))
             for by_batch in (True, False)
         }
 
@@ -149,7 +149,7 @@ class StatisticsPass:
         data = Batches(dataset, steps, batch_size, inputs)
         before = {
             id(layer): tuple(
-                kernels.to_numpy(weight)
+                graphs.to_numpy(weight)
                 for weight in (layer.moving_mean, layer.moving_variance)
             )
             for layer in self.layers

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import kernels
+from keras_renorm import graphs
 from keras_renorm.models.rebuild import describe
 from keras_renorm.models.traversal import find_layers
 
@@ -44,7 +44,7 @@ def get_statistics(model: keras.Model) -> Statistics:
     ['bn/moving_mean', 'bn/moving_variance']
     """
     return {
-        key: kernels.to_numpy(variable)
+        key: graphs.to_numpy(variable)
         for key, variable in _variables(model).items()
     }
 
@@ -144,7 +144,7 @@ def is_untrained(layer: Any) -> bool:
     if not layer.built:
         return True
     mean, variance = map(
-        kernels.to_numpy, (layer.moving_mean, layer.moving_variance)
+        graphs.to_numpy, (layer.moving_mean, layer.moving_variance)
     )
     return bool(np.all(mean == 0) and np.all(variance == 1))
 
