@@ -1,0 +1,99 @@
+"""Whether renormalization helps, and with which settings.
+
+Trains the same networks over many seeds, in regimes and with normalizations
+that `experiments.py` lists, and writes tables, JSON and pictures.
+
+    python benchmarks/quality --quick    # about three minutes on two cores
+    python benchmarks/quality            # hours; see results/ for what came out
+
+Every training stands in `runs.jsonl` of the output folder; what stands there
+is not trained again, so a run that was stopped goes on where it stood.
+One training by itself, to repeat its figure, by the name that `summary.json`
+gives:
+
+    python benchmarks/quality --run digits/one_class/renorm/sgd/0.015/3000/0
+"""
+
+import json
+import os
+
+# Before TensorFlow starts; workers inherit it. Steps this small gain nothing
+# from threads: each core takes a training of its own, and a training of one
+# thread gives the same figures again.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
+os.environ["TF_NUM_INTEROP_THREADS"] = "1"
+
+import report
+from command import parse_arguments
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from training import train
+from workers import Results, train_all
+
+
+def main():
+    """Trains, then reports."""
+    args = parse_arguments(description=__doc__)
+    if args.run is not None:
+        print(json.dumps(train(args.run), indent=1))
+        return
+    console = Console()
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = Results(args.output / "runs.jsonl")
+    rates = {}
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        for experiment in args.experiments:
+            train_experiment(experiment, args, results, rates, progress)
+    report.write(
+        args.output, console, args.plan, args.experiments, rates, results
+    )
+
+
+def train_experiment(experiment, args, results, rates, progress):
+    """Finds the rate of each cell, then trains what counts."""
+    tuned = sorted({experiment.tuned_cell(cell) for cell in experiment.cells})
+    train_all(
+        [
+            run
+            for cell in tuned
+            for runs in args.plan.tuning(cell).values()
+            for run in runs
+        ],
+        results,
+        args.jobs,
+        progress,
+        f"{experiment.name}: rates",
+    )
+    for cell in experiment.cells:
+        tuned_cell = experiment.tuned_cell(cell)
+        rates[cell] = results.best_rate(args.plan, tuned_cell)
+    train_all(
+        [
+            run
+            for cell in experiment.cells
+            for run in args.plan.evaluation(cell, rates[cell])
+        ],
+        results,
+        args.jobs,
+        progress,
+        experiment.name,
+    )
+
+
+if __name__ == "__main__":
+    main()

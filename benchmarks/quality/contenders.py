@@ -1,0 +1,166 @@
+"""What normalizes: the contenders, each in the words of its one line."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+from variants import AdaptiveRenormalization, VariantRenormalization
+
+import keras_renorm
+from keras_renorm.schedules import LinearRamp
+
+# Runs here are short: moving averages must follow within a few dozen steps.
+MOMENTUM = 0.95
+
+
+class Contender(NamedTuple):
+    """A normalization and how it is trained.
+
+    Attributes:
+        label: What tables call it.
+        layer: Makes one, from the number of steps of the run.
+        scheduler: `(r_max, d_max)` for `RenormScheduler`, a function of the
+            number of steps, or `None` where there is nothing to schedule.
+        frozen_from: Share of the run after which statistics are frozen, or
+            `None`.
+    """
+
+    label: str
+    layer: Callable
+    scheduler: Callable | None = None
+    frozen_from: float | None = None
+
+
+def _ignoring_steps(layer, **arguments):
+    return lambda steps: layer(**arguments)
+
+
+def _paper_shape(steps):
+    """`RenormScheduler`'s default."""
+    return None, None
+
+
+def ramp(r_max, d_max, begin, end):
+    """Limits that open from `begin` to `end`, shares of the run."""
+
+    def limits(steps):
+        begin_step, end_step = round(begin * steps), round(end * steps)
+        return (
+            LinearRamp(1.0, r_max, begin_step, end_step),
+            LinearRamp(0.0, d_max, begin_step, end_step),
+        )
+
+    return limits
+
+
+_renorm = functools.partial(
+    _ignoring_steps, keras_renorm.BatchRenormalization, momentum=MOMENTUM
+)
+_variant = functools.partial(
+    _ignoring_steps, VariantRenormalization, momentum=MOMENTUM
+)
+
+CONTENDERS = {
+    "bn": Contender(
+        "batch normalization",
+        _ignoring_steps(keras.layers.BatchNormalization, momentum=MOMENTUM),
+    ),
+    "bn_frozen_late": Contender(
+        "batch norm., statistics frozen for the last fifth",
+        _ignoring_steps(keras_renorm.BatchNormalization, momentum=MOMENTUM),
+        frozen_from=0.8,
+    ),
+    "bn_frozen": Contender(
+        "batch norm., statistics frozen from the start",
+        _ignoring_steps(keras_renorm.BatchNormalization, momentum=MOMENTUM),
+        frozen_from=0.0,
+    ),
+    "renorm": Contender("renorm., RenormScheduler()", _renorm(), _paper_shape),
+    "renorm_open": Contender(
+        "renorm., r_max 3 and d_max 5 from the first step",
+        _renorm(),
+        lambda steps: (3.0, 5.0),
+    ),
+    "renorm_paper": Contender(
+        "renorm., the paper's momentum 0.99",
+        _renorm(momentum=0.99),
+        _paper_shape,
+    ),
+    "renorm_crossq": Contender(
+        "renorm., CrossQ's hard switch",
+        _renorm(momentum=0.99),
+        ramp(3.0, 5.0, 0.1, 0.1),
+    ),
+    "renorm_gn": Contender(
+        "renorm., the GN paper's 1.5 and 0.5",
+        _renorm(),
+        lambda steps: (1.5, 0.5),
+    ),
+    "renorm_wide": Contender(
+        "renorm., r_max to 10 and d_max to 25",
+        _renorm(),
+        ramp(10.0, 25.0, 0.04, 0.25),
+    ),
+    "keras_renorm": Contender(
+        "Keras's renorm=True",
+        _ignoring_steps(
+            keras.layers.BatchNormalization,
+            renorm=True,
+            momentum=MOMENTUM,
+            renorm_momentum=MOMENTUM,
+        ),
+    ),
+    "group": Contender(
+        "group normalization, 8 groups",
+        _ignoring_steps(keras.layers.GroupNormalization, groups=8),
+    ),
+    "layer": Contender(
+        "layer normalization (over all of an example)",
+        _ignoring_steps(keras.layers.GroupNormalization, groups=1),
+    ),
+    # The open questions: one thing changed at a time.
+    **{
+        f"renorm_momentum_{momentum}": Contender(
+            f"momentum {momentum}", _renorm(momentum=momentum), _paper_shape
+        )
+        for momentum in (0.8, 0.9, 0.98, 0.99)
+    },
+    **{
+        f"renorm_{moment}{'_debiased' if debiased else ''}": Contender(
+            f"{moment}{', debiased' if debiased else ''}",
+            _variant(moment=moment, debiased=debiased),
+            _paper_shape,
+        )
+        for moment in ("variance", "unbiased", "stddev")
+        for debiased in (False, True)
+        if (moment, debiased) != ("variance", False)  # is "renorm"
+    },
+    **{
+        f"renorm_ramp_{begin}_{end}": Contender(
+            f"opens from {begin:.0%} to {end:.0%} of the run",
+            _renorm(),
+            ramp(3.0, 5.0, begin, end),
+        )
+        for begin, end in ((0.0, 0.1), (0.1, 0.5), (0.1, 0.9))
+    },
+    **{
+        f"renorm_limits_{r_max}_{d_max}": Contender(
+            f"opens to r_max {r_max}, d_max {d_max}",
+            _renorm(),
+            ramp(r_max, d_max, 0.04, 0.25),
+        )
+        for r_max, d_max in (
+            (1.5, 1.0),
+            (2.0, 2.0),
+            (10.0, 25.0),
+            (100.0, 1_000.0),
+        )
+    },
+    "renorm_adaptive": Contender(
+        "limits adapt to 10 % clipped channels",
+        lambda steps: AdaptiveRenormalization(
+            share=0.1, opening_steps=round(0.2 * steps), momentum=MOMENTUM
+        ),
+    ),
+}

@@ -1,0 +1,206 @@
+"""Which trainings answer which question."""
+
+from typing import NamedTuple
+
+from contenders import CONTENDERS
+from training import TUNING_SEED, Run
+
+RATES = {
+    "sgd": (0.005, 0.015, 0.05, 0.15),
+    "adam": (0.0003, 0.001, 0.003, 0.01),
+}
+
+
+class Cell(NamedTuple):
+    """A contender in a regime: a row and a column of a table.
+
+    `metric` is what is compared, and what a rate is chosen by: "accuracy", or
+    "recalibrated" for that after `keras_renorm.recalibrate`.
+    """
+
+    task: str
+    regime: str
+    contender: str
+    optimizer: str = "sgd"
+    metric: str = "accuracy"
+
+    @property
+    def label(self):
+        """What tables call the contender."""
+        label = CONTENDERS[self.contender].label
+        return label if self.metric == "accuracy" else f"{label}, {self.metric}"
+
+
+class Plan(NamedTuple):
+    """How much is trained.
+
+    Attributes:
+        seeds: Evaluation trainings of a cell, seeds 0, 1, ...
+        tuning_seeds: Trainings for each cell and rate before that, of other
+            seeds, on another split of the data; twice as many where a
+            minibatch is not i.i.d., since seeds differ more there.
+        steps: Steps of a training; fine-tuning takes a sixth.
+    """
+
+    seeds: int
+    tuning_seeds: int
+    steps: int
+
+    def run(self, cell, rate, seed):
+        """One training of a cell."""
+        fine_tuning = cell.regime.startswith("fine_tuning")
+        return Run(
+            cell.task,
+            cell.regime,
+            cell.contender,
+            cell.optimizer,
+            rate,
+            self.steps // 6 if fine_tuning else self.steps,
+            seed,
+        )
+
+    def tuning(self, cell):
+        """The trainings that choose the rate of a cell."""
+        iid = cell.regime.startswith(("iid", "fine_tuning"))
+        count = self.tuning_seeds * (1 if iid else 2)
+        return {
+            rate: [
+                self.run(cell, rate, TUNING_SEED + index)
+                for index in range(count)
+            ]
+            for rate in RATES[cell.optimizer]
+        }
+
+    def evaluation(self, cell, rate):
+        """The trainings that count."""
+        return [self.run(cell, rate, seed) for seed in range(self.seeds)]
+
+
+class Experiment(NamedTuple):
+    """A question and the cells that answer it.
+
+    `tuned_as` names the contender whose rate all cells take and with which
+    they are compared, seed by seed, so that one thing is changed at a time;
+    `None` tunes each for itself.
+    """
+
+    name: str
+    question: str
+    cells: tuple[Cell, ...]
+    tuned_as: str | None = None
+
+    def tuned_cell(self, cell):
+        """The cell whose tuning gives this one its rate."""
+        if self.tuned_as is None:
+            return cell
+        return cell._replace(contender=self.tuned_as, metric="accuracy")
+
+
+# Contenders and regimes are many, and a training takes seconds: all meet
+# where much is at stake, and the main ones everywhere.
+_STAKED = ("one_class", "two_classes", "iid_4", "iid_2")
+_OTHER = ("iid_16", "iid_1", "sorted", "iid_8", "iid_32")
+_MAIN = ("bn", "renorm", "keras_renorm", "group", "layer")
+_ALL = (
+    *_MAIN,
+    "bn_frozen_late",
+    "renorm_paper",
+    "renorm_crossq",
+    "renorm_gn",
+    "renorm_wide",
+)
+
+
+def _cells(task, regimes, contenders):
+    """Two contenders twice: as they are, and recalibrated after training."""
+    return tuple(
+        Cell(task, regime, contender, metric=metric)
+        for regime in regimes
+        for contender in contenders
+        for metric in ("accuracy", "recalibrated")
+        if metric == "accuracy" or contender in ("bn", "renorm")
+    )
+
+
+def _regimes(task, quick):
+    if quick:
+        cells = _cells(task, ("one_class", "iid_2"), ("bn", "renorm"))
+    elif task == "digits":
+        cells = _cells(task, _STAKED, _ALL) + _cells(task, _OTHER, _MAIN)
+    else:
+        cells = _cells(
+            task,
+            ("one_class", "two_classes", "iid_16", "iid_2"),
+            ("bn", "renorm", "group"),
+        )
+    return Experiment(
+        f"regimes_{task}", f"Does it help, and where? ({task})", cells
+    )
+
+
+def _fine_tuning(task, quick):
+    contenders = ("bn", "bn_frozen", "renorm", "renorm_open")
+    if not quick:
+        contenders += ("keras_renorm", "group", "layer")
+    regimes = ("fine_tuning_4", "fine_tuning_2")
+    return Experiment(
+        f"fine_tuning_{task}",
+        f"Fine-tuning to another camera, with 200 images ({task})",
+        _cells(task, regimes[quick:], contenders),
+    )
+
+
+_QUESTIONS = {
+    "moments": (
+        "Which moment should be averaged, and debiased?",
+        ("renorm_variance", "renorm_unbiased", "renorm_stddev"),
+    ),
+    "momentum": ("Which momentum?", ("renorm_momentum",)),
+    "limits": (
+        "How far should the limits open, and when?",
+        ("renorm_open", "renorm_ramp", "renorm_limits", "renorm_adaptive"),
+    ),
+}
+
+
+def _ablation(name, task, quick):
+    question, prefixes = _QUESTIONS[name]
+    variants = [
+        contender for contender in CONTENDERS if contender.startswith(prefixes)
+    ]
+    regimes = ("one_class", "iid_2")
+    if quick:
+        regimes, variants = regimes[:1], variants[:1]
+    cells = tuple(
+        Cell(task, regime, contender)
+        for regime in regimes
+        for contender in ("renorm", *variants)
+    )
+    return Experiment(name, question, cells, tuned_as="renorm")
+
+
+def _optimizers(task, quick):
+    contenders = ("renorm",) if quick else ("bn", "renorm", "group")
+    return Experiment(
+        "optimizers",
+        "Does the optimizer change the order? (one class a minibatch)",
+        tuple(
+            Cell(task, "one_class", contender, optimizer)
+            for contender in contenders
+            for optimizer in ("sgd", "adam")
+        ),
+    )
+
+
+def experiments(tasks, quick):
+    """All of them; a few cells of each where it is quick.
+
+    The first task answers all questions, the others only whether it helps.
+    """
+    return [
+        _regimes(tasks[0], quick),
+        *(_ablation(name, tasks[0], quick) for name in _QUESTIONS),
+        _optimizers(tasks[0], quick),
+        _fine_tuning(tasks[0], quick),
+        *(_regimes(task, quick) for task in tasks[1:]),
+    ]

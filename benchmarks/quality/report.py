@@ -1,0 +1,383 @@
+"""Tables, JSON and pictures of what was trained."""
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from contenders import CONTENDERS
+from rich.table import Table
+
+sys.path.append(str(Path(__file__).parent.parent))  # for `timing`
+import timing
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+# A difference counts from this many standard errors on: with some forty
+# differences in the tables, one in twenty of chance is not enough.
+STANDARD_ERRORS = 3.0
+
+REGIME_LABELS = {
+    "one_class": "one class",
+    "two_classes": "two classes",
+    "sorted": "sorted",
+    **{f"iid_{size}": f"i.i.d. {size}" for size in (32, 16, 8, 4, 2, 1)},
+    **{f"fine_tuning_{size}": f"minibatch {size}" for size in (4, 2)},
+}
+
+
+def write(output, console, plan, experiments, rates, results):
+    """Prints the tables; writes `tables.md`, `summary.json` and pictures."""
+    figures = {}
+    for experiment in experiments:
+        for cell in experiment.cells:
+            figures[cell] = _figures(plan, cell, rates[cell], results)
+    tables = []
+    for experiment in experiments:
+        tables += _tables(experiment, figures)
+        draw = _draw_values if experiment.tuned_as is None else _draw_changes
+        draw(experiment, figures, output / f"{experiment.name}.png")
+    for experiment in experiments:
+        if experiment.name == "optimizers":
+            _draw_rates(experiment, plan, results, output / "rates.png")
+    targets = _targets(figures)
+    tables.append(
+        (
+            "Targets",
+            ["target", "measured", "reached"],
+            [
+                [entry["target"], entry["measured"], _yes(entry["reached"])]
+                for entry in targets
+            ],
+        )
+    )
+    for title, head, rows in tables:
+        table = Table(title=title, title_justify="left")
+        for column, name in enumerate(head):
+            table.add_column(name, justify="right" if column else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    (output / "tables.md").write_text(_markdown(plan, tables), encoding="utf-8")
+    content = {
+        "machine": timing.machine(),
+        "plan": plan._asdict(),
+        "targets": targets,
+        "experiments": {
+            experiment.name: {
+                "question": experiment.question,
+                "cells": [
+                    {**cell._asdict(), "label": cell.label, **figures[cell]}
+                    for cell in experiment.cells
+                ],
+            }
+            for experiment in experiments
+        },
+    }
+    timing.write(output / "summary.json", content)
+    console.print(f"Tables, JSON and pictures: {output}")
+
+
+def _yes(reached):
+    return {True: "yes", False: "no", None: "not measured"}[reached]
+
+
+def _figures(plan, cell, rate, results):
+    """What the evaluation trainings of a cell came to."""
+    runs = plan.evaluation(cell, rate)
+    values = results.values(runs, cell.metric)
+    figures = {
+        "rate": rate,
+        "run": str(runs[0]),
+        "values": values.tolist(),
+        "mean": float(values.mean()),
+        # A sample of seeds: divisor n - 1.
+        "spread": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+    }
+    for metric in ("shifted", "recalibrated", "shifted_recalibrated"):
+        if metric in results.by_run[runs[0]]:
+            figures[metric] = float(results.values(runs, metric).mean())
+    return figures
+
+
+def _changes(cell, figures):
+    """Differences to "renorm" of the same seeds, in points."""
+    baseline = figures[cell._replace(contender="renorm", metric="accuracy")]
+    changes = 100 * (
+        np.array(figures[cell]["values"]) - np.array(baseline["values"])
+    )
+    error = 0.0
+    if len(changes) > 1:
+        error = float(changes.std(ddof=1) / np.sqrt(len(changes)))
+    return float(changes.mean()), error
+
+
+def _columns(experiment):
+    """The columns of an experiment's tables, and the rows' keys."""
+    if experiment.name == "optimizers":
+        columns = dict.fromkeys(cell.optimizer for cell in experiment.cells)
+        return {name: {"sgd": "SGD", "adam": "Adam"}[name] for name in columns}
+    regimes = dict.fromkeys(cell.regime for cell in experiment.cells)
+    return {name: REGIME_LABELS[name] for name in regimes}
+
+
+def _grid(experiment):
+    """Row label -> column -> cell."""
+    grid = {}
+    for cell in experiment.cells:
+        column = (
+            cell.optimizer if experiment.name == "optimizers" else cell.regime
+        )
+        grid.setdefault(cell.label, {})[column] = cell
+    return grid
+
+
+def _tables(experiment, figures):
+    columns, grid = _columns(experiment), _grid(experiment)
+    head = ["", *columns.values()]
+
+    def table(title, entry):
+        rows = [
+            [
+                label,
+                *(
+                    entry(cells[name]) if name in cells else ""
+                    for name in columns
+                ),
+            ]
+            for label, cells in grid.items()
+        ]
+        return f"{experiment.question} {title}".strip(), head, rows
+
+    def value(cell):
+        found = figures[cell]
+        return f"{found['mean']:.3f} ± {found['spread']:.3f}"
+
+    tables = [table("Accuracy, mean ± standard deviation of seeds", value)]
+    if experiment.tuned_as is not None:
+
+        def change(cell):
+            if cell.contender == "renorm":
+                return "0"
+            mean, error = _changes(cell, figures)
+            mark = ""
+            if error and abs(mean) > STANDARD_ERRORS * error:
+                mark = " better" if mean > 0 else " worse"
+            return f"{mean:+.2f} ± {error:.2f}{mark}"
+
+        tables.append(
+            table(
+                "Points more than the first row, mean ± standard error",
+                change,
+            )
+        )
+    else:
+        tables.append(
+            table(
+                "Learning rates chosen",
+                lambda cell: f"{figures[cell]['rate']:g}",
+            )
+        )
+    if experiment.name.startswith("regimes"):
+
+        def shifted(cell):
+            found = figures[cell]
+            adapted = found.get("shifted_recalibrated")
+            text = f"{found['shifted']:.2f}"
+            return text if adapted is None else f"{text} → {adapted:.2f}"
+
+        tables.append(
+            table("On shifted images; → after recalibration on such", shifted)
+        )
+    return tables
+
+
+def _targets(figures):
+    """What was promised, beside what came out, on the first task."""
+    task = next(iter(figures)).task
+    found = {
+        (cell.regime, cell.contender): entry
+        for cell, entry in figures.items()
+        if (cell.task, cell.optimizer, cell.metric) == (task, "sgd", "accuracy")
+    }
+
+    def target(text, needed, judge):
+        if not all(key in found for key in needed):
+            return {"target": text, "measured": "", "reached": None}
+        entries = [found[key] for key in needed]
+        measured, reached = judge(*entries)
+        return {"target": text, "measured": measured, "reached": reached}
+
+    def at_least(bound):
+        return lambda entry: (
+            f"{entry['mean']:.3f} ± {entry['spread']:.3f}",
+            entry["mean"] >= bound,
+        )
+
+    def near(entry, reference):
+        return (
+            f"{entry['mean']:.3f}, i.i.d. {reference['mean']:.3f}",
+            entry["mean"] >= reference["mean"] - 0.005,
+        )
+
+    def not_worse(entry, reference):
+        return (
+            f"{entry['mean']:.3f}, BN {reference['mean']:.3f} "
+            f"± {reference['spread']:.3f}",
+            entry["mean"] >= reference["mean"] - reference["spread"],
+        )
+
+    targets = [
+        target(
+            f"one class a minibatch: {CONTENDERS[name].label} reaches 0.98",
+            [("one_class", name)],
+            at_least(0.98),
+        )
+        for name in ("renorm", "renorm_wide", "renorm_paper")
+    ]
+    targets.append(
+        target(
+            "two classes: within 0.5 points of i.i.d. minibatches of 16",
+            [("two_classes", "renorm"), ("iid_16", "renorm")],
+            near,
+        )
+    )
+    for size in (32, 16, 8, 4):
+        targets.append(
+            target(
+                f"i.i.d. {size}: not below plain BN by more than its spread",
+                [(f"iid_{size}", "renorm"), (f"iid_{size}", "bn")],
+                not_worse,
+            )
+        )
+    for size in (2, 1):
+        for name in ("renorm", "renorm_paper"):
+            targets.append(
+                target(
+                    f"i.i.d. {size}: {CONTENDERS[name].label} is at least "
+                    "plain BN",
+                    [(f"iid_{size}", name), (f"iid_{size}", "bn")],
+                    lambda entry, reference: (
+                        f"{entry['mean']:.3f} ± {entry['spread']:.3f}, BN "
+                        f"{reference['mean']:.3f} ± {reference['spread']:.3f}",
+                        entry["mean"] >= reference["mean"],
+                    ),
+                )
+            )
+    return targets
+
+
+def _markdown(plan, tables):
+    lines = [
+        "# Does renormalization help, and with which settings?",
+        "",
+        f"{plan.steps:,} steps a training (fine-tuning: a sixth), "
+        f"{plan.seeds} seeds, rates chosen on other seeds and another split.",
+        f'"better" and "worse": more than {STANDARD_ERRORS:g} standard errors.',
+    ]
+    for title, head, rows in tables:
+        lines += ["", f"## {title}", ""]
+        lines.append("| " + " | ".join(head) + " |")
+        lines.append("| --- " + "| ---: " * (len(head) - 1) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _panels(count, rows):
+    columns = min(count, 4)
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(3 + 2.7 * columns, lines * (0.8 + 0.3 * rows)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes.flat
+
+
+def _label_rows(axis, labels):
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _draw_values(experiment, figures, path):
+    """A panel a regime: every seed a dot, the mean a bar."""
+    columns, grid = _columns(experiment), _grid(experiment)
+    figure, axes = _panels(len(columns), len(grid))
+    for axis, (name, title) in zip(axes, columns.items(), strict=False):
+        for row, (label, cells) in enumerate(grid.items()):
+            if name not in cells:
+                continue
+            entry = figures[cells[name]]
+            color = "C0" if "renorm" in label.lower() else "C7"
+            axis.plot(
+                entry["values"],
+                [row] * len(entry["values"]),
+                "o",
+                color=color,
+                alpha=0.35,
+                markersize=5,
+            )
+            axis.plot(entry["mean"], row, "|", color=color, markersize=16)
+        axis.set_title(title)
+        axis.set_xlabel("accuracy")
+        _label_rows(axis, list(grid))
+    figure.suptitle(experiment.question)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_changes(experiment, figures, path):
+    """A panel a regime: what each change does, with its uncertainty."""
+    columns, grid = _columns(experiment), _grid(experiment)
+    labels = list(grid)[1:]
+    figure, axes = _panels(len(columns), len(labels))
+    for axis, (name, title) in zip(axes, columns.items(), strict=False):
+        for row, label in enumerate(labels):
+            mean, error = _changes(grid[label][name], figures)
+            axis.errorbar(
+                mean, row, xerr=STANDARD_ERRORS * error, fmt="o", color="C0"
+            )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(title)
+        axis.set_xlabel("points of accuracy")
+        _label_rows(axis, labels)
+    figure.suptitle(
+        f"{experiment.question}\nChange from {next(iter(grid))}; bars: "
+        f"{STANDARD_ERRORS:g} standard errors"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_rates(experiment, plan, results, path):
+    """Accuracy by rate: how much a contender depends on it."""
+    columns = _columns(experiment)
+    figure, axes = plt.subplots(
+        1,
+        len(columns),
+        figsize=(9, 3.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (name, title) in zip(axes.flat, columns.items(), strict=True):
+        for cell in experiment.cells:
+            if cell.optimizer == name:
+                means = results.rates(plan, cell)
+                axis.semilogx(
+                    means.keys(), means.values(), "o-", label=cell.label
+                )
+        axis.set_title(title)
+        axis.set_xlabel("learning rate")
+        axis.grid(alpha=0.3)
+    axes.flat[0].set_ylabel("accuracy (seeds of the tuning)")
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,135 @@
+"""What the networks learn: images, labels, and the same in another domain."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+class Images(NamedTuple):
+    """Images from 0 to 1, shape `(n, height, width, colours)`, and labels."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Task(NamedTuple):
+    """A data set, split, and the strides of the three convolutions.
+
+    `shifted` is what another camera would make of the test images: less
+    contrast, more light, noise. `shifted_train` are the training images seen
+    by it, for adaptation and fine-tuning.
+    """
+
+    train: Images
+    test: Images
+    shifted_train: Images
+    shifted: Images
+    strides: tuple[int, int, int]
+
+
+def load(name, split_seed):
+    """The task `name`; another `split_seed` splits it otherwise."""
+    return _LOADERS[name](split_seed)
+
+
+def _task(train, test, strides, seed):
+    rng = np.random.default_rng([seed, 1])
+
+    def shift(images):
+        noise = rng.normal(0, 0.15, images.x.shape)
+        return Images(
+            (0.6 * images.x + 0.3 + noise).astype("float32"), images.y
+        )
+
+    return Task(train, test, shift(train), shift(test), strides)
+
+
+def _split_digits(seed):
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype("float32").reshape(-1, 8, 8, 1)
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, y, test_size=0.25, stratify=y, random_state=seed
+    )
+    return Images(x_train, y_train), Images(x_test, y_test)
+
+
+@functools.lru_cache(2)
+def _digits(seed):
+    """scikit-learn's digits: 1,347 + 450 real images of 8x8 pixels."""
+    return _task(*_split_digits(seed), (1, 1, 2), seed)
+
+
+@functools.lru_cache(2)
+def _cluttered(seed):
+    """A digit, moved, turned, faint, among pieces of others: 16x16 pixels.
+
+    4,000 + 1,000 images. Digits and pieces of a test image come from digits
+    that no training image shows.
+    """
+    rng = np.random.default_rng([seed, 2])
+    train, test = _split_digits(seed)
+    return _task(
+        _clutter(train, 4_000, rng), _clutter(test, 1_000, rng), (2, 1, 2), seed
+    )
+
+
+def _clutter(digits, count, rng, size=16):
+    x = np.zeros((count, size, size, 1), "float32")
+    rows = rng.integers(len(digits.x), size=count)
+    for image, row in zip(x, rows, strict=True):
+        for _ in range(2):  # pieces of 4x4 pixels, anywhere
+            piece = digits.x[rng.integers(len(digits.x))]
+            top, left = rng.integers(5, size=2)
+            piece = piece[top : top + 4, left : left + 4]
+            top, left = rng.integers(size - 3, size=2)
+            place = image[top : top + 4, left : left + 4]
+            np.maximum(place, piece * rng.uniform(0.2, 0.6), out=place)
+        digit = digits.x[row]
+        # Leans by up to half a pixel a row: a small turn.
+        lean = rng.uniform(-0.5, 0.5)
+        digit = np.stack(
+            [
+                np.roll(line, round(lean * (index - 3.5)), axis=0)
+                for index, line in enumerate(digit)
+            ]
+        )
+        top, left = rng.integers(size - 7, size=2)
+        place = image[top : top + 8, left : left + 8]
+        np.maximum(place, digit * rng.uniform(0.6, 1.0), out=place)
+        image += rng.normal(0, 0.1, image.shape) + rng.uniform(0, 0.3)
+    return Images(x, digits.y[rows])
+
+
+@functools.lru_cache(1)
+def _cifar10(seed):
+    """CIFAR-10 by tensorflow-datasets, which downloads it: 50,000 + 10,000.
+
+    Its split is the published one; a seed above zero leaves the test images
+    alone and holds 10,000 training images back instead.
+    """
+    import tensorflow_datasets as tfds
+
+    train, test = (
+        Images((x / 255).astype("float32"), y.astype("int64"))
+        for x, y in (
+            tfds.as_numpy(
+                tfds.load(
+                    "cifar10", split=split, batch_size=-1, as_supervised=True
+                )
+            )
+            for split in ("train", "test")
+        )
+    )
+    if seed:
+        held_back = np.random.default_rng(seed).permutation(len(train.x))
+        cut = len(train.x) // 5
+        test = Images(*(array[held_back[:cut]] for array in train))
+        train = Images(*(array[held_back[cut:]] for array in train))
+    return _task(train, test, (2, 2, 2), seed)
+
+
+_LOADERS = {"digits": _digits, "cluttered": _cluttered, "cifar10": _cifar10}
+NAMES = tuple(_LOADERS)

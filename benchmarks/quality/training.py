@@ -1,0 +1,251 @@
+"""One training: from its description to its figures."""
+
+import functools
+import time
+from dataclasses import asdict, dataclass
+
+import batches
+import keras
+import numpy as np
+import tasks
+import tensorflow as tf
+from contenders import CONTENDERS
+from keras import layers
+
+import keras_renorm
+from keras_renorm.callbacks import RenormScheduler
+
+EPOCHS = 10  # how often accuracy is measured on the way
+# Tuning uses other seeds than evaluation, and another split of the data.
+TUNING_SEED = 1_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a training depends on."""
+
+    task: str
+    regime: str
+    contender: str
+    optimizer: str
+    rate: float
+    steps: int
+    seed: int
+
+    def __str__(self):
+        return "/".join(map(str, asdict(self).values()))
+
+
+def train(run):
+    """Accuracies of one training on the test images, as a dictionary."""
+    start = time.perf_counter()
+    task = _task(run)
+    images, test = task.train, task.test
+    initial = _initial(run)
+    if run.regime.startswith("fine_tuning"):
+        pretrained = _pretrained(run)
+        initial = [
+            new | _as_renorm(old)
+            for new, old in zip(initial, pretrained, strict=True)
+        ]
+        images, test = task.shifted_train, task.shifted
+        few = np.random.default_rng(run.seed).permutation(len(images.x))
+        images = tasks.Images(*(array[few[:200]] for array in images))
+    rng = np.random.default_rng([run.seed, 3])
+    rows = batches.draw(run.regime, images.y, run.steps, rng)
+    trainer = _trainer(run.task, run.contender, run.optimizer, run.steps)
+    curve = trainer.fit(initial, run.rate, rows, images, test)
+    result = {
+        **asdict(run),
+        "accuracy": curve[-1],
+        "curve": curve,
+        "shifted": accuracy(trainer.model, task.shifted),
+    }
+    if _is_batch_normalization(run.contender):
+        # Keras's renorm layer cannot be recalibrated; a plain one can, and
+        # infers the same.
+        model = make_model("bn", run.task, run.steps)
+        copy_weights(layer_weights(trainer.model), model)
+        result["recalibrated"] = _recalibrated(model, images, test)
+        result["shifted_recalibrated"] = _recalibrated(
+            model, task.shifted_train, task.shifted
+        )
+    if trainer.contender.frozen_from is not None:
+        _trainer.cache_clear()  # it is frozen now
+    result["seconds"] = round(time.perf_counter() - start, 2)
+    return result
+
+
+def _task(run):
+    return tasks.load(run.task, int(run.seed >= TUNING_SEED))
+
+
+def _is_batch_normalization(contender):
+    return isinstance(CONTENDERS[contender].layer(1), layers.BatchNormalization)
+
+
+def make_model(contender, task, steps):
+    """Three convolutions, each with a normalization; ten classes."""
+    task = tasks.load(task, 0)
+    stack = [keras.Input(task.train.x.shape[1:])]
+    for filters, strides in zip((16, 32, 64), task.strides, strict=True):
+        stack += [
+            layers.Conv2D(
+                filters, 3, strides=strides, padding="same", use_bias=False
+            ),
+            CONTENDERS[contender].layer(steps),
+            layers.ReLU(),
+        ]
+    stack += [layers.GlobalAveragePooling2D(), layers.Dense(10)]
+    return keras.Sequential(stack)
+
+
+def layer_weights(model):
+    """Weights of each layer, by name."""
+    return [
+        {weight.name: weight.numpy() for weight in layer.weights}
+        for layer in model.layers
+    ]
+
+
+def copy_weights(source, model):
+    """Assigns what a network of `make_model` shares with another, by name."""
+    for weights, layer in zip(source, model.layers, strict=True):
+        for weight in layer.weights:
+            if weight.name in weights:
+                weight.assign(weights[weight.name])
+
+
+def _as_renorm(weights):
+    """With the statistics that Keras's renormalization keeps of its own."""
+    if "moving_mean" not in weights:
+        return weights
+    epsilon = keras.layers.BatchNormalization().epsilon
+    return weights | {
+        "renorm_mean": weights["moving_mean"],
+        "renorm_stddev": np.sqrt(weights["moving_variance"] + epsilon),
+    }
+
+
+def _initial(run):
+    keras.utils.set_random_seed(run.seed)
+    return layer_weights(make_model(run.contender, run.task, run.steps))
+
+
+def _pretrained(run):
+    """Weights that know the unshifted images, of i.i.d. minibatches.
+
+    All contenders that are batch normalization in inference begin with the
+    same ones, of batch normalization.
+    """
+    contender = run.contender
+    if _is_batch_normalization(contender):
+        contender = "bn"
+    return _pretrain(
+        Run(run.task, "iid_32", contender, "sgd", 0.04, run.steps * 2, run.seed)
+    )
+
+
+@functools.lru_cache(64)
+def _pretrain(run):
+    task = _task(run)
+    rng = np.random.default_rng([run.seed, 4])
+    rows = batches.draw(run.regime, task.train.y, run.steps, rng)
+    trainer = _trainer(run.task, run.contender, run.optimizer, run.steps)
+    trainer.fit(_initial(run), run.rate, rows, task.train, task.test)
+    return layer_weights(trainer.model)
+
+
+class _Cosine(keras.optimizers.schedules.CosineDecay):
+    """Cosine decay whose initial rate is a variable: compiled once."""
+
+    def __init__(self, steps):
+        super().__init__(1.0, steps)
+        self.rate = tf.Variable(0.0)
+
+    def __call__(self, step):
+        return self.rate * super().__call__(step)
+
+
+class Trainer:
+    """A network and an optimizer, compiled once for many rates and seeds."""
+
+    def __init__(self, task, contender, optimizer, steps):
+        self.contender = CONTENDERS[contender]
+        self.model = make_model(contender, task, steps)
+        self.schedule = _Cosine(steps)
+        if optimizer == "sgd":
+            self.optimizer = keras.optimizers.SGD(self.schedule, momentum=0.9)
+        else:
+            self.optimizer = keras.optimizers.Adam(self.schedule)
+        self.optimizer.build(self.model.trainable_variables)
+        self.steps_per_epoch = steps // EPOCHS
+        self.compile()
+        self.callbacks = []
+        if self.contender.scheduler is not None:
+            limits = self.contender.scheduler(steps)
+            self.callbacks.append(RenormScheduler(*limits))
+
+    def compile(self):
+        """As `model.compile`."""
+        self.model.compile(
+            self.optimizer,
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+            # Steps this small cost less than going back to Python.
+            steps_per_execution=self.steps_per_epoch,
+        )
+
+    def fit(self, weights, rate, rows, images, test):
+        """Trains from `weights`; test accuracy after each tenth of it."""
+        copy_weights(weights, self.model)
+        self.schedule.rate.assign(rate)
+        for variable in self.optimizer.variables:
+            variable.assign(np.zeros(variable.shape, variable.dtype))
+        x, y = tf.constant(images.x), tf.constant(images.y)
+        dataset = tf.data.Dataset.from_tensor_slices(rows).map(
+            lambda row: (tf.gather(x, row), tf.gather(y, row))
+        )
+        frozen_from = self.contender.frozen_from
+        if frozen_from is None:
+            return self._fit(dataset, test, 0, EPOCHS)
+        frozen_from = round(frozen_from * EPOCHS)
+        curve = self._fit(dataset, test, 0, frozen_from) if frozen_from else []
+        keras_renorm.freeze_statistics(self.model)
+        self.compile()
+        return curve + self._fit(dataset, test, frozen_from, EPOCHS)
+
+    def _fit(self, dataset, test, begin, end):
+        history = self.model.fit(
+            dataset.skip(begin * self.steps_per_epoch),
+            steps_per_epoch=self.steps_per_epoch,
+            initial_epoch=begin,
+            epochs=end,
+            validation_data=test,
+            validation_batch_size=len(test.x),
+            callbacks=self.callbacks,
+            shuffle=False,  # drawn already
+            verbose=0,
+        )
+        return history.history["val_accuracy"]
+
+
+# Many trainings differ in rate and seed only: tracing takes as long as two.
+_trainer = functools.lru_cache(3)(Trainer)
+
+
+def _recalibrated(model, images, test):
+    """Accuracy with the statistics of all of `images`."""
+    try:
+        keras_renorm.recalibrate(model, images.x, batch_size=512, verbose=False)
+    except ValueError:
+        # Diverged: activations are not finite, and nothing mends that.
+        if np.isfinite(model(test.x, training=False)).all():
+            raise
+    return accuracy(model, test)
+
+
+def accuracy(model, images):
+    """Share of the images that are classified right, in inference."""
+    logits = model(images.x, training=False)
+    return float(np.mean(np.argmax(logits, axis=-1) == images.y))

@@ -1,0 +1,234 @@
+"""The quality benchmark: what its figures mean, and that they repeat."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keras_renorm import BatchRenormalization
+from tests.helpers import assert_close
+from tests.reference import Reference
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
+pytestmark = [
+    pytest.mark.tensorflow,
+    pytest.mark.skipif(not FOLDER.exists(), reason="without the benchmarks"),
+]
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    """Imports a module of the benchmark, whose folder is no package."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def batch_of(rng, count=12):
+    return rng.normal((1, -2, 5), (1, 3, 0.5), (count, 3)).astype("float32")
+
+
+LABELS = np.repeat(np.arange(5), (30, 40, 25, 35, 20))
+
+
+@pytest.mark.parametrize(
+    ("regime", "classes"), [("one_class", 1), ("two_classes", 2)]
+)
+def test_minibatches_hold_that_many_classes(regime, classes, quality, rng):
+    rows = quality("batches").draw(regime, LABELS, 300, rng)
+    assert rows.shape == (300, 16)
+    counts = [
+        sorted(np.unique(LABELS[batch], return_counts=True)[1])
+        for batch in rows
+    ]
+    assert counts == [[16 // classes] * classes] * 300
+    # Over the run all classes are seen about equally often.
+    seen = np.bincount(LABELS[rows].reshape(-1)) / rows.size
+    np.testing.assert_allclose(seen, 0.2, atol=0.06)
+
+
+def test_sorted_minibatches_go_through_the_classes(quality, rng):
+    rows = quality("batches").draw("sorted", LABELS, 20, rng)
+    flat = rows.reshape(-1)
+    assert sorted(flat[:150]) == list(range(150))  # an epoch, each row once
+    labels = LABELS[flat[:150]]
+    assert (np.diff(labels) >= 0).all()
+    assert list(flat[:30]) != list(range(30))  # shuffled within a class
+    assert (LABELS[flat[150:180]] == 0).all()  # and again from the first
+
+
+def test_iid_minibatches_draw_from_everything(quality, rng):
+    batches = quality("batches")
+    for regime, size in (("iid_2", 2), ("fine_tuning_4", 4)):
+        rows = batches.draw(regime, LABELS, 2_000, rng)
+        assert rows.shape == (2_000, size)
+        seen = np.bincount(LABELS[rows].reshape(-1)) / rows.size
+        np.testing.assert_allclose(seen, np.bincount(LABELS) / 150, atol=0.03)
+
+
+def test_tasks_keep_test_images_out_of_training(quality):
+    tasks = quality("tasks")
+    for name, shape in (("digits", (8, 8, 1)), ("cluttered", (16, 16, 1))):
+        task, other = tasks.load(name, 0), tasks.load(name, 1)
+        assert task.train.x.shape[1:] == task.test.x.shape[1:] == shape
+        known = {image.tobytes() for image in task.train.x}
+        assert not any(image.tobytes() in known for image in task.test.x)
+        assert set(task.train.y) == set(task.test.y) == set(range(10))
+        assert not np.array_equal(task.test.x, other.test.x)
+        again = tasks.load.__globals__["_LOADERS"][name].__wrapped__(0)
+        np.testing.assert_array_equal(task.shifted.x, again.shifted.x)
+
+
+def test_shift_is_what_its_description_says(quality):
+    task = quality("tasks").load("digits", 0)
+    noise = task.shifted.x - (0.6 * task.test.x + 0.3)
+    assert abs(noise.mean()) < 0.005
+    assert noise.std() == pytest.approx(0.15, rel=0.02)
+    np.testing.assert_array_equal(task.shifted.y, task.test.y)
+
+
+def test_variant_without_changes_is_the_layer(quality, rng):
+    arguments = {"momentum": 0.8, "r_max": 1.5, "d_max": 1.0}
+    variant = quality("variants").VariantRenormalization(**arguments)
+    layer = BatchRenormalization(**arguments)
+    for _ in range(4):
+        batch = batch_of(rng)
+        assert_close(
+            variant(batch, training=True), layer(batch, training=True), 1e-6
+        )
+    for ours, theirs in zip(variant.weights, layer.weights, strict=True):
+        assert ours.path.split("/")[-1] == theirs.path.split("/")[-1]
+        assert_close(ours.numpy(), theirs.numpy(), 1e-6)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("moment", ["variance", "unbiased", "stddev"])
+def test_variants_keep_their_moment(moment, debiased, quality, rng):
+    layer = quality("variants").VariantRenormalization(
+        moment=moment, debiased=debiased, momentum=0.7, epsilon=0.01
+    )
+    reference = Reference(3, momentum=0.7, epsilon=0.01)
+    batches = [batch_of(rng) for _ in range(5)]
+    weights = 0.3 * 0.7 ** np.arange(4, -1, -1.0)
+    rest = 0.7**5  # what the initial values still weigh
+    if debiased:
+        weights, rest = weights / weights.sum(), 0.0
+    for batch in batches:
+        layer(batch, training=True)
+    rows = np.stack(batches).astype("float64")
+    mean = weights @ rows.mean(axis=1) + rest * reference.moving_mean
+    if moment == "stddev":
+        stddev = weights @ np.sqrt(rows.var(axis=1) + 0.01)
+        variance = (stddev + rest * np.sqrt(1.01)) ** 2 - 0.01
+    else:
+        ddof = int(moment == "unbiased")
+        variance = weights @ rows.var(axis=1, ddof=ddof) + rest
+    assert_close(layer.moving_mean.numpy(), mean, 1e-5)
+    assert_close(layer.moving_variance.numpy(), variance, 1e-5)
+
+
+def test_adaptive_limits_follow_the_clipped_share(quality):
+    layer = quality("variants").AdaptiveRenormalization(
+        share=0.25, opening_steps=10, momentum=1.0
+    )
+    # Against moving statistics 0 and 1: all of d's channels are clipped, none
+    # of r's.
+    batch = np.array([[5.0, -5.0], [7.0, -7.0]], "float32")
+    layer(batch, training=True)
+    assert layer.current_limits() == pytest.approx((1.0, 0.5))
+    layer(batch, training=False)
+    assert layer.current_limits() == pytest.approx((1.0, 0.5))
+    # Nothing is clipped: the limits close, a third as fast, and stop.
+    layer(np.array([[1.0, 1.0], [-1.0, -1.0]], "float32"), training=True)
+    assert layer.current_limits() == pytest.approx((1.0, 0.5 - 0.5 / 3))
+    for _ in range(5):
+        layer(np.array([[1.0, 1.0], [-1.0, -1.0]], "float32"), training=True)
+    assert layer.current_limits() == pytest.approx((1.0, 0.0))
+
+
+def test_rates_are_tuned_on_seeds_that_do_not_count(quality):
+    experiments, training = quality("experiments"), quality("training")
+    plan = experiments.Plan(seeds=10, tuning_seeds=1, steps=600)
+    for task in (["digits"], ["digits", "cluttered"]):
+        for experiment in experiments.experiments(task, quick=False):
+            for cell in experiment.cells:
+                tuning = plan.tuning(experiment.tuned_cell(cell))
+                tuned = {run.seed for runs in tuning.values() for run in runs}
+                counted = plan.evaluation(cell, 0.05)
+                assert min(tuned) >= training.TUNING_SEED
+                assert [run.seed for run in counted] == list(range(10))
+                assert len({run.steps for run in counted}) == 1
+
+
+def run_benchmark(*arguments):
+    environment = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3")
+    environment["PYTHONPATH"] = str(FOLDER.parent.parent)
+    return subprocess.run(
+        [sys.executable, str(FOLDER), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+def test_a_run_resumes_and_repeats(tmp_path):
+    arguments = ("--quick", "--steps", 60, "--only", "limits", "--jobs", 2)
+    first = run_benchmark(*arguments, "--output", tmp_path)
+    assert first.returncode == 0, first.stderr
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    # Four rates, two seeds each; two contenders, two seeds each.
+    assert len(runs) == 12
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    cells = summary["experiments"]["limits"]["cells"]
+    for cell in cells:
+        found = [
+            run["accuracy"]
+            for run in runs
+            if run["contender"] == cell["contender"] and run["seed"] < 1_000
+        ]
+        assert sorted(found) == sorted(cell["values"])
+        assert cell["mean"] == pytest.approx(np.mean(found))
+        assert cell["spread"] == pytest.approx(np.std(found, ddof=1))
+    assert "± " in (tmp_path / "tables.md").read_text()
+    assert (tmp_path / "limits.png").stat().st_size > 0
+
+    # What was stopped goes on: the last run is trained again, the others not.
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    again = run_benchmark(*arguments, "--output", tmp_path)
+    assert again.returncode == 0, again.stderr
+    resumed = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert resumed[:-1] == lines[:-1]
+    last, expected = json.loads(resumed[-1]), json.loads(lines[-1])
+    del last["seconds"], expected["seconds"]
+    assert last == expected
+
+    # And a figure repeats from the name that the summary gives.
+    name = cells[0]["run"]
+    single = run_benchmark("--run", name)
+    assert single.returncode == 0, single.stderr
+    assert json.loads(single.stdout)["accuracy"] == cells[0]["values"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", 5), "--steps must be at least 60. Received: 5"),
+        (("--seeds", 0), "--seeds must be at least 1. Received: 0"),
+        (("--only", "speed"), "--only must be among regimes_digits, moments"),
+        (
+            ("--run", "digits/iid_3/bn/sgd/0.1/60/0"),
+            "regime must be among iid_32",
+        ),
+        (("--run", "digits/iid_2"), "--run must be task/regime/contender/"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, quality, capsys):
+    main = quality("command")
+    with pytest.raises(SystemExit):
+        main.parse_arguments([str(argument) for argument in arguments])
+    assert message in capsys.readouterr().err
