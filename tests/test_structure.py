@@ -98,6 +98,7 @@ def test_public_names_have_an_example():
         keras_renorm.schedules.ioffe2017,
         keras_renorm.callbacks.RenormScheduler,
         keras_renorm.callbacks.RecalibrateStatistics,
+        keras_renorm.callbacks.FreezeStatistics,
         keras_renorm.callbacks.RenormMonitor,
         keras_renorm.diagnostics.discrepancy,
         keras_renorm.convert,

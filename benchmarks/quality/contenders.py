@@ -77,6 +77,12 @@ CONTENDERS = {
         frozen_from=0.0,
     ),
     "renorm": Contender("renorm., RenormScheduler()", _renorm(), _paper_shape),
+    "renorm_frozen_late": Contender(
+        "renorm., statistics frozen for the last fifth",
+        _renorm(),
+        _paper_shape,
+        frozen_from=0.8,
+    ),
     "renorm_open": Contender(
         "renorm., r_max 3 and d_max 5 from the first step",
         _renorm(),
@@ -124,7 +130,7 @@ CONTENDERS = {
         f"renorm_momentum_{momentum}": Contender(
             f"momentum {momentum}", _renorm(momentum=momentum), _paper_shape
         )
-        for momentum in (0.8, 0.9, 0.98, 0.99)
+        for momentum in (0.9, 0.98, 0.99)
     },
     **{
         f"renorm_{moment}{'_debiased' if debiased else ''}": Contender(

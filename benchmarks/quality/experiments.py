@@ -11,6 +11,10 @@ RATES = {
 }
 
 
+# With weights that know something already, larger ones forget it.
+FINE_TUNING_RATES = (0.00015, 0.0005, 0.0015, 0.005)
+
+
 class Cell(NamedTuple):
     """A contender in a regime: a row and a column of a table.
 
@@ -23,6 +27,13 @@ class Cell(NamedTuple):
     contender: str
     optimizer: str = "sgd"
     metric: str = "accuracy"
+
+    @property
+    def rates(self):
+        """The rates that are tried."""
+        if self.regime.startswith("fine_tuning"):
+            return FINE_TUNING_RATES
+        return RATES[self.optimizer]
 
     @property
     def label(self):
@@ -68,7 +79,7 @@ class Plan(NamedTuple):
                 self.run(cell, rate, TUNING_SEED + index)
                 for index in range(count)
             ]
-            for rate in RATES[cell.optimizer]
+            for rate in cell.rates
         }
 
     def evaluation(self, cell, rate):
@@ -104,6 +115,7 @@ _MAIN = ("bn", "renorm", "keras_renorm", "group", "layer")
 _ALL = (
     *_MAIN,
     "bn_frozen_late",
+    "renorm_frozen_late",
     "renorm_paper",
     "renorm_crossq",
     "renorm_gn",
@@ -130,7 +142,7 @@ def _regimes(task, quick):
     else:
         cells = _cells(
             task,
-            ("one_class", "two_classes", "iid_16", "iid_2"),
+            ("one_class", "iid_16", "iid_2"),
             ("bn", "renorm", "group"),
         )
     return Experiment(
@@ -180,7 +192,9 @@ def _ablation(name, task, quick):
 
 
 def _optimizers(task, quick):
-    contenders = ("renorm",) if quick else ("bn", "renorm", "group")
+    contenders = ("bn", "renorm", "renorm_frozen_late", "group")
+    if quick:
+        contenders = ("renorm",)
     return Experiment(
         "optimizers",
         "Does the optimizer change the order? (one class a minibatch)",

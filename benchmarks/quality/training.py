@@ -54,24 +54,22 @@ def train(run):
     rng = np.random.default_rng([run.seed, 3])
     rows = batches.draw(run.regime, images.y, run.steps, rng)
     trainer = _trainer(run.task, run.contender, run.optimizer, run.steps)
-    curve = trainer.fit(initial, run.rate, rows, images, test)
+    trained, curve = trainer.fit(initial, run.rate, rows, images, test)
     result = {
         **asdict(run),
         "accuracy": curve[-1],
         "curve": curve,
-        "shifted": accuracy(trainer.model, task.shifted),
+        "shifted": accuracy(trained, task.shifted),
     }
     if _is_batch_normalization(run.contender):
         # Keras's renorm layer cannot be recalibrated; a plain one can, and
         # infers the same.
         model = make_model("bn", run.task, run.steps)
-        copy_weights(layer_weights(trainer.model), model)
+        copy_weights(layer_weights(trained), model)
         result["recalibrated"] = _recalibrated(model, images, test)
         result["shifted_recalibrated"] = _recalibrated(
             model, task.shifted_train, task.shifted
         )
-    if trainer.contender.frozen_from is not None:
-        _trainer.cache_clear()  # it is frozen now
     result["seconds"] = round(time.perf_counter() - start, 2)
     return result
 
@@ -152,8 +150,10 @@ def _pretrain(run):
     rng = np.random.default_rng([run.seed, 4])
     rows = batches.draw(run.regime, task.train.y, run.steps, rng)
     trainer = _trainer(run.task, run.contender, run.optimizer, run.steps)
-    trainer.fit(_initial(run), run.rate, rows, task.train, task.test)
-    return layer_weights(trainer.model)
+    trained, _ = trainer.fit(
+        _initial(run), run.rate, rows, task.train, task.test
+    )
+    return layer_weights(trained)
 
 
 class _Cosine(keras.optimizers.schedules.CosineDecay):
@@ -168,11 +168,19 @@ class _Cosine(keras.optimizers.schedules.CosineDecay):
 
 
 class Trainer:
-    """A network and an optimizer, compiled once for many rates and seeds."""
+    """A network and an optimizer, compiled once for many rates and seeds.
 
-    def __init__(self, task, contender, optimizer, steps):
+    `frozen`: with frozen statistics from the first step on. A contender that
+    freezes them on the way goes on with a second trainer, so that neither is
+    compiled again.
+    """
+
+    def __init__(self, task, contender, optimizer, steps, frozen=False):
+        self.arguments = (task, contender, optimizer, steps)
         self.contender = CONTENDERS[contender]
         self.model = make_model(contender, task, steps)
+        if frozen:
+            keras_renorm.freeze_statistics(self.model)
         self.schedule = _Cosine(steps)
         if optimizer == "sgd":
             self.optimizer = keras.optimizers.SGD(self.schedule, momentum=0.9)
@@ -180,14 +188,6 @@ class Trainer:
             self.optimizer = keras.optimizers.Adam(self.schedule)
         self.optimizer.build(self.model.trainable_variables)
         self.steps_per_epoch = steps // EPOCHS
-        self.compile()
-        self.callbacks = []
-        if self.contender.scheduler is not None:
-            limits = self.contender.scheduler(steps)
-            self.callbacks.append(RenormScheduler(*limits))
-
-    def compile(self):
-        """As `model.compile`."""
         self.model.compile(
             self.optimizer,
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -195,9 +195,16 @@ class Trainer:
             # Steps this small cost less than going back to Python.
             steps_per_execution=self.steps_per_epoch,
         )
+        self.callbacks = []
+        if self.contender.scheduler is not None:
+            limits = self.contender.scheduler(steps)
+            self.callbacks.append(RenormScheduler(*limits))
 
     def fit(self, weights, rate, rows, images, test):
-        """Trains from `weights`; test accuracy after each tenth of it."""
+        """Trains from `weights`; the model, and its curve.
+
+        The curve is the test accuracy after each tenth of the training.
+        """
         copy_weights(weights, self.model)
         self.schedule.rate.assign(rate)
         for variable in self.optimizer.variables:
@@ -206,16 +213,25 @@ class Trainer:
         dataset = tf.data.Dataset.from_tensor_slices(rows).map(
             lambda row: (tf.gather(x, row), tf.gather(y, row))
         )
-        frozen_from = self.contender.frozen_from
-        if frozen_from is None:
-            return self._fit(dataset, test, 0, EPOCHS)
-        frozen_from = round(frozen_from * EPOCHS)
-        curve = self._fit(dataset, test, 0, frozen_from) if frozen_from else []
-        keras_renorm.freeze_statistics(self.model)
-        self.compile()
-        return curve + self._fit(dataset, test, frozen_from, EPOCHS)
+        share = self.contender.frozen_from
+        frozen_from = EPOCHS if share is None else round(share * EPOCHS)
+        curve = self._fit(dataset, test, 0, frozen_from)
+        if share is None:
+            return self.model, curve
+        frozen = _trainer(*self.arguments, frozen=True)
+        copy_weights(layer_weights(self.model), frozen.model)
+        frozen.schedule.rate.assign(rate)
+        for old, new in zip(
+            self.optimizer.variables, frozen.optimizer.variables, strict=True
+        ):
+            new.assign(old)
+        return frozen.model, curve + frozen._fit(
+            dataset, test, frozen_from, EPOCHS
+        )
 
     def _fit(self, dataset, test, begin, end):
+        if begin == end:
+            return []
         history = self.model.fit(
             dataset.skip(begin * self.steps_per_epoch),
             steps_per_epoch=self.steps_per_epoch,

@@ -38,7 +38,7 @@ def freeze_statistics(model: keras.Model) -> None:
     >>> bool(ops.all(model(x, training=True) == model(x, training=False)))
     True
     """
-    layers = _our_layers(model)
+    layers = normalization_layers(model)
     untrained = [layer for layer in layers if is_untrained(layer)]
     if untrained:
         warnings.warn(
@@ -71,11 +71,12 @@ def unfreeze_statistics(model: keras.Model) -> None:
     >>> model.layers[0].frozen_statistics
     False
     """
-    for layer in _our_layers(model):
+    for layer in normalization_layers(model):
         layer.frozen_statistics = False
 
 
-def _our_layers(model: keras.Model) -> list[BatchNormalization]:
+def normalization_layers(model: keras.Model) -> list[BatchNormalization]:
+    """The layers that can be frozen; an error if there are others, or none."""
     layers = find_layers(model, keras.layers.BatchNormalization)
     others = [
         layer for layer in layers if not isinstance(layer, BatchNormalization)
