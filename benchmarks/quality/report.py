@@ -234,7 +234,7 @@ def _targets(figures):
             [("one_class", name)],
             at_least(0.98),
         )
-        for name in ("renorm", "renorm_wide", "renorm_paper")
+        for name in ("renorm", "renorm_frozen_late")
     ]
     targets.append(
         target(
@@ -252,7 +252,7 @@ def _targets(figures):
             )
         )
     for size in (2, 1):
-        for name in ("renorm", "renorm_paper"):
+        for name in ("renorm", "renorm_frozen_late"):
             targets.append(
                 target(
                     f"i.i.d. {size}: {CONTENDERS[name].label} is at least "

@@ -39,9 +39,9 @@ class Run:
 def train(run):
     """Accuracies of one training on the test images, as a dictionary."""
     start = time.perf_counter()
-    task = _task(run)
+    task = task_of(run)
     images, test = task.train, task.test
-    initial = _initial(run)
+    initial = initial_weights(run)
     if run.regime.startswith("fine_tuning"):
         pretrained = _pretrained(run)
         initial = [
@@ -74,7 +74,8 @@ def train(run):
     return result
 
 
-def _task(run):
+def task_of(run):
+    """Its data, of the split for tuning or for what counts."""
     return tasks.load(run.task, int(run.seed >= TUNING_SEED))
 
 
@@ -125,7 +126,8 @@ def _as_renorm(weights):
     }
 
 
-def _initial(run):
+def initial_weights(run):
+    """A new network's, by the seed of the run."""
     keras.utils.set_random_seed(run.seed)
     return layer_weights(make_model(run.contender, run.task, run.steps))
 
@@ -146,14 +148,22 @@ def _pretrained(run):
 
 @functools.lru_cache(64)
 def _pretrain(run):
-    task = _task(run)
+    task = task_of(run)
     rng = np.random.default_rng([run.seed, 4])
     rows = batches.draw(run.regime, task.train.y, run.steps, rng)
     trainer = _trainer(run.task, run.contender, run.optimizer, run.steps)
     trained, _ = trainer.fit(
-        _initial(run), run.rate, rows, task.train, task.test
+        initial_weights(run), run.rate, rows, task.train, task.test
     )
     return layer_weights(trained)
+
+
+def minibatches(rows, images):
+    """A dataset of one minibatch for each row of `rows`."""
+    x, y = tf.constant(images.x), tf.constant(images.y)
+    return tf.data.Dataset.from_tensor_slices(rows).map(
+        lambda row: (tf.gather(x, row), tf.gather(y, row))
+    )
 
 
 class _Cosine(keras.optimizers.schedules.CosineDecay):
@@ -175,7 +185,9 @@ class Trainer:
     compiled again.
     """
 
-    def __init__(self, task, contender, optimizer, steps, frozen=False):
+    def __init__(
+        self, task, contender, optimizer, steps, frozen=False, epochs=EPOCHS
+    ):
         self.arguments = (task, contender, optimizer, steps)
         self.contender = CONTENDERS[contender]
         self.model = make_model(contender, task, steps)
@@ -187,7 +199,7 @@ class Trainer:
         else:
             self.optimizer = keras.optimizers.Adam(self.schedule)
         self.optimizer.build(self.model.trainable_variables)
-        self.steps_per_epoch = steps // EPOCHS
+        self.steps_per_epoch = steps // epochs
         self.model.compile(
             self.optimizer,
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -200,19 +212,20 @@ class Trainer:
             limits = self.contender.scheduler(steps)
             self.callbacks.append(RenormScheduler(*limits))
 
+    def reset(self, weights, rate):
+        """Begins anew, from `weights`."""
+        copy_weights(weights, self.model)
+        self.schedule.rate.assign(rate)
+        for variable in self.optimizer.variables:
+            variable.assign(np.zeros(variable.shape, variable.dtype))
+
     def fit(self, weights, rate, rows, images, test):
         """Trains from `weights`; the model, and its curve.
 
         The curve is the test accuracy after each tenth of the training.
         """
-        copy_weights(weights, self.model)
-        self.schedule.rate.assign(rate)
-        for variable in self.optimizer.variables:
-            variable.assign(np.zeros(variable.shape, variable.dtype))
-        x, y = tf.constant(images.x), tf.constant(images.y)
-        dataset = tf.data.Dataset.from_tensor_slices(rows).map(
-            lambda row: (tf.gather(x, row), tf.gather(y, row))
-        )
+        self.reset(weights, rate)
+        dataset = minibatches(rows, images)
         share = self.contender.frozen_from
         frozen_from = EPOCHS if share is None else round(share * EPOCHS)
         curve = self._fit(dataset, test, 0, frozen_from)
