@@ -72,7 +72,7 @@ def test_iid_minibatches_draw_from_everything(quality, rng):
 
 def test_tasks_keep_test_images_out_of_training(quality):
     tasks = quality("tasks")
-    for name, shape in (("digits", (8, 8, 1)), ("cluttered", (16, 16, 1))):
+    for name, shape in (("digits", (8, 8, 1)), ("cluttered", (10, 10, 1))):
         task, other = tasks.load(name, 0), tasks.load(name, 1)
         assert task.train.x.shape[1:] == task.test.x.shape[1:] == shape
         known = {image.tobytes() for image in task.train.x}
@@ -81,6 +81,31 @@ def test_tasks_keep_test_images_out_of_training(quality):
         assert not np.array_equal(task.test.x, other.test.x)
         again = tasks.load.__globals__["_LOADERS"][name].__wrapped__(0)
         np.testing.assert_array_equal(task.shifted.x, again.shifted.x)
+
+
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+def test_cifar10_comes_from_tensorflow_datasets(quality):
+    import tensorflow_datasets as tfds
+
+    tasks, training = quality("tasks"), quality("training")
+    with tfds.testing.mock_data(num_examples=60):
+        published, held_back = (
+            tasks._LOADERS["cifar10"].__wrapped__(seed) for seed in (0, 1)
+        )
+        result = training.train(
+            training.Run("cifar10", "one_class", "renorm", "sgd", 0.01, 20, 3)
+        )
+    assert [len(part.x) for part in published[:2]] == [60, 60]
+    # Rates are tuned on training images that are held back.
+    assert [len(part.x) for part in held_back[:2]] == [48, 12]
+    known = {image.tobytes() for image in published.train.x}
+    for part in held_back[:2]:
+        assert part.x.shape[1:] == (32, 32, 3)
+        assert 0 <= part.x.min() < part.x.max() <= 1
+        assert known >= {image.tobytes() for image in part.x}
+        known -= {image.tobytes() for image in part.x}
+    assert len(result["curve"]) == 10
+    assert result["accuracy"] == result["curve"][-1]
 
 
 def test_shift_is_what_its_description_says(quality):
@@ -162,6 +187,9 @@ def test_rates_are_tuned_on_seeds_that_do_not_count(quality):
                 assert min(tuned) >= training.TUNING_SEED
                 assert [run.seed for run in counted] == list(range(10))
                 assert len({run.steps for run in counted}) == 1
+                assert {
+                    run.steps for runs in tuning.values() for run in runs
+                } == {counted[0].steps}
 
 
 def run_benchmark(*arguments):
@@ -176,7 +204,15 @@ def run_benchmark(*arguments):
 
 
 def test_a_run_resumes_and_repeats(tmp_path):
-    arguments = ("--quick", "--steps", 60, "--only", "limits", "--jobs", 2)
+    arguments = (
+        "--quick",
+        "--steps",
+        60,
+        "--only",
+        "limits_digits",
+        "--jobs",
+        2,
+    )
     first = run_benchmark(*arguments, "--output", tmp_path)
     assert first.returncode == 0, first.stderr
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
@@ -184,7 +220,7 @@ def test_a_run_resumes_and_repeats(tmp_path):
     # Four rates, two seeds each; two contenders, two seeds each.
     assert len(runs) == 12
     summary = json.loads((tmp_path / "summary.json").read_text())
-    cells = summary["experiments"]["limits"]["cells"]
+    cells = summary["experiments"]["limits_digits"]["cells"]
     for cell in cells:
         found = [
             run["accuracy"]
@@ -195,7 +231,7 @@ def test_a_run_resumes_and_repeats(tmp_path):
         assert cell["mean"] == pytest.approx(np.mean(found))
         assert cell["spread"] == pytest.approx(np.std(found, ddof=1))
     assert "± " in (tmp_path / "tables.md").read_text()
-    assert (tmp_path / "limits.png").stat().st_size > 0
+    assert (tmp_path / "limits_digits.png").stat().st_size > 0
 
     # What was stopped goes on: the last run is trained again, the others not.
     (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
@@ -219,7 +255,10 @@ def test_a_run_resumes_and_repeats(tmp_path):
     [
         (("--steps", 5), "--steps must be at least 60. Received: 5"),
         (("--seeds", 0), "--seeds must be at least 1. Received: 0"),
-        (("--only", "speed"), "--only must be among regimes_digits, moments"),
+        (
+            ("--only", "speed"),
+            "--only must be among regimes_digits, fine_tuning_digits",
+        ),
         (
             ("--run", "digits/iid_3/bn/sgd/0.1/60/0"),
             "regime must be among iid_32",

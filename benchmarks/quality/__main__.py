@@ -23,6 +23,8 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 os.environ["TF_NUM_INTEROP_THREADS"] = "1"
+# Several trainings share a GPU, where there is one.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import report
 from command import parse_arguments
@@ -81,12 +83,12 @@ def train_experiment(experiment, args, results, rates, progress):
     )
     for cell in experiment.cells:
         tuned_cell = experiment.tuned_cell(cell)
-        rates[cell] = results.best_rate(args.plan, tuned_cell)
+        rates[experiment.name, cell] = results.best_rate(args.plan, tuned_cell)
     train_all(
         [
             run
             for cell in experiment.cells
-            for run in args.plan.evaluation(cell, rates[cell])
+            for run in args.plan.evaluation(cell, rates[experiment.name, cell])
         ],
         results,
         args.jobs,

@@ -144,6 +144,19 @@ CONTENDERS = {
         )
         for r_max, d_max in ((1.5, 1.0), (10.0, 25.0), (100.0, 1_000.0))
     },
+    # Opens from a fixed step to a fixed step, however long the run. The
+    # scheduler's shape for runs of 600 and of 4,900 steps.
+    **{
+        f"renorm_steps_{end}": Contender(
+            f"opens from step {begin} to {end}",
+            _renorm(),
+            lambda steps, begin=begin, end=end: (
+                LinearRamp(1.0, 3.0, begin, end),
+                LinearRamp(0.0, 5.0, begin, end),
+            ),
+        )
+        for begin, end in ((25, 190), (190, 1_500))
+    },
     "renorm_adaptive": Contender(
         "limits adapt to 10 % clipped channels",
         lambda steps: AdaptiveRenormalization(

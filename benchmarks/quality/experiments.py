@@ -19,7 +19,8 @@ class Cell(NamedTuple):
     """A contender in a regime: a row and a column of a table.
 
     `metric` is what is compared, and what a rate is chosen by: "accuracy", or
-    "recalibrated" for that after `keras_renorm.recalibrate`.
+    "recalibrated" for that after `keras_renorm.recalibrate`. `length` is the
+    length of its trainings, over that of the plan.
     """
 
     task: str
@@ -27,6 +28,7 @@ class Cell(NamedTuple):
     contender: str
     optimizer: str = "sgd"
     metric: str = "accuracy"
+    length: float = 1.0
 
     @property
     def rates(self):
@@ -59,14 +61,16 @@ class Plan(NamedTuple):
 
     def run(self, cell, rate, seed):
         """One training of a cell."""
-        fine_tuning = cell.regime.startswith("fine_tuning")
+        steps = round(self.steps * cell.length)
+        if cell.regime.startswith("fine_tuning"):
+            steps //= 6
         return Run(
             cell.task,
             cell.regime,
             cell.contender,
             cell.optimizer,
             rate,
-            self.steps // 6 if fine_tuning else self.steps,
+            steps,
             seed,
         )
 
@@ -91,13 +95,15 @@ class Experiment(NamedTuple):
 
     `tuned_as` names the contender whose rate all cells take and with which
     they are compared, seed by seed, so that one thing is changed at a time;
-    `None` tunes each for itself.
+    `None` tunes each for itself. `columns` is what a table has a column for:
+    a field of `Cell`.
     """
 
     name: str
     question: str
     cells: tuple[Cell, ...]
     tuned_as: str | None = None
+    columns: str = "regime"
 
     def tuned_cell(self, cell):
         """The cell whose tuning gives this one its rate."""
@@ -109,8 +115,8 @@ class Experiment(NamedTuple):
 # Regimes and contenders are many, and a training takes seconds: all meet
 # where much is at stake.
 _FEW = ("bn", "renorm", "group")
-_SOME = (*_FEW, "keras_renorm")
-_MAIN = (*_SOME, "renorm_frozen_late", "layer")
+_SOME = (*_FEW, "renorm_frozen_late")
+_MAIN = (*_SOME, "keras_renorm", "layer")
 _ALL = (
     *_MAIN,
     "bn_frozen_late",
@@ -121,13 +127,25 @@ _ALL = (
 )
 _CONTENDERS = {
     **dict.fromkeys(("one_class", "iid_2"), _ALL),
-    "iid_4": (*_MAIN, "bn_frozen_late"),
-    **dict.fromkeys(("two_classes", "iid_1"), _MAIN),
-    "sorted": _SOME,
+    **dict.fromkeys(("iid_4", "iid_1"), (*_MAIN, "bn_frozen_late")),
+    "two_classes": _MAIN,
+    "sorted": (*_FEW, "keras_renorm"),
     **dict.fromkeys(("iid_8", "iid_16", "iid_32"), _FEW),
 }
+_FEWER_CONTENDERS = {
+    regime: (*_SOME, "bn_frozen_late")
+    if regime in ("one_class", "iid_4", "iid_2", "iid_1")
+    else _FEW
+    for regime in _CONTENDERS
+}
 # Where recalibration may matter: statistics are far from the population's.
-_RECALIBRATED = ("one_class", "iid_2", "iid_1", "fine_tuning_2")
+_RECALIBRATED = (
+    "one_class",
+    "iid_2",
+    "iid_1",
+    "fine_tuning_4",
+    "fine_tuning_2",
+)
 
 
 def _cells(task, regime, contenders):
@@ -141,13 +159,7 @@ def _cells(task, regime, contenders):
     )
 
 
-def _regimes(task, quick):
-    if quick:
-        contenders = dict.fromkeys(("one_class", "iid_2"), ("bn", "renorm"))
-    elif task == "cluttered":
-        contenders = dict.fromkeys(("one_class", "iid_16"), _FEW)
-    else:
-        contenders = _CONTENDERS
+def _regimes(task, contenders):
     return Experiment(
         f"regimes_{task}",
         f"Does it help, and where? ({task})",
@@ -159,14 +171,15 @@ def _regimes(task, quick):
     )
 
 
-def _fine_tuning(task, quick):
-    contenders = ("bn", "bn_frozen", "renorm", "renorm_open")
-    if not quick:
-        contenders += ("renorm_momentum_0.95", "keras_renorm", "group")
+def _fine_tuning(task, regimes, contenders):
     return Experiment(
         f"fine_tuning_{task}",
         f"Fine-tuning to another camera, with 200 images ({task})",
-        _cells(task, "fine_tuning_2", contenders),
+        tuple(
+            cell
+            for regime in regimes
+            for cell in _cells(task, regime, contenders)
+        ),
     )
 
 
@@ -191,12 +204,33 @@ def _ablation(name, task, quick):
     regimes = ("one_class", "iid_2")
     if quick:
         regimes, variants = regimes[:1], variants[:1]
-    cells = tuple(
-        Cell(task, regime, contender)
-        for regime in regimes
-        for contender in ("renorm", *variants)
+    return Experiment(
+        f"{name}_{task}",
+        f"{question} ({task})",
+        tuple(
+            Cell(task, regime, contender)
+            for regime in regimes
+            for contender in ("renorm", *variants)
+        ),
+        tuned_as="renorm",
     )
-    return Experiment(name, question, cells, tuned_as="renorm")
+
+
+def _lengths(task, quick):
+    contenders = ("renorm", "renorm_steps_190", "renorm_steps_1500")
+    lengths = (0.5, 1.0) if quick else (0.25, 0.5, 1.0, 2.0)
+    return Experiment(
+        f"lengths_{task}",
+        "Should the ramp scale with the length of the run? "
+        f"({task}, one class a minibatch)",
+        tuple(
+            Cell(task, "one_class", contender, length=length)
+            for length in lengths
+            for contender in contenders[: 2 if quick else None]
+        ),
+        tuned_as="renorm",
+        columns="length",
+    )
 
 
 def _optimizers(task, quick):
@@ -204,25 +238,50 @@ def _optimizers(task, quick):
     if quick:
         contenders = ("renorm",)
     return Experiment(
-        "optimizers",
-        "Does the optimizer change the order? (one class a minibatch)",
+        f"optimizers_{task}",
+        f"Does the optimizer change the order? ({task}, one class a minibatch)",
         tuple(
             Cell(task, "one_class", contender, optimizer)
             for contender in contenders
             for optimizer in ("sgd", "adam")
         ),
+        columns="optimizer",
     )
 
 
 def experiments(tasks, quick):
-    """All of them; a few cells of each where it is quick.
+    """All of them; a few cells of the first task's where it is quick.
 
-    The first task answers all questions, the others only whether it helps.
+    The first task has more contenders; moments and momentum are asked on
+    every task, since no data set answers for another; limits on the last,
+    which leaves them most room.
     """
+    first, *others = tasks
+    if quick:
+        return [
+            _regimes(
+                first, dict.fromkeys(("one_class", "iid_2"), ("bn", "renorm"))
+            ),
+            _fine_tuning(first, ("fine_tuning_2",), ("bn", "bn_frozen")),
+            *(_ablation(name, first, quick) for name in _QUESTIONS),
+            _lengths(first, quick),
+            _optimizers(first, quick),
+        ]
+    frozen = ("bn", "bn_frozen", "renorm", "renorm_open")
     return [
-        _regimes(tasks[0], quick),
-        *(_ablation(name, tasks[0], quick) for name in _QUESTIONS),
-        _optimizers(tasks[0], quick),
-        _fine_tuning(tasks[0], quick),
-        *(_regimes(task, quick) for task in tasks[1:]),
+        _regimes(first, _CONTENDERS),
+        _fine_tuning(
+            first,
+            ("fine_tuning_4", "fine_tuning_2"),
+            (*frozen, "renorm_momentum_0.95", "keras_renorm", "group"),
+        ),
+        _optimizers(first, quick),
+        *(
+            _ablation(name, task, quick)
+            for name in ("moments", "momentum")
+            for task in tasks
+        ),
+        _lengths(first, quick),
+        _ablation("limits", tasks[-1], quick),
+        *(_regimes(task, _FEWER_CONTENDERS) for task in others),
     ]

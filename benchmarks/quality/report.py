@@ -18,7 +18,9 @@ from matplotlib import pyplot as plt
 # differences in the tables, one in twenty of chance is not enough.
 STANDARD_ERRORS = 3.0
 
-REGIME_LABELS = {
+COLUMN_LABELS = {
+    "sgd": "SGD",
+    "adam": "Adam",
     "one_class": "one class",
     "two_classes": "two classes",
     "sorted": "sorted",
@@ -29,19 +31,24 @@ REGIME_LABELS = {
 
 def write(output, console, plan, experiments, rates, results):
     """Prints the tables; writes `tables.md`, `summary.json` and pictures."""
-    figures = {}
-    for experiment in experiments:
-        for cell in experiment.cells:
-            figures[cell] = _figures(plan, cell, rates[cell], results)
+    # By experiment: a cell may stand in two, with different rates.
+    figures_of = {
+        experiment.name: {
+            cell: _figures(plan, cell, rates[experiment.name, cell], results)
+            for cell in experiment.cells
+        }
+        for experiment in experiments
+    }
     tables = []
     for experiment in experiments:
-        tables += _tables(experiment, figures)
+        figures = figures_of[experiment.name]
+        tables += _tables(experiment, figures, plan)
         draw = _draw_values if experiment.tuned_as is None else _draw_changes
-        draw(experiment, figures, output / f"{experiment.name}.png")
+        draw(experiment, figures, plan, output / f"{experiment.name}.png")
     for experiment in experiments:
-        if experiment.name == "optimizers":
+        if experiment.columns == "optimizer":
             _draw_rates(experiment, plan, results, output / "rates.png")
-    targets = _targets(figures)
+    targets = _targets(figures_of.get("regimes_digits", {}))
     tables.append(
         (
             "Targets",
@@ -68,8 +75,8 @@ def write(output, console, plan, experiments, rates, results):
             experiment.name: {
                 "question": experiment.question,
                 "cells": [
-                    {**cell._asdict(), "label": cell.label, **figures[cell]}
-                    for cell in experiment.cells
+                    {**cell._asdict(), "label": cell.label, **entry}
+                    for cell, entry in figures_of[experiment.name].items()
                 ],
             }
             for experiment in experiments
@@ -113,28 +120,29 @@ def _changes(cell, figures):
     return float(changes.mean()), error
 
 
-def _columns(experiment):
-    """The columns of an experiment's tables, and the rows' keys."""
-    if experiment.name == "optimizers":
-        columns = dict.fromkeys(cell.optimizer for cell in experiment.cells)
-        return {name: {"sgd": "SGD", "adam": "Adam"}[name] for name in columns}
-    regimes = dict.fromkeys(cell.regime for cell in experiment.cells)
-    return {name: REGIME_LABELS[name] for name in regimes}
+def _columns(experiment, plan):
+    """The columns of an experiment's tables: a cell's field, its title."""
+    found = dict.fromkeys(
+        getattr(cell, experiment.columns) for cell in experiment.cells
+    )
+    if experiment.columns == "length":
+        return {
+            length: f"{round(length * plan.steps):,} steps" for length in found
+        }
+    return {name: COLUMN_LABELS[name] for name in found}
 
 
 def _grid(experiment):
     """Row label -> column -> cell."""
     grid = {}
     for cell in experiment.cells:
-        column = (
-            cell.optimizer if experiment.name == "optimizers" else cell.regime
-        )
+        column = getattr(cell, experiment.columns)
         grid.setdefault(cell.label, {})[column] = cell
     return grid
 
 
-def _tables(experiment, figures):
-    columns, grid = _columns(experiment), _grid(experiment)
+def _tables(experiment, figures, plan):
+    columns, grid = _columns(experiment, plan), _grid(experiment)
     head = ["", *columns.values()]
 
     def table(title, entry):
@@ -194,12 +202,11 @@ def _tables(experiment, figures):
 
 
 def _targets(figures):
-    """What was promised, beside what came out, on the first task."""
-    task = next(iter(figures)).task
+    """What was promised for the digits, beside what came out."""
     found = {
         (cell.regime, cell.contender): entry
         for cell, entry in figures.items()
-        if (cell.task, cell.optimizer, cell.metric) == (task, "sgd", "accuracy")
+        if cell.metric == "accuracy"
     }
 
     def target(text, needed, judge):
@@ -306,9 +313,9 @@ def _label_rows(axis, labels):
     axis.grid(axis="x", alpha=0.3)
 
 
-def _draw_values(experiment, figures, path):
+def _draw_values(experiment, figures, plan, path):
     """A panel a regime: every seed a dot, the mean a bar."""
-    columns, grid = _columns(experiment), _grid(experiment)
+    columns, grid = _columns(experiment, plan), _grid(experiment)
     figure, axes = _panels(len(columns), len(grid))
     for axis, (name, title) in zip(axes, columns.items(), strict=False):
         for row, (label, cells) in enumerate(grid.items()):
@@ -333,9 +340,9 @@ def _draw_values(experiment, figures, path):
     plt.close(figure)
 
 
-def _draw_changes(experiment, figures, path):
+def _draw_changes(experiment, figures, plan, path):
     """A panel a regime: what each change does, with its uncertainty."""
-    columns, grid = _columns(experiment), _grid(experiment)
+    columns, grid = _columns(experiment, plan), _grid(experiment)
     labels = list(grid)[1:]
     figure, axes = _panels(len(columns), len(labels))
     for axis, (name, title) in zip(axes, columns.items(), strict=False):
@@ -358,7 +365,7 @@ def _draw_changes(experiment, figures, path):
 
 def _draw_rates(experiment, plan, results, path):
     """Accuracy by rate: how much a contender depends on it."""
-    columns = _columns(experiment)
+    columns = _columns(experiment, plan)
     figure, axes = plt.subplots(
         1,
         len(columns),

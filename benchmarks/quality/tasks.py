@@ -64,7 +64,7 @@ def _digits(seed):
 
 @functools.lru_cache(2)
 def _cluttered(seed):
-    """A digit, moved, turned, faint, among pieces of others: 16x16 pixels.
+    """A digit, moved, turned, faint, and a piece of another: 10x10 pixels.
 
     4,000 + 1,000 images. Digits and pieces of a test image come from digits
     that no training image shows.
@@ -72,34 +72,33 @@ def _cluttered(seed):
     rng = np.random.default_rng([seed, 2])
     train, test = _split_digits(seed)
     return _task(
-        _clutter(train, 4_000, rng), _clutter(test, 1_000, rng), (2, 1, 2), seed
+        _clutter(train, 4_000, rng), _clutter(test, 1_000, rng), (1, 2, 2), seed
     )
 
 
-def _clutter(digits, count, rng, size=16):
+def _clutter(digits, count, rng, size=10):
     x = np.zeros((count, size, size, 1), "float32")
     rows = rng.integers(len(digits.x), size=count)
     for image, row in zip(x, rows, strict=True):
-        for _ in range(2):  # pieces of 4x4 pixels, anywhere
-            piece = digits.x[rng.integers(len(digits.x))]
-            top, left = rng.integers(5, size=2)
-            piece = piece[top : top + 4, left : left + 4]
-            top, left = rng.integers(size - 3, size=2)
-            place = image[top : top + 4, left : left + 4]
-            np.maximum(place, piece * rng.uniform(0.2, 0.6), out=place)
-        digit = digits.x[row]
-        # Leans by up to half a pixel a row: a small turn.
-        lean = rng.uniform(-0.5, 0.5)
+        # A piece of 4x4 pixels, anywhere.
+        piece = digits.x[rng.integers(len(digits.x))]
+        top, left = rng.integers(5, size=2)
+        piece = piece[top : top + 4, left : left + 4]
+        top, left = rng.integers(size - 3, size=2)
+        place = image[top : top + 4, left : left + 4]
+        np.maximum(place, piece * rng.uniform(0.2, 0.6), out=place)
+        # Leans by up to a quarter of a pixel a row: a small turn.
+        lean = rng.uniform(-0.25, 0.25)
         digit = np.stack(
             [
                 np.roll(line, round(lean * (index - 3.5)), axis=0)
-                for index, line in enumerate(digit)
+                for index, line in enumerate(digits.x[row])
             ]
         )
         top, left = rng.integers(size - 7, size=2)
         place = image[top : top + 8, left : left + 8]
-        np.maximum(place, digit * rng.uniform(0.6, 1.0), out=place)
-        image += rng.normal(0, 0.1, image.shape) + rng.uniform(0, 0.3)
+        np.maximum(place, digit * rng.uniform(0.7, 1.0), out=place)
+        image += rng.normal(0, 0.05, image.shape) + rng.uniform(0, 0.3)
     return Images(x, digits.y[rows])
 
 
@@ -112,17 +111,12 @@ def _cifar10(seed):
     """
     import tensorflow_datasets as tfds
 
-    train, test = (
-        Images((x / 255).astype("float32"), y.astype("int64"))
-        for x, y in (
-            tfds.as_numpy(
-                tfds.load(
-                    "cifar10", split=split, batch_size=-1, as_supervised=True
-                )
-            )
-            for split in ("train", "test")
-        )
-    )
+    def load_split(split):
+        dataset = tfds.load("cifar10", split=split, as_supervised=True)
+        x, y = dataset.batch(len(dataset)).get_single_element()
+        return Images(x.numpy().astype("float32") / 255, y.numpy())
+
+    train, test = load_split("train"), load_split("test")
     if seed:
         held_back = np.random.default_rng(seed).permutation(len(train.x))
         cut = len(train.x) // 5
