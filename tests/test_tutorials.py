@@ -3,6 +3,7 @@
 What the tutorials claim they assert themselves; CI runs them.
 """
 
+import json
 import runpy
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,7 @@ import pytest
 from keras import layers
 
 from keras_renorm.diagnostics import ActivationNoise
+from keras_renorm.schedules import LinearRamp
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 
@@ -311,3 +313,49 @@ def test_optimization_trains_the_networks_of_the_papers(monkeypatch, tmp_path):
     assert count(vgg, layers.BatchNormalization) == 0
     noisy = names["vgg"]("noisy BN", names["FULL_VGG"])
     assert count(noisy, ActivationNoise) == 13
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+def test_tuning_runs_on_mnist_and_goes_on(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    def search(trials):
+        options = ["--data", "mnist", "--steps", "10", "--seeds", "1"]
+        options += ["--trials", str(trials), "--output", str(tmp_path)]
+        storage = ["--storage", str(tmp_path / "study.db")]
+        monkeypatch.setattr("sys.argv", ["tuning", *options, *storage])
+        with tfds.testing.mock_data(num_examples=120):
+            return runpy.run_path(str(TUTORIALS / "09_tuning.py"))
+
+    names = search(2)
+    assert names["x"].shape == (120, 28, 28, 1)
+    parts = [names[f"x_{part}"] for part in ("train", "tune", "test")]
+    assert [len(part) for part in parts] == [72, 24, 24]
+    images = [image.tobytes() for part in parts for image in part]
+    assert len(set(images)) == len(images)
+    for _, labels in names["one_class_batches"](1).batch(10).take(1):
+        assert labels.shape == (10, 16)
+        assert all(len(set(batch)) == 1 for batch in labels.numpy())
+    # The search begins with the default, so that it cannot end below it.
+    first = names["study"].trials[0]
+    assert first.params == names["PAPER"]
+    scheduler = names["make_scheduler"](
+        {"r_max": 2.0, "d_max": 4.0, "begin": 0.2, "length": 0.5}
+    )
+    assert str(scheduler.limits) == str(
+        {
+            "r_max": LinearRamp(1.0, 2.0, 2, 7),
+            "d_max": LinearRamp(0.0, 4.0, 2, 7),
+        }
+    )
+    assert (tmp_path / "tuning.png").stat().st_size > 0
+    results = json.loads((tmp_path / "tuning.json").read_text())
+    assert (results["trials"], len(results["sensitivity"])) == (2, 10)
+
+    # A search that was stopped goes on: the trials that it has are kept.
+    again = search(3)["study"].trials
+    assert len(again) == 3
+    assert [trial.params for trial in again[:2]] == [
+        trial.params for trial in names["study"].trials[:2]
+    ]
