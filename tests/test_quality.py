@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -173,6 +174,43 @@ def test_adaptive_limits_follow_the_clipped_share(quality):
     for _ in range(5):
         layer(np.array([[1.0, 1.0], [-1.0, -1.0]], "float32"), training=True)
     assert layer.current_limits() == pytest.approx((1.0, 0.0))
+
+
+@pytest.mark.parametrize("adam_on", ["kernels", "others"])
+def test_mixed_adam_is_adam_on_one_part_and_sgd_on_the_other(adam_on, quality):
+    rng = np.random.default_rng(4)
+    values = {
+        "conv2d/kernel": rng.normal(size=(2, 3)),
+        "dense/kernel": rng.normal(size=4),
+    }
+    gradients = [
+        [rng.normal(size=value.shape) for value in values.values()]
+        for _ in range(3)
+    ]
+
+    def trained(optimizer):
+        variables = [
+            keras.Variable(value, dtype="float32", name=name.replace("/", "_"))
+            for name, value in values.items()
+        ]
+        for step in gradients:
+            optimizer.apply(
+                [value.astype("float32") for value in step], variables
+            )
+        return [variable.numpy() for variable in variables]
+
+    mixed = trained(quality("mixed").MixedAdam(0.01, adam_on))
+    adam = trained(keras.optimizers.Adam(0.01))
+    sgd = trained(keras.optimizers.SGD(0.05, momentum=0.9))
+    expected = (adam[0], sgd[1]) if adam_on == "kernels" else (sgd[0], adam[1])
+    for ours, theirs in zip(mixed, expected, strict=True):
+        assert_close(ours, theirs, 1e-6)
+
+
+def test_every_optimizer_has_rates(quality):
+    assert set(quality("experiments").RATES) == set(
+        quality("training").OPTIMIZERS
+    )
 
 
 def test_rates_are_tuned_on_seeds_that_do_not_count(quality):

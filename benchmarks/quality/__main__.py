@@ -16,6 +16,8 @@ gives:
 
 import json
 import os
+import signal
+import sys
 
 # Before TensorFlow starts; workers inherit it. Steps this small gain nothing
 # from threads: each core takes a training of its own, and a training of one
@@ -47,6 +49,8 @@ def main():
     if args.run is not None:
         print(json.dumps(train(args.run), indent=1))
         return
+    # As an interrupt: else the workers would outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     console = Console()
     args.output.mkdir(parents=True, exist_ok=True)
     results = Results(args.output / "runs.jsonl")

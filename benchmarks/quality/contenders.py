@@ -21,12 +21,15 @@ class Contender(NamedTuple):
             number of steps, or `None` where there is nothing to schedule.
         frozen_from: Share of the run after which statistics are frozen, or
             `None`.
+        adapted: Whether statistics are recalibrated on the data of the
+            fine-tuning before it begins.
     """
 
     label: str
     layer: Callable
     scheduler: Callable | None = None
     frozen_from: float | None = None
+    adapted: bool = False
 
 
 def _ignoring_steps(layer, **arguments):
@@ -70,12 +73,24 @@ CONTENDERS = {
         _ignoring_steps(keras_renorm.BatchNormalization),
         frozen_from=0.0,
     ),
+    "bn_adapted_frozen": Contender(
+        "batch norm., recalibrated first, then frozen",
+        _ignoring_steps(keras_renorm.BatchNormalization),
+        frozen_from=0.0,
+        adapted=True,
+    ),
     "renorm": Contender("renorm., all defaults", _renorm(), _paper_shape),
     "renorm_frozen_late": Contender(
         "renorm., frozen for the last fifth",
         _renorm(),
         _paper_shape,
         frozen_from=0.8,
+    ),
+    "renorm_adapted": Contender(
+        "renorm., recalibrated first",
+        _renorm(),
+        _paper_shape,
+        adapted=True,
     ),
     "renorm_open": Contender(
         "renorm., open from the first step",

@@ -5,14 +5,22 @@ from typing import NamedTuple
 from contenders import CONTENDERS
 from training import TUNING_SEED, Run
 
+_ADAM_RATES = (0.0003, 0.001, 0.003, 0.01)
 RATES = {
     "sgd": (0.005, 0.015, 0.05, 0.15),
-    "adam": (0.0003, 0.001, 0.003, 0.01),
+    "adam": _ADAM_RATES,
+    "adam_beta2_0.9": _ADAM_RATES,
+    "adam_epsilon_0.1": (0.01, 0.03, 0.1, 0.3),
+    "adam_on_kernels": _ADAM_RATES,
+    "adam_on_others": _ADAM_RATES,
 }
-
 
 # With weights that know something already, larger ones forget it.
 FINE_TUNING_RATES = (0.00015, 0.0005, 0.0015, 0.005)
+_TIMES_TUNED = {
+    "one_class": 2,
+    **{f"iid_{size}": 3 for size in (32, 16, 8, 4)},
+}
 
 
 class Cell(NamedTuple):
@@ -50,8 +58,9 @@ class Plan(NamedTuple):
     Attributes:
         seeds: Evaluation trainings of a cell, seeds 0, 1, ...
         tuning_seeds: Trainings for each cell and rate before that, of other
-            seeds, on another split of the data; twice as many where a
-            minibatch is not i.i.d., since seeds differ more there.
+            seeds, on another split of the data. Three times as many where
+            rates differ by less than seeds do (i.i.d. minibatches of 4 and
+            more), twice as many where seeds differ most (one class).
         steps: Steps of a training; fine-tuning takes a sixth.
     """
 
@@ -76,7 +85,7 @@ class Plan(NamedTuple):
 
     def tuning(self, cell):
         """The trainings that choose the rate of a cell."""
-        count = self.tuning_seeds * (2 if cell.regime == "one_class" else 1)
+        count = self.tuning_seeds * _TIMES_TUNED.get(cell.regime, 1)
         return {
             rate: [
                 self.run(cell, rate, TUNING_SEED + index)
@@ -234,7 +243,7 @@ def _lengths(task, quick):
 
 
 def _optimizers(task, quick):
-    contenders = ("bn", "renorm", "renorm_frozen_late", "group")
+    contenders = ("renorm", "group", "renorm_frozen_late", "bn")
     if quick:
         contenders = ("renorm",)
     return Experiment(
@@ -243,7 +252,9 @@ def _optimizers(task, quick):
         tuple(
             Cell(task, "one_class", contender, optimizer)
             for contender in contenders
-            for optimizer in ("sgd", "adam")
+            for optimizer in RATES
+            if optimizer in ("sgd", "adam")
+            or (contender in ("renorm", "group") and not quick)
         ),
         columns="optimizer",
     )
@@ -262,18 +273,23 @@ def experiments(tasks, quick):
             _regimes(
                 first, dict.fromkeys(("one_class", "iid_2"), ("bn", "renorm"))
             ),
-            _fine_tuning(first, ("fine_tuning_2",), ("bn", "bn_frozen")),
+            _fine_tuning(
+                first, ("fine_tuning_2",), ("bn", "bn_adapted_frozen")
+            ),
             *(_ablation(name, first, quick) for name in _QUESTIONS),
             _lengths(first, quick),
             _optimizers(first, quick),
         ]
-    frozen = ("bn", "bn_frozen", "renorm", "renorm_open")
     return [
         _regimes(first, _CONTENDERS),
         _fine_tuning(
             first,
             ("fine_tuning_4", "fine_tuning_2"),
-            (*frozen, "renorm_momentum_0.95", "keras_renorm", "group"),
+            (
+                *("bn", "bn_frozen", "bn_adapted_frozen"),
+                *("renorm", "renorm_adapted", "renorm_open"),
+                *("renorm_momentum_0.95", "keras_renorm", "group"),
+            ),
         ),
         _optimizers(first, quick),
         *(

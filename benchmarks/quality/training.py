@@ -11,11 +11,23 @@ import tasks
 import tensorflow as tf
 from contenders import CONTENDERS
 from keras import layers
+from mixed import MixedAdam
 
 import keras_renorm
 from keras_renorm.callbacks import RenormScheduler
 
 EPOCHS = 10  # how often accuracy is measured on the way
+OPTIMIZERS = {
+    "sgd": functools.partial(keras.optimizers.SGD, momentum=0.9),
+    "adam": keras.optimizers.Adam,
+    # Its scaling by parameter, of shorter memory and all but taken away.
+    "adam_beta2_0.9": functools.partial(keras.optimizers.Adam, beta_2=0.9),
+    "adam_epsilon_0.1": functools.partial(keras.optimizers.Adam, epsilon=0.1),
+    **{
+        f"adam_on_{part}": functools.partial(MixedAdam, adam_on=part)
+        for part in ("kernels", "others")
+    },
+}
 # Tuning uses other seeds than evaluation, and another split of the data.
 TUNING_SEED = 1_000
 
@@ -51,6 +63,8 @@ def train(run):
         images, test = task.shifted_train, task.shifted
         few = np.random.default_rng(run.seed).permutation(len(images.x))
         images = tasks.Images(*(array[few[:200]] for array in images))
+        if CONTENDERS[run.contender].adapted:
+            initial = _adapted(initial, run, images)
     rng = np.random.default_rng([run.seed, 3])
     rows = batches.draw(run.regime, images.y, run.steps, rng)
     trainer = _trainer(run.task, run.contender, run.optimizer, run.steps)
@@ -146,6 +160,19 @@ def _pretrained(run):
     )
 
 
+def _adapted(weights, run, images):
+    """With the statistics of `images`."""
+    model = make_model("bn", run.task, run.steps)
+    copy_weights(weights, model)
+    keras_renorm.recalibrate(
+        model, images.x, batch_size=len(images.x), verbose=False
+    )
+    return [
+        old | new
+        for old, new in zip(weights, layer_weights(model), strict=True)
+    ]
+
+
 @functools.lru_cache(64)
 def _pretrain(run):
     task = task_of(run)
@@ -194,10 +221,7 @@ class Trainer:
         if frozen:
             keras_renorm.freeze_statistics(self.model)
         self.schedule = _Cosine(steps)
-        if optimizer == "sgd":
-            self.optimizer = keras.optimizers.SGD(self.schedule, momentum=0.9)
-        else:
-            self.optimizer = keras.optimizers.Adam(self.schedule)
+        self.optimizer = OPTIMIZERS[optimizer](self.schedule)
         self.optimizer.build(self.model.trainable_variables)
         self.steps_per_epoch = steps // epochs
         self.model.compile(
