@@ -117,6 +117,16 @@ def test_shift_is_what_its_description_says(quality):
     np.testing.assert_array_equal(task.shifted.y, task.test.y)
 
 
+def test_dense_networks_normalize_vectors(quality):
+    training = quality("training")
+    model = training.make_model("renorm", "digits_dense", 100)
+    assert [
+        layer.input.shape
+        for layer in model.layers
+        if isinstance(layer, BatchRenormalization)
+    ] == [(None, 64), (None, 128), (None, 256)]
+
+
 def test_variant_without_changes_is_the_layer(quality, rng):
     arguments = {"momentum": 0.8, "r_max": 1.5, "d_max": 1.0}
     variant = quality("variants").VariantRenormalization(**arguments)
@@ -176,35 +186,31 @@ def test_adaptive_limits_follow_the_clipped_share(quality):
     assert layer.current_limits() == pytest.approx((1.0, 0.0))
 
 
-@pytest.mark.parametrize("adam_on", ["kernels", "others"])
-def test_mixed_adam_is_adam_on_one_part_and_sgd_on_the_other(adam_on, quality):
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_rates_of_the_rest_are_scaled(name, quality):
     rng = np.random.default_rng(4)
-    values = {
-        "conv2d/kernel": rng.normal(size=(2, 3)),
-        "dense/kernel": rng.normal(size=4),
-    }
+    values = {"conv2d_kernel": rng.normal(size=(2, 3)), "beta": [1.0, 2.0]}
     gradients = [
-        [rng.normal(size=value.shape) for value in values.values()]
+        [
+            rng.normal(size=np.shape(value)).astype("float32")
+            for value in values.values()
+        ]
         for _ in range(3)
     ]
 
     def trained(optimizer):
         variables = [
-            keras.Variable(value, dtype="float32", name=name.replace("/", "_"))
+            keras.Variable(value, dtype="float32", name=name)
             for name, value in values.items()
         ]
         for step in gradients:
-            optimizer.apply(
-                [value.astype("float32") for value in step], variables
-            )
+            optimizer.apply(step, variables)
         return [variable.numpy() for variable in variables]
 
-    mixed = trained(quality("mixed").MixedAdam(0.01, adam_on))
-    adam = trained(keras.optimizers.Adam(0.01))
-    sgd = trained(keras.optimizers.SGD(0.05, momentum=0.9))
-    expected = (adam[0], sgd[1]) if adam_on == "kernels" else (sgd[0], adam[1])
-    for ours, theirs in zip(mixed, expected, strict=True):
-        assert_close(ours, theirs, 1e-6)
+    ours = trained(getattr(quality("rest"), name)(0.01, rest=10.0))
+    plain = getattr(keras.optimizers, name)
+    assert_close(ours[0], trained(plain(0.01))[0], 1e-6)
+    assert_close(ours[1], trained(plain(0.1))[1], 1e-6)
 
 
 def test_every_optimizer_has_rates(quality):

@@ -131,7 +131,7 @@ CONTENDERS = {
             _renorm(momentum=momentum),
             _paper_shape,
         )
-        for momentum in (0.9, 0.95, 0.98)
+        for momentum in (0.9, 0.95, 0.98, 0.995, 0.998)
     },
     **{
         f"renorm_{moment}{'_debiased' if debiased else ''}": Contender(

@@ -5,16 +5,15 @@ from typing import NamedTuple
 from contenders import CONTENDERS
 from training import TUNING_SEED, Run
 
+_SGD_RATES = (0.005, 0.015, 0.05, 0.15)
 _ADAM_RATES = (0.0003, 0.001, 0.003, 0.01)
 RATES = {
-    "sgd": (0.005, 0.015, 0.05, 0.15),
+    "sgd": _SGD_RATES,
+    "sgd_rest_0.1": _SGD_RATES,
     "adam": _ADAM_RATES,
-    "adam_beta2_0.9": _ADAM_RATES,
+    "adam_rest_10": _ADAM_RATES,
     "adam_epsilon_0.1": (0.01, 0.03, 0.1, 0.3),
-    "adam_on_kernels": _ADAM_RATES,
-    "adam_on_others": _ADAM_RATES,
 }
-
 # With weights that know something already, larger ones forget it.
 FINE_TUNING_RATES = (0.00015, 0.0005, 0.0015, 0.005)
 _TIMES_TUNED = {
@@ -205,12 +204,11 @@ _QUESTIONS = {
 }
 
 
-def _ablation(name, task, quick):
+def _ablation(name, task, quick, regimes=("one_class", "iid_2")):
     question, prefixes = _QUESTIONS[name]
     variants = [
         contender for contender in CONTENDERS if contender.startswith(prefixes)
     ]
-    regimes = ("one_class", "iid_2")
     if quick:
         regimes, variants = regimes[:1], variants[:1]
     return Experiment(
@@ -226,11 +224,14 @@ def _ablation(name, task, quick):
 
 
 def _lengths(task, quick):
-    contenders = ("renorm", "renorm_steps_190", "renorm_steps_1500")
+    contenders = (
+        *("renorm", "renorm_steps_190", "renorm_steps_1500"),
+        "renorm_momentum_0.95",
+    )
     lengths = (0.5, 1.0) if quick else (0.25, 0.5, 1.0, 2.0)
     return Experiment(
         f"lengths_{task}",
-        "Should the ramp scale with the length of the run? "
+        "Should ramp and momentum scale with the length of the run? "
         f"({task}, one class a minibatch)",
         tuple(
             Cell(task, "one_class", contender, length=length)
@@ -264,8 +265,9 @@ def experiments(tasks, quick):
     """All of them; a few cells of the first task's where it is quick.
 
     The first task has more contenders; moments and momentum are asked on
-    every task, since no data set answers for another; limits on the last,
-    which leaves them most room.
+    every task, since no data set answers for another, and moments where they
+    differ most, with two elements a channel; limits on the last task, which
+    leaves them most room.
     """
     first, *others = tasks
     if quick:
@@ -280,6 +282,7 @@ def experiments(tasks, quick):
             _lengths(first, quick),
             _optimizers(first, quick),
         ]
+    dense = [f"{task}_dense" for task in tasks if task == "digits"]
     return [
         _regimes(first, _CONTENDERS),
         _fine_tuning(
@@ -296,6 +299,16 @@ def experiments(tasks, quick):
             _ablation(name, task, quick)
             for name in ("moments", "momentum")
             for task in tasks
+        ),
+        *(
+            experiment
+            for task in dense
+            for experiment in (
+                _regimes(task, dict.fromkeys(("iid_4", "iid_2"), _SOME)),
+                _ablation(
+                    "moments", task, quick, ("one_class", "iid_4", "iid_2")
+                ),
+            )
         ),
         _lengths(first, quick),
         _ablation("limits", tasks[-1], quick),

@@ -289,9 +289,19 @@ def main():
             "machine": timing.machine(),
             "steps": args.steps,
             "seeds": args.seeds,
-            "rows": rows,
+            "rows": [
+                {name: _finite(value) for name, value in row.items()}
+                for row in rows
+            ],
         },
     )
+
+
+def _finite(value):
+    """What diverged is null: JSON has no NaN."""
+    if isinstance(value, list):
+        return [each if np.isfinite(each) else None for each in value]
+    return value
 
 
 def print_table(rows):

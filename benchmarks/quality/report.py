@@ -20,11 +20,10 @@ STANDARD_ERRORS = 3.0
 
 COLUMN_LABELS = {
     "sgd": "SGD",
+    "sgd_rest_0.1": "SGD, rest / 10",
     "adam": "Adam",
-    "adam_beta2_0.9": "Adam, beta_2 0.9",
+    "adam_rest_10": "Adam, rest x 10",
     "adam_epsilon_0.1": "Adam, epsilon 0.1",
-    "adam_on_kernels": "Adam on kernels",
-    "adam_on_others": "Adam on all but kernels",
     "one_class": "one class",
     "two_classes": "two classes",
     "sorted": "sorted",
@@ -126,14 +125,15 @@ def _changes(cell, figures):
 
 def _columns(experiment, plan):
     """The columns of an experiment's tables: a cell's field, its title."""
-    found = dict.fromkeys(
-        getattr(cell, experiment.columns) for cell in experiment.cells
-    )
+    found = {getattr(cell, experiment.columns) for cell in experiment.cells}
     if experiment.columns == "length":
         return {
-            length: f"{round(length * plan.steps):,} steps" for length in found
+            length: f"{round(length * plan.steps):,} steps"
+            for length in sorted(found)
         }
-    return {name: COLUMN_LABELS[name] for name in found}
+    return {
+        name: label for name, label in COLUMN_LABELS.items() if name in found
+    }
 
 
 def _grid(experiment):

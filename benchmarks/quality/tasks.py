@@ -18,6 +18,8 @@ class Images(NamedTuple):
 class Task(NamedTuple):
     """A data set, split, and the strides of the three convolutions.
 
+    Without strides, the network is of dense layers.
+
     `shifted` is what another camera would make of the test images: less
     contrast, more light, noise. `shifted_train` are the training images seen
     by it, for adaptation and fine-tuning.
@@ -27,7 +29,7 @@ class Task(NamedTuple):
     test: Images
     shifted_train: Images
     shifted: Images
-    strides: tuple[int, int, int]
+    strides: tuple[int, int, int] | None
 
 
 def load(name, split_seed):
@@ -60,6 +62,12 @@ def _split_digits(seed):
 def _digits(seed):
     """scikit-learn's digits: 1,347 + 450 real images of 8x8 pixels."""
     return _task(*_split_digits(seed), (1, 1, 2), seed)
+
+
+@functools.lru_cache(2)
+def _digits_dense(seed):
+    """The digits, for dense layers: an element a channel and example."""
+    return _digits(seed)._replace(strides=None)
 
 
 @functools.lru_cache(2)
@@ -125,5 +133,10 @@ def _cifar10(seed):
     return _task(train, test, (2, 2, 2), seed)
 
 
-_LOADERS = {"digits": _digits, "cluttered": _cluttered, "cifar10": _cifar10}
+_LOADERS = {
+    "digits": _digits,
+    "digits_dense": _digits_dense,
+    "cluttered": _cluttered,
+    "cifar10": _cifar10,
+}
 NAMES = tuple(_LOADERS)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 import batches
 import keras
 import numpy as np
+import rest
 import tasks
 import tensorflow as tf
 from contenders import CONTENDERS
 from keras import layers
-from mixed import MixedAdam
 
 import keras_renorm
 from keras_renorm.callbacks import RenormScheduler
@@ -19,14 +19,11 @@ from keras_renorm.callbacks import RenormScheduler
 EPOCHS = 10  # how often accuracy is measured on the way
 OPTIMIZERS = {
     "sgd": functools.partial(keras.optimizers.SGD, momentum=0.9),
+    "sgd_rest_0.1": functools.partial(rest.SGD, rest=0.1, momentum=0.9),
     "adam": keras.optimizers.Adam,
-    # Its scaling by parameter, of shorter memory and all but taken away.
-    "adam_beta2_0.9": functools.partial(keras.optimizers.Adam, beta_2=0.9),
+    "adam_rest_10": functools.partial(rest.Adam, rest=10.0),
+    # Without most of its scaling by parameter.
     "adam_epsilon_0.1": functools.partial(keras.optimizers.Adam, epsilon=0.1),
-    **{
-        f"adam_on_{part}": functools.partial(MixedAdam, adam_on=part)
-        for part in ("kernels", "others")
-    },
 }
 # Tuning uses other seeds than evaluation, and another split of the data.
 TUNING_SEED = 1_000
@@ -98,19 +95,26 @@ def _is_batch_normalization(contender):
 
 
 def make_model(contender, task, steps):
-    """Three convolutions, each with a normalization; ten classes."""
+    """Three convolutions, or dense layers, each normalized; ten classes."""
     task = tasks.load(task, 0)
     stack = [keras.Input(task.train.x.shape[1:])]
-    for filters, strides in zip((16, 32, 64), task.strides, strict=True):
-        stack += [
-            layers.Conv2D(
-                filters, 3, strides=strides, padding="same", use_bias=False
-            ),
-            CONTENDERS[contender].layer(steps),
-            layers.ReLU(),
-        ]
-    stack += [layers.GlobalAveragePooling2D(), layers.Dense(10)]
-    return keras.Sequential(stack)
+    if task.strides is None:
+        stack.append(layers.Flatten())
+    for index, filters in enumerate((16, 32, 64)):
+        if task.strides is None:
+            layer = layers.Dense(4 * filters, use_bias=False)
+        else:
+            layer = layers.Conv2D(
+                filters,
+                3,
+                strides=task.strides[index],
+                padding="same",
+                use_bias=False,
+            )
+        stack += [layer, CONTENDERS[contender].layer(steps), layers.ReLU()]
+    if task.strides is not None:
+        stack.append(layers.GlobalAveragePooling2D())
+    return keras.Sequential([*stack, layers.Dense(10)])
 
 
 def layer_weights(model):

@@ -17,9 +17,12 @@ class FreezeStatistics(keras.callbacks.Callback):
 
     From then on layers normalize in training with the statistics that
     inference uses, and the network adapts to those: what is validated is what
-    is trained (`keras_renorm.freeze_statistics`). Where minibatches are small
-    or not i.i.d., this is worth more than any other setting; the experiments
-    of `benchmarks/quality` have the figures.
+    is trained (`keras_renorm.freeze_statistics`). Accuracy on digits without
+    and with it, means of ten seeds (`python benchmarks/quality --only
+    regimes_digits`): batch normalization 0.561 -> 0.973 where a minibatch
+    holds one class, 0.819 -> 0.957 where it holds one image, 0.988 -> 0.992
+    with two; renormalization 0.986 -> 0.990, 0.960 -> 0.965, 0.988 -> 0.990.
+    With i.i.d. minibatches of four it makes no difference.
 
     At the first epoch of that part the training step is traced anew, once.
     When `fit` ends, the layers are as they were: those that were frozen
