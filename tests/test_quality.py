@@ -307,6 +307,10 @@ def test_a_run_resumes_and_repeats(tmp_path):
             ("--run", "digits/iid_3/bn/sgd/0.1/60/0"),
             "regime must be among iid_32",
         ),
+        (
+            ("--quick", "--tasks", "digits", "cluttered"),
+            "must be a single one with --quick. Received: digits cluttered.",
+        ),
         (("--run", "digits/iid_2"), "--run must be task/regime/contender/"),
     ],
 )

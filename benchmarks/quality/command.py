@@ -34,7 +34,7 @@ def parse_arguments(values=None, description=None):
         nargs="+",
         choices=tasks.NAMES,
         help="default: digits and cluttered, with --quick digits; cifar10 is "
-        "downloaded, and wants a GPU and more --steps",
+        "downloaded, and wants a GPU and more --steps; --quick takes one",
     )
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="experiments by name"
@@ -68,6 +68,11 @@ def parse_arguments(values=None, description=None):
         args.output = Path("output") / "quality" / folder
     if args.tasks is None:
         args.tasks = ["digits"] if args.quick else ["digits", "cluttered"]
+    if args.quick and len(args.tasks) > 1:
+        parser.error(
+            "--tasks must be a single one with --quick. Received: "
+            f"{' '.join(args.tasks)}."
+        )
     args.plan = QUICK if args.quick else FULL
     for name in (*Plan._fields, "jobs"):
         value = getattr(args, name)

@@ -107,11 +107,6 @@ CONTENDERS = {
         _renorm(),
         lambda steps: (1.5, 0.5),
     ),
-    "renorm_wide": Contender(
-        "renorm., r_max to 10 and d_max to 25",
-        _renorm(),
-        ramp(10.0, 25.0, 0.04, 0.25),
-    ),
     "keras_renorm": Contender(
         "Keras's renorm=True",
         _ignoring_steps(keras.layers.BatchNormalization, renorm=True),

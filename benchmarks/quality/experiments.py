@@ -131,7 +131,7 @@ _ALL = (
     "renorm_momentum_0.95",
     "renorm_crossq",
     "renorm_gn",
-    "renorm_wide",
+    "renorm_limits_10.0_25.0",
 )
 _CONTENDERS = {
     **dict.fromkeys(("one_class", "iid_2"), _ALL),
@@ -204,7 +204,7 @@ _QUESTIONS = {
 }
 
 
-def _ablation(name, task, quick, regimes=("one_class", "iid_2")):
+def _ablation(name, task, regimes=("one_class", "iid_2"), quick=False):
     question, prefixes = _QUESTIONS[name]
     variants = [
         contender for contender in CONTENDERS if contender.startswith(prefixes)
@@ -223,7 +223,7 @@ def _ablation(name, task, quick, regimes=("one_class", "iid_2")):
     )
 
 
-def _lengths(task, quick):
+def _lengths(task, quick=False):
     contenders = (
         *("renorm", "renorm_steps_190", "renorm_steps_1500"),
         "renorm_momentum_0.95",
@@ -243,7 +243,7 @@ def _lengths(task, quick):
     )
 
 
-def _optimizers(task, quick):
+def _optimizers(task, quick=False):
     contenders = ("renorm", "group", "renorm_frozen_late", "bn")
     if quick:
         contenders = ("renorm",)
@@ -278,9 +278,9 @@ def experiments(tasks, quick):
             _fine_tuning(
                 first, ("fine_tuning_2",), ("bn", "bn_adapted_frozen")
             ),
-            *(_ablation(name, first, quick) for name in _QUESTIONS),
-            _lengths(first, quick),
-            _optimizers(first, quick),
+            *(_ablation(name, first, quick=True) for name in _QUESTIONS),
+            _lengths(first, quick=True),
+            _optimizers(first, quick=True),
         ]
     dense = [f"{task}_dense" for task in tasks if task == "digits"]
     return [
@@ -294,9 +294,9 @@ def experiments(tasks, quick):
                 *("renorm_momentum_0.95", "keras_renorm", "group"),
             ),
         ),
-        _optimizers(first, quick),
+        _optimizers(first),
         *(
-            _ablation(name, task, quick)
+            _ablation(name, task)
             for name in ("moments", "momentum")
             for task in tasks
         ),
@@ -305,12 +305,10 @@ def experiments(tasks, quick):
             for task in dense
             for experiment in (
                 _regimes(task, dict.fromkeys(("iid_4", "iid_2"), _SOME)),
-                _ablation(
-                    "moments", task, quick, ("one_class", "iid_4", "iid_2")
-                ),
+                _ablation("moments", task, ("one_class", "iid_4", "iid_2")),
             )
         ),
-        _lengths(first, quick),
-        _ablation("limits", tasks[-1], quick),
+        _lengths(first),
+        _ablation("limits", tasks[-1]),
         *(_regimes(task, _FEWER_CONTENDERS) for task in others),
     ]
