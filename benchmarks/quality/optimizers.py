@@ -1,6 +1,6 @@
 """Why the optimizer matters where minibatches hold one class.
 
-    python benchmarks/quality/optimizers.py    # about seven minutes, two cores
+    python benchmarks/quality/optimizers.py    # three minutes on two cores
 
 Three measurements in the middle third of runs with both optimizers and all
 rates, beside the accuracy that came of them:
