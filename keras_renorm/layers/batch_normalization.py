@@ -339,6 +339,30 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _count_step(self) -> None:
         """Called after each training step that moved the statistics."""
 
+    def load_own_variables(self, store: Any) -> None:
+        """Takes the weights of a file, all of them or none."""
+        expected, received = len(self.weights), len(store.keys())
+        if received != expected:
+            raise ValueError(
+                "The file must hold the weights of this network. Received: "
+                f"{received} of the {expected} weights of layer {self.name}, "
+                f"of class {type(self).__name__}. Weights of a network with "
+                "batch normalization of another class: load them into that "
+                "network, then `keras_renorm.convert` it."
+            )
+        super().load_own_variables(store)
+
+    def set_weights(self, weights: Any) -> None:
+        """Sets the weights, all of them."""
+        if len(weights) != len(self.weights):
+            raise ValueError(
+                f"`weights` must be {len(self.weights)} arrays, for "
+                f"{[weight.name for weight in self.weights]}. Received: "
+                f"{len(weights)} arrays. Weights of a layer of another class: "
+                "set them there, then `keras_renorm.convert` the model."
+            )
+        super().set_weights(weights)
+
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, as they stand."""
         config = super().get_config()

@@ -13,6 +13,13 @@ import keras
 from keras_renorm.models.traversal import find_layers
 
 
+def config_of(owner: Any) -> dict[str, Any]:
+    """`get_config`, without the warning that a lambda in a file is unsafe."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*includes a `lambda`")
+        return dict(owner.get_config())
+
+
 class Configurations:
     """Configurations whose functions can be read, by this object only."""
 
@@ -22,10 +29,7 @@ class Configurations:
 
     def of(self, owner: Any) -> dict[str, Any]:
         """The configuration of a layer, an optimizer or a metric."""
-        with warnings.catch_warnings():
-            # That a lambda in a file is unsafe.
-            warnings.filterwarnings("ignore", ".*includes a `lambda`")
-            config = owner.get_config()
+        config = config_of(owner)
         self._learn_classes(owner)
         return self._members(owner, config)
 

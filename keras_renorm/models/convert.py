@@ -26,7 +26,10 @@ def convert(
 
     The copy infers what the model infers. It has the model's weights, layer
     names, `trainable` flags and shared layers. If the model is compiled, the
-    copy is compiled alike, with an optimizer that begins anew. `model` is not
+    copy is compiled alike, with an optimizer that begins anew; what
+    `optimizer.exclude_from_weight_decay` left out has to be left out again.
+    State besides weights (vocabularies, a stateful layer's, random
+    generators') is copied, and functions need not be registered. `model` is not
     changed. A functional model of a class of its own (keras-hub's backbones)
     becomes a plain functional model.
 
@@ -52,8 +55,8 @@ def convert(
         A new model.
 
     Raises:
-        TypeError: If `to` is neither class, or an argument is of the wrong
-            kind.
+        TypeError: If `model` is no model, `to` is neither class, or an
+            argument is of the wrong kind.
         ValueError: If the model is neither sequential nor functional, has no
             batch normalization, has some out of reach (created inside a custom
             layer) or of a class of its own; if one of tf_keras has what Keras
@@ -83,7 +86,7 @@ def revert(model: Any) -> keras.Model:
     did that `model` was converted from. It needs no `keras_renorm` to load. It
     has the model's weights, names, `trainable` flags and shared layers. If the
     model is compiled, the copy is compiled alike, with an optimizer that begins
-    anew. `model` is not changed.
+    anew, as `convert`. `model` is not changed.
 
     What Keras's layer lacks is dropped: limits and step counter, virtual
     batches, `frozen_statistics`. To train the copy with statistics that stand,

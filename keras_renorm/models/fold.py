@@ -10,6 +10,7 @@ import numpy as np
 from keras import layers
 
 from keras_renorm import arguments, graphs
+from keras_renorm.models.configuration import config_of
 from keras_renorm.models.rebuild import check_has_graph, has_graph, rebuild
 from keras_renorm.models.statistics import statistics_layers
 
@@ -75,7 +76,7 @@ def fold(model: keras.Model) -> keras.Model:
     """
     check_has_graph(arguments.check_model(model))
     statistics_layers(model)  # raises if there is none, or it is not built
-    if any("layers" not in graph.get_config() for graph in _graphs_of(model)):
+    if any("layers" not in config_of(graph) for graph in _graphs_of(model)):
         # A class of its own, which does not tell its graph: a plain copy does.
         model, _ = rebuild(
             model, lambda layer: False, lambda layer, config: (layer, config)
@@ -151,7 +152,7 @@ def _candidates(graph: keras.Model) -> Iterator[tuple[Any, Any, str]]:
                 else:
                     yield layer, graph.layers[at - 1], ""
         return
-    config = graph.get_config()
+    config = config_of(graph)
     named = {layer.name: layer for layer in graph.layers}
     calls = {each["name"]: each["inbound_nodes"] for each in config["layers"]}
     readers = Counter(

@@ -21,11 +21,7 @@ def copy_state(old: Any, new: Any) -> None:
         ValueError: If the layers have not the same variables.
     """
     try:
-        store: dict[str, Any] = {}
-        old.save_own_variables(store)
-        new.load_own_variables(
-            {name: _to_numpy(value) for name, value in store.items()}
-        )
+        new.load_own_variables(_saved(old))
         copy_assets(old, new)
     except (ValueError, KeyError) as error:
         raise not_made_anew(old) from error
@@ -37,6 +33,20 @@ def copy_state(old: Any, new: Any) -> None:
         raise not_made_anew(old)
     for variable, copy in zip(*pairs, strict=True):
         copy.assign(_to_numpy(variable))
+
+
+def reload(layer: Any) -> None:
+    """Lets a layer work out what follows from the weights that it was given.
+
+    `set_weights` does not; loading does.
+    """
+    layer.load_own_variables(_saved(layer))
+
+
+def _saved(layer: Any) -> dict[str, np.ndarray]:
+    store: dict[str, Any] = {}
+    layer.save_own_variables(store)
+    return {name: _to_numpy(value) for name, value in store.items()}
 
 
 def copy_assets(old: Any, new: Any) -> None:
