@@ -256,6 +256,8 @@ def preprocessing(name, rng):
         ),
         "Hashing": (layers.Hashing(5, salt=3), WORDS),
     }[name]
+    if name == "tf-idf" and not networks.HAS_RENORM:
+        pytest.skip("Keras cannot load what it saved of it before 3.14")
     if hasattr(layer, "adapt"):
         layer.adapt(data)
     return layer, data
@@ -327,8 +329,15 @@ def relu(x):  # not Keras's
     return 3.0 * x
 
 
-def penalty(weight):
-    return 0.1 * keras.ops.sum(weight**2)
+class Penalty(keras.regularizers.Regularizer):
+    def __call__(self, weight):
+        return 0.1 * keras.ops.sum(weight**2)
+
+    def get_config(self):
+        return {}
+
+
+penalty = Penalty()
 
 
 def halves(shape, dtype=None):

@@ -23,7 +23,7 @@ def copy_state(old: Any, new: Any) -> None:
     try:
         new.load_own_variables(_saved(old))
         copy_assets(old, new)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         raise not_made_anew(old) from error
     pairs = [_own_variables(old), _own_variables(new)]
     if getattr(old, "stateful", False) and hasattr(old, "states"):
