@@ -16,6 +16,7 @@ from keras_renorm.models.batches import Batches
 from keras_renorm.models.observe import aligned_inputs, observed, to_float64
 from keras_renorm.models.rebuild import describe
 from keras_renorm.models.statistics import statistics_layers
+from keras_renorm.models.traversal import names_of
 
 Tensor = Any
 
@@ -68,7 +69,10 @@ class Comparison:
         inputs = len(getattr(self.model, "inputs", None) or [None])
         data = Batches(dataset, steps, batch_size, inputs)
         records = {
-            id(layer): Record(layer, r_max, d_max) for layer in self.layers
+            id(layer): Record(layer, name, r_max, d_max)
+            for layer, name in zip(
+                self.layers, names_of(self.layers), strict=True
+            )
         }
         gaps: list[Gap] = []
         scores = (Scores(self.model), Scores(self.model))
@@ -106,7 +110,7 @@ class Comparison:
         return bool(
             at not in (self._training or ())
             or not layer.trainable
-            or getattr(layer, "frozen_statistics", False)
+            or getattr(layer, "statistics_stand", False)
         )
 
     def _run_both(self, x: Any) -> tuple[Any, ...]:

@@ -172,6 +172,23 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.frozen_statistics = frozen_statistics
 
     @property
+    def statistics_stand(self) -> bool:
+        """Whether training uses the moving statistics now, and keeps them.
+
+        `frozen_statistics`, or `hold_statistics`.
+        """
+        return self._frozen_statistics or self._holds_statistics
+
+    def hold_statistics(self, value: bool) -> None:
+        """Freezes the statistics for a while, or ends that.
+
+        For callbacks: it acts like `frozen_statistics`, but is no
+        configuration. No file and no copy of the layer has it, and assigning
+        `frozen_statistics` ends it.
+        """
+        self._holds_statistics = value
+
+    @property
     def frozen_statistics(self) -> bool:
         """Whether training, too, uses the moving statistics and keeps them."""
         return self._frozen_statistics
@@ -181,6 +198,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self._frozen_statistics = arguments.check_boolean(
             "frozen_statistics", value
         )
+        self._holds_statistics = False
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates gamma, beta, moving_mean and moving_variance, in order."""
@@ -247,7 +265,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         axis = self._channel_axis(len(inputs.shape))
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
-        if training and self.trainable and not self.frozen_statistics:
+        if training and self.trainable and not self.statistics_stand:
             pool = Pool(self.synchronized, self.virtual_batch_size)
             outputs = self._train(
                 inputs, axis, mask, self.epsilon, self.momentum, pool
