@@ -66,9 +66,9 @@ def element_count(
 ) -> Tensor:
     """Number of (unmasked) elements a statistic, in the type of `inputs`.
 
-    `mask` has the rank of `inputs` and size 1 along the channel axis. Without
-    it the count is a scalar; with it, one a group, in a shape that broadcasts
-    against statistics.
+    `mask` has the rank of `inputs`. Without it the count is a scalar; with
+    it, in a shape that broadcasts against statistics, one a group, and one a
+    channel where channels have masks of their own.
     """
     sizes = ops.shape(inputs)
     axes = reduction_axes(len(sizes), kept)
@@ -114,8 +114,8 @@ def centered_moments(
     Args:
         inputs: Tensor of any rank.
         kept: The axes that the statistics keep, ascending.
-        mask: Boolean tensor of the rank of `inputs`, size 1 along the
-            channels; `True` marks what counts. Masked elements may hold NaN.
+        mask: Boolean tensor of the rank of `inputs`, its sizes 1 or theirs;
+            `True` marks what counts. Masked elements may hold NaN.
 
     Returns:
         `(centered, moments)`. Masked elements of `centered` hold whatever
@@ -226,8 +226,9 @@ def renorm_correction(
     stddev = ops.sqrt(moving_variance + epsilon)
     r = ops.sqrt(variance + epsilon) / stddev
     d = (mean - moving_mean) / stddev
-    r = ops.minimum(ops.maximum(r, 1 / r_max), r_max)
-    d = ops.minimum(ops.maximum(d, -d_max), d_max)
+    # Not `minimum` and `maximum`: of float64 they give float32 on PyTorch.
+    r = ops.clip(r, 1 / r_max, r_max)
+    d = ops.clip(d, -d_max, d_max)
     if has_elements is not True:
         r = ops.where(has_elements, r, ops.ones_like(r))
         d = ops.where(has_elements, d, ops.zeros_like(d))
@@ -347,26 +348,36 @@ def align_mask(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
     """A mask as booleans of the rank of `inputs`, size 1 on all it lacks.
 
     A mask stands for the leading non-channel axes of `inputs` and is
-    broadcast over the rest.
+    broadcast over the rest. One that does not fit them, but the leading axes
+    with the channel axis among them, stands for these: so Keras makes the
+    mask of inputs with channels first. A size that is unknown fits.
 
     Raises:
-        ValueError: If it cannot be broadcast against them.
+        ValueError: If it can be broadcast against neither.
     """
     mask = ops.convert_to_tensor(mask)
     rank = len(inputs.shape)
-    axes = reduction_axes(rank, (axis,))
     sizes = tuple(mask.shape)
-    expected = tuple(inputs.shape[index] for index in axes)
-    fits = len(sizes) <= len(axes) and all(
-        size is None or whole is None or size in (1, whole)
-        for size, whole in zip(sizes, expected, strict=False)
-    )
-    if not fits:
+    shape = tuple(inputs.shape)
+    expected = tuple(shape[index] for index in reduction_axes(rank, (axis,)))
+
+    def fits(axes: tuple[int | None, ...]) -> bool:
+        return len(sizes) <= len(axes) and all(
+            size is None or whole is None or size in (1, whole)
+            for size, whole in zip(sizes, axes, strict=False)
+        )
+
+    mask = ops.cast(mask, "bool")
+    if fits(expected):
+        for index in range(len(sizes), rank - 1):
+            mask = ops.expand_dims(mask, index)
+        return ops.expand_dims(mask, axis)
+    if not fits(shape[:-1]):
         raise ValueError(
             "`mask` must broadcast against the leading non-channel axes of "
             f"`inputs`, {expected}. Received: mask.shape={sizes}, "
-            f"inputs.shape={tuple(inputs.shape)}, axis={axis}."
+            f"inputs.shape={shape}, axis={axis}."
         )
-    for index in range(len(sizes), len(axes)):
+    for index in range(len(sizes), rank):
         mask = ops.expand_dims(mask, index)
-    return ops.expand_dims(ops.cast(mask, "bool"), axis)
+    return mask

@@ -42,6 +42,18 @@ def compiled(function: Any) -> Any:
     return tf.function(function, autograph=False, reduce_retracing=True)
 
 
+def with_size(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """The tensor, its size along an axis known while a graph is built.
+
+    A tensor that turns out to have another size is an error.
+    """
+    if tensor.shape[axis] is not None:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = size
+    return tf.ensure_shape(tensor, shape)
+
+
 def value_and_gradients(function: Any) -> tuple[Any, Any]:
     """`function(weights, *arguments)`, and it with gradients, as graphs.
 

@@ -105,8 +105,8 @@ def normalize_by_batch(
     Args:
         inputs: Tensor of any rank and numeric type.
         axis: The channel axis, non-negative.
-        mask: `None`, or a boolean tensor of the rank of `inputs` with size 1
-            along `axis`.
+        mask: `None`, or a boolean tensor of the rank of `inputs`, its sizes
+            1 or theirs.
         state: Parameters, moving statistics and limits of the layer.
         pool: Who shares statistics.
 
@@ -280,19 +280,13 @@ def _fused_batch(
     dγ = r dscale + d doffset and dβ = doffset.
     """
     view = FusedView(inputs, axis)
-    count = view.count
-    if isinstance(count, int):
-        bessel = max(count - 1, 1) / max(count, 1)
-    else:
-        bessel = tf.maximum(count - 1, 1) / tf.maximum(count, 1)
 
     @tf.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
         outputs, shift, residual, variance, *reserves = (
             view.normalize_accurately(state.gamma, state.beta, state.epsilon)
         )
-        # The operator's variance has divisor count - 1 (or 1).
-        local = Moments(count, shift, residual, variance * bessel)
+        local = Moments(view.count, shift, residual, variance)
         moments = pooling.pool_moments(local, state.moving_mean, pool)
         response = functional.respond(moments, state)
         scale, offset = _renormalized(state, response)

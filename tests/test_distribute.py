@@ -152,6 +152,31 @@ def test_synchronized_replicas_equal_one_device_with_all_examples(
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_masks_of_channels_are_synchronized(kind, split, strategy, rng):
+    split = SPLITS[split]
+    shape = (sum(split), 4, 3, 2)
+    x = helpers.inputs_of(rng, shape, 1, "float64")
+    x *= np.linspace(0.5, 2, len(x)).reshape(-1, 1, 1, 1)
+    mask = rng.random((len(x), 4)) < 0.6
+    mask[:, 0] = True
+    mask[: split[0], 1] = False  # a channel of which a replica has nothing
+    mask[-1] = True
+    with strategy.scope():
+        layer = make(kind, shape, axis=1, dtype="float64", synchronized=True)
+    assert_parity(
+        strategy,
+        layer,
+        make(kind, shape, axis=1, dtype="float64"),
+        x,
+        rng.normal(size=shape),
+        mask,
+        split,
+        1e-12,
+    )
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize(
     "arguments", [{}, {"center": False, "scale": False}, {"axis": 1}], ids=str
 )

@@ -101,7 +101,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         training: Whether to train or to infer. Keras sets it in `fit`.
         mask: Tensor of 0 and 1, or booleans, whose axes stand for the
             leading non-channel axes of `inputs`: `(batch,)`,
-            `(batch, time)`, ... It is broadcast over the rest.
+            `(batch, time)`, ... It is broadcast over the rest. A mask that
+            does not fit them, but the leading axes with the channel axis,
+            stands for these, as `Masking` in front of channels first makes
+            it: `(batch, channels)` of `(batch, channels, time)` says which
+            channels of an example count. Where sizes allow both, the
+            channel axis is left out; an unknown size allows any.
 
     Returns:
         A tensor of the shape of `inputs`, in the policy's compute type.
@@ -263,6 +268,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> Tensor:
         """Normalizes `inputs`; moves the statistics in a training step."""
         axis = self._channel_axis(len(inputs.shape))
+        channels = self.moving_mean.shape[0]
+        inputs = graphs.with_size(inputs, axis, channels)
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
         if training and self.trainable and not self.statistics_stand:

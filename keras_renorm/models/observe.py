@@ -59,7 +59,8 @@ class Total:
     Attributes:
         examples: Number of examples; kept by whoever adds.
         batches: Number of batches that had an element.
-        count: Number of elements a channel.
+        count: Number of elements a channel; where channels have masks of
+            their own, the fewest.
         mean: Mean of all elements.
         variance: Variance of all elements (divisor `count`).
         within: What of it is within batches: their variances, weighted by
@@ -69,10 +70,15 @@ class Total:
     def __init__(self) -> None:
         self.examples = 0
         self.batches = 0
-        self.count = 0.0
+        self._counts: Any = 0.0
         self.mean: Any = 0.0
         self.variance: Any = 0.0
         self.within: Any = 0.0
+
+    @property
+    def count(self) -> float:
+        """Number of elements of the channel that has the fewest."""
+        return float(np.min(self._counts))
 
     @property
     def is_finite(self) -> bool:
@@ -90,12 +96,11 @@ class Total:
         variance: Any,
     ) -> None:
         """Pools the `Moments` of a batch; nothing where it had no element."""
-        added = float(np.max(count))
-        if not added:
+        if not np.max(count):
             return
         self.batches += 1
-        self.count += added
-        share = added / self.count
+        self._counts = self._counts + count
+        share = count / np.maximum(self._counts, 1)
         with np.errstate(all="ignore"):  # what is not finite is told later
             distance = (shift + residual) - self.mean
             self.variance = (
