@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import functional, graphs, schedules
+from keras_renorm import arguments, functional, graphs, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
 
@@ -119,20 +119,30 @@ class BatchRenormalization(BatchNormalization):
         *,
         r_max: float | LinearRamp = _R_MAX,
         d_max: float | LinearRamp = _D_MAX,
+        gradient_momentum: float | None = None,
         **batch_normalization_arguments: Any,
     ) -> None:
         ramps = (
             schedules.limit("r_max", r_max, 1),
             schedules.limit("d_max", d_max, 0),
         )
+        if gradient_momentum is not None:
+            gradient_momentum = _check_gradient_momentum(
+                gradient_momentum,
+                batch_normalization_arguments.get("virtual_batch_size"),
+            )
         super().__init__(
             axis, momentum, epsilon, **batch_normalization_arguments
         )
+        self.gradient_momentum = gradient_momentum
         # What `build` puts into the weights; they rule from then on.
         self._initial_ramps: tuple[LinearRamp, ...] = ramps
         self.step: Any = None
         self.limit_values: Any = None
         self.limit_steps: Any = None
+        self.gradient_mean: Any = None
+        self.gradient_projection: Any = None
+        self.mismatch: Any = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Adds the weights `step`, `limit_values` and `limit_steps`.
@@ -147,6 +157,22 @@ class BatchRenormalization(BatchNormalization):
             "limit_values", values, self.moving_mean.dtype
         )
         self.limit_steps = self._add_state("limit_steps", steps, "int")
+        if self.gradient_momentum is None:
+            return
+        weight = {
+            "shape": self.moving_mean.shape,
+            "dtype": self.moving_mean.dtype,
+            "autocast": False,
+        }
+        self.gradient_mean = self._add_statistic(
+            "gradient_mean", "zeros", **weight
+        )
+        self.gradient_projection = self._add_statistic(
+            "gradient_projection", "zeros", **weight
+        )
+        # All of the gradient is corrected until there is evidence that the
+        # means of batches are good.
+        self.mismatch = self._add_statistic("mismatch", "ones", **weight)
 
     def _add_state(self, name: str, value: Any, dtype: str) -> keras.Variable:
         return self.add_weight(
@@ -223,12 +249,26 @@ class BatchRenormalization(BatchNormalization):
             )
         )
 
-    def _count_step(self) -> None:
+    def _feedback(self, dtype: str) -> functional.Feedback | None:
+        if self.gradient_momentum is None:
+            return None
+        accumulators = [self.gradient_mean, self.gradient_projection]
+        return functional.Feedback(
+            *(graphs.read(weight, dtype) for weight in accumulators),
+            graphs.read(self.mismatch, dtype),
+            self.gradient_momentum,
+            graphs.adder(accumulators),
+        )
+
+    def _end_step(self, response: functional.Response) -> None:
         self.step.assign_add(1)
+        if self.mismatch is not None:
+            self.mismatch.assign(response.mismatch)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, with the limits as they stand."""
         config = super().get_config()
+        config["gradient_momentum"] = self.gradient_momentum
         for name, ramp in (("r_max", self.r_max), ("d_max", self.d_max)):
             config[name] = (
                 ramp.initial_value
@@ -247,6 +287,33 @@ class BatchRenormalization(BatchNormalization):
                     config[name]
                 )
         return super().from_config(config)
+
+
+def _check_gradient_momentum(
+    value: Any, virtual_batch_size: int | None
+) -> float:
+    """`value` as a float in [0, 1)."""
+    momentum = arguments.check_number("gradient_momentum", value)
+    if not 0 <= momentum < 1:
+        raise ValueError(
+            "`gradient_momentum` must be at least 0 and below 1, or None. "
+            f"Received: gradient_momentum={value}."
+        )
+    if virtual_batch_size is not None:
+        raise ValueError(
+            "`gradient_momentum` must be None where virtual_batch_size is "
+            "given: groups of one batch share their moving statistics, and "
+            "none of them comes after another. Received: "
+            f"gradient_momentum={value}, "
+            f"virtual_batch_size={virtual_batch_size}."
+        )
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "`gradient_momentum` must be None on Keras's "
+            f"{keras.backend.backend()} backend, where a backward pass cannot "
+            f"keep state. Received: gradient_momentum={value}."
+        )
+    return momentum
 
 
 def _ramp_arrays(

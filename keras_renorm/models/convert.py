@@ -178,7 +178,7 @@ def _arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
         if name in config:
             arguments[name] = config[name]
     if to is BatchRenormalization:
-        for name in ("r_max", "d_max"):
+        for name in ("r_max", "d_max", "gradient_momentum"):
             if name in config:
                 arguments[name] = config[name]
         if config.get("renorm"):
@@ -204,8 +204,9 @@ def _limits_of_clipping(clipping: dict[str, float] | None) -> dict[str, float]:
 def _copy_weights(old: Any, new: Any) -> None:
     names = list(_WEIGHTS)
     if isinstance(old, BatchRenormalization) and type(new) is type(old):
-        names.append("step")  # the limits came as arguments
+        # The limits came as arguments.
+        names += ["step", "gradient_mean", "gradient_projection", "mismatch"]
     for name in names:
         variable = getattr(old, name)
-        if variable is not None:
+        if variable is not None and getattr(new, name) is not None:
             getattr(new, name).assign(graphs.to_numpy(variable))
