@@ -7,6 +7,7 @@ offsets) are vectors of one value a channel, or have that shape too.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -249,6 +250,26 @@ class Limits(NamedTuple):
     step: Tensor
 
 
+class Feedback(NamedTuple):
+    """What a layer knows of the gradients of earlier steps; see `gradients`.
+
+    Attributes:
+        mean: Accumulator of the gradient's mean, shape `(channels,)`.
+        projection: Accumulator of its product with the normalized inputs.
+        mismatch: Moving average of how far batch statistics lie from the
+            moving ones.
+        momentum: Share of the accumulators that is kept.
+        add: Adds to `mean` and `projection` in the backward pass: takes the
+            changes, and the results of the pass, which it returns.
+    """
+
+    mean: Tensor
+    projection: Tensor
+    mismatch: Tensor
+    momentum: float
+    add: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+
+
 class State(NamedTuple):
     """What a layer holds when a step begins.
 
@@ -260,6 +281,7 @@ class State(NamedTuple):
         limits: Those of r and d. `None` is r = 1, d = 0.
         epsilon: Added to variances under the root.
         momentum: Share of the moving statistics that is kept.
+        feedback: What corrects the gradient, or `None`.
     """
 
     gamma: Tensor | None
@@ -269,6 +291,7 @@ class State(NamedTuple):
     limits: Limits | None
     epsilon: float
     momentum: float
+    feedback: Feedback | None = None
 
 
 class Response(NamedTuple):
@@ -279,12 +302,39 @@ class Response(NamedTuple):
         d: Correction of the offset, or `None` for 0.
         moving_mean: The new moving mean.
         moving_variance: The new moving variance.
+        mismatch: With `State.feedback`, the new one.
+        held: With it, the share of the gradient, in terms of Algorithm 1's
+            scale, that is taken as if the statistics were constants.
+        rest: With it, the share that is Algorithm 1's own.
+        probe: With it, a zero. Part of the loss, it tells the backward pass
+            what the loss is multiplied by.
     """
 
     r: Tensor | None
     d: Tensor | None
     moving_mean: Tensor
     moving_variance: Tensor
+    mismatch: Tensor | None = None
+    held: Tensor | None = None
+    rest: Tensor | None = None
+    probe: Tensor | None = None
+
+
+def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
+    """r_max and d_max of this step."""
+    begin_steps, end_steps = limits.steps[:, 0], limits.steps[:, 1]
+    values = ops.cast(limits.values, dtype)
+    r_max, d_max = ops.unstack(
+        schedules.interpolate(
+            ops,
+            values[:, 0],
+            values[:, 1],
+            ops.cast(limits.step - begin_steps, values.dtype),
+            ops.cast(end_steps - begin_steps, values.dtype),
+        ),
+        num=2,
+    )
+    return r_max, d_max
 
 
 def respond(
@@ -302,18 +352,7 @@ def respond(
     limits = state.limits
     r = d = None
     if limits is not None:
-        begin_steps, end_steps = limits.steps[:, 0], limits.steps[:, 1]
-        values = ops.cast(limits.values, moving_mean.dtype)
-        r_max, d_max = ops.unstack(
-            schedules.interpolate(
-                ops,
-                values[:, 0],
-                values[:, 1],
-                ops.cast(limits.step - begin_steps, values.dtype),
-                ops.cast(end_steps - begin_steps, values.dtype),
-            ),
-            num=2,
-        )
+        r_max, d_max = current_limits(limits, moving_mean.dtype)
         r, d = renorm_correction(
             moments.mean,
             moments.variance,

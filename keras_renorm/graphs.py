@@ -103,6 +103,31 @@ def read(variable: Any, dtype: str) -> Tensor:
     return ops.cast(variable.value, dtype)
 
 
+def adder(variables: list[Any]) -> Any:
+    """A function that adds to variables in a backward pass.
+
+    It takes the changes and the results of the pass, and returns the results.
+    These wait for the additions: the backward pass of a graph computes what
+    its results need, and nothing else. In a `keras.StatelessScope`, where
+    variables stand for tensors, nothing is added, whenever the gradient is
+    asked for.
+    """
+    targets = [variable.value for variable in variables]
+
+    def add(changes: list[Tensor], results: list[Tensor]) -> list[Tensor]:
+        added = [
+            target.assign_add(tf.cast(change, target.dtype), read_value=False)
+            for target, change in zip(targets, changes, strict=True)
+            if hasattr(target, "assign_add")
+        ]
+        if tf.executing_eagerly():
+            return results
+        with tf.control_dependencies(added):
+            return [tf.identity(result) for result in results]
+
+    return add
+
+
 def to_numpy(variable: Any) -> np.ndarray:
     """A copy of the value of a variable.
 

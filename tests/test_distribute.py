@@ -4,6 +4,7 @@ One strategy a process: two clash. Two replicas here; with `REPLICAS=4` in the
 environment these tests run with four, as `test_four_replicas` runs some.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -23,7 +24,12 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
 REPLICAS = int(os.environ.get("REPLICAS", "2"))
-LAYERS = [BatchNormalization, BatchRenormalization]
+CORRECTED = functools.partial(BatchRenormalization, gradient_momentum=0.8)
+LAYERS = [
+    BatchNormalization,
+    BatchRenormalization,
+    pytest.param(CORRECTED, id="corrected"),
+]
 # Examples a replica.
 SPLITS = {
     2: {"equal": (3, 3), "unequal": (5, 2), "one empty": (4, 0)},
@@ -44,7 +50,7 @@ def strategy():
 
 def make(kind, shape, **arguments):
     """A built layer with the same values whenever it is made."""
-    if kind is BatchRenormalization:
+    if kind is not BatchNormalization:
         arguments["r_max"] = LinearRamp(1.1, 3.0, 0, 3)
         arguments["d_max"] = LinearRamp(0.1, 2.0, 0, 3)
     layer = kind(momentum=0.7, **arguments)

@@ -274,9 +274,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
             mask = functional.align_mask(mask, inputs, axis)
         if training and self.trainable and not self.statistics_stand:
             pool = Pool(self.synchronized, self.virtual_batch_size)
-            outputs = self._train(
+            outputs, probe = self._train(
                 inputs, axis, mask, self.epsilon, self.momentum, pool
             )
+            if probe is not None and self.compute_dtype == "float16":
+                # So that the backward pass sees the scale of the loss.
+                self.add_loss(probe)
         else:
             outputs = self._infer(
                 inputs, axis, mask, self.epsilon, self.momentum
@@ -292,15 +295,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         epsilon: float,
         momentum: float,
         pool: Pool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         state = self._state(inputs, epsilon, momentum, self._limits())
+        state = state._replace(
+            feedback=self._feedback(kernels.statistics_dtype(inputs.dtype))
+        )
         outputs, response = kernels.normalize_by_batch(
             inputs, axis, mask, state, pool
         )
         self.moving_mean.assign(response.moving_mean)
         self.moving_variance.assign(response.moving_variance)
-        self._count_step()
-        return outputs
+        self._end_step(response)
+        return outputs, response.probe
 
     @graphs.as_one_graph
     def _infer(
@@ -361,7 +367,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """How far r and d may go; `None` where there is no correction."""
         return None
 
-    def _count_step(self) -> None:
+    def _feedback(self, dtype: str) -> functional.Feedback | None:
+        """What corrects the gradient; `None` where nothing does."""
+        return None
+
+    def _end_step(self, response: functional.Response) -> None:
         """Called after each training step that moved the statistics."""
 
     def load_own_variables(self, store: Any) -> None:

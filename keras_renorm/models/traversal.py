@@ -56,11 +56,11 @@ def unique_names(names: Sequence[str]) -> list[str]:
     """
     given = [_GIVEN.fullmatch(name) for name in names]
     numbers: dict[str, set[int]] = {}
-    for match in filter(None, given):
-        numbers.setdefault(match[1], set()).add(int(match[2] or 0))
+    for found in filter(None, given):
+        numbers.setdefault(found[1], set()).add(int(found[2] or 0))
     order = {
-        stem: {number: at for at, number in enumerate(sorted(found))}
-        for stem, found in numbers.items()
+        stem: {number: at for at, number in enumerate(sorted(taken_numbers))}
+        for stem, taken_numbers in numbers.items()
     }
     stems, wanted = [], []
     for name, match in zip(names, given, strict=True):
