@@ -49,6 +49,7 @@ def test_a_model_predicts_and_trains_as_it_did(folder, data):
         predictions_of(model, x), data["predictions"], TOLERANCE
     )
     model.train_on_batch(x, y)
+    assert part.current_step() == 4
     helpers.assert_close(
         predictions_of(model, x), data["predictions_after_a_step"], TOLERANCE
     )
