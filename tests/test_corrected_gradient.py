@@ -1,5 +1,7 @@
 """`gradient_momentum`: the gradient is corrected as the outputs are."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -148,6 +150,47 @@ def test_without_a_number_nothing_is_added(rng):
         *("step", "limit_values", "limit_steps"),
     ]
     assert layer.get_config()["gradient_momentum"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"gradient_momentum": 1.0},
+            "`gradient_momentum` must be at least 0 and below 1, or None. "
+            "Received: gradient_momentum=1.0.",
+        ),
+        (
+            {"gradient_momentum": -0.1},
+            "`gradient_momentum` must be at least 0 and below 1, or None. "
+            "Received: gradient_momentum=-0.1.",
+        ),
+        (
+            {"gradient_momentum": float("nan")},
+            "`gradient_momentum` must not be NaN. Received: "
+            "gradient_momentum=nan.",
+        ),
+        (
+            {"gradient_momentum": 0.9, "virtual_batch_size": 4},
+            "`gradient_momentum` must be None where virtual_batch_size is "
+            "given: groups of one batch share their moving statistics, and "
+            "none of them comes after another. Received: "
+            "gradient_momentum=0.9, virtual_batch_size=4.",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        BatchRenormalization(**arguments)
+
+
+def test_a_kind_that_is_no_number():
+    message = (
+        "`gradient_momentum` must be a number. Received: "
+        "gradient_momentum='0.9'."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        BatchRenormalization(gradient_momentum="0.9")
 
 
 def test_closed_limits_give_the_gradient_of_algorithm_1(rng):
