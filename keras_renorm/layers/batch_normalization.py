@@ -175,6 +175,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = pool.synchronized
         self.virtual_batch_size = pool.virtual_batch_size
         self.frozen_statistics = frozen_statistics
+        self._holds_statistics = False
 
     @property
     def statistics_stand(self) -> bool:
@@ -187,9 +188,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def hold_statistics(self, value: bool) -> None:
         """Freezes the statistics for a while, or ends that.
 
-        For callbacks: it acts like `frozen_statistics`, but is no
-        configuration. No file and no copy of the layer has it, and assigning
-        `frozen_statistics` ends it.
+        For callbacks: it acts like `frozen_statistics`, from the next compile
+        or `make_train_function(force=True)` on, but is no configuration. No
+        file and no copy of the layer has it.
         """
         self._holds_statistics = value
 
@@ -203,7 +204,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self._frozen_statistics = arguments.check_boolean(
             "frozen_statistics", value
         )
-        self._holds_statistics = False
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates gamma, beta, moving_mean and moving_variance, in order."""
