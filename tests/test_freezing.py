@@ -174,7 +174,7 @@ def test_a_failed_run_can_be_unfrozen_by_hand(data):
 def test_a_checkpoint_of_the_last_part_is_as_the_user_configured(
     is_frozen, frequency, is_first, data, tmp_path
 ):
-    x, y = data
+    x, _ = data
     layer = BatchRenormalization(momentum=0.8, frozen_statistics=is_frozen)
     layer.build((None, 6))
     layer.moving_mean.assign(np.ones(6))
