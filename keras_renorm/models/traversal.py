@@ -49,8 +49,9 @@ def unique_names(names: Sequence[str]) -> list[str]:
     """
     given = [_GIVEN.fullmatch(name) for name in names]
     numbers: dict[str, set[int]] = {}
-    for match in filter(None, given):
-        numbers.setdefault(match[1], set()).add(int(match[2] or 0))
+    for match in given:
+        if match:
+            numbers.setdefault(match[1], set()).add(int(match[2] or 0))
     order = {
         stem: {number: at for at, number in enumerate(sorted(found))}
         for stem, found in numbers.items()
