@@ -292,15 +292,15 @@ class Losses(keras.callbacks.Callback):
     ("losses", "message"),
     [
         ([1.0, 0.5, 0.2, 0.29, 0.1], None),
-        ([1.0, 0.5, 0.2, 0.31, 0.4], "The loss rose from 0.2 to 0.31 after"),
+        ([1.0, 0.5, 0.2, 0.31, 0.4], "loss rose from 0.2 to 0.31 after"),
         # It rose by 0.5 before, too.
         ([0.5, 1.0, 0.2, 0.69, 0.1], None),
-        ([0.5, 1.0, 0.2, 0.71, 0.1], "The loss rose from 0.2 to 0.71 after"),
+        ([0.5, 1.0, 0.2, 0.71, 0.1], "loss rose from 0.2 to 0.71 after"),
         ([-1.0, -3.0, -4.0, -2.1, -4.0], None),
-        ([-1.0, -3.0, -4.0, -1.9, -4.0], "The loss rose from -4 to -1.9 after"),
+        ([-1.0, -3.0, -4.0, -1.9, -4.0], "loss rose from -4 to -1.9 after"),
         (
             [1.0, 0.5, 0.2, np.nan, np.nan],
-            "The loss rose from 0.2 to nan after",
+            "loss rose from 0.2 to nan after",
         ),
         ([1.0, 0.5, np.nan, 0.2, 7.0], None),
     ],

@@ -18,7 +18,12 @@ from keras_renorm import (
 )
 from keras_renorm.callbacks import RenormMonitor, RenormScheduler
 from keras_renorm.diagnostics import discrepancy
-from keras_renorm.diagnostics.probe import batch_statistic
+from keras_renorm.diagnostics.probe import (
+    batch_statistic,
+    has_moved,
+    read_moved,
+    read_state,
+)
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
@@ -132,6 +137,29 @@ def test_a_moving_average_taken_back_over_several_steps():
     expected = weights @ values / weights.sum()
     found = batch_statistic(start, average, 0.8, steps=3)
     np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "moved", "expected"),
+    [
+        (0.9, (True, True), True),
+        (0.9, (True, False), True),
+        (0.9, (False, True), True),
+        (0.9, (False, False), False),
+        # 0 keeps nothing to take back, and 1 moves nothing.
+        (0.0, (True, True), False),
+        (1.0, (True, True), False),
+    ],
+)
+def test_statistics_that_tell_of_the_batch(momentum, moved, expected):
+    layer = BatchNormalization(momentum=0.5)
+    layer.build((None, 3))
+    layer.momentum = momentum
+    before = read_state(layer)
+    layer.moving_mean.assign(np.full(3, float(moved[0])))
+    layer.moving_variance.assign(np.full(3, 1.0 + moved[1]))
+    after = read_moved(layer, before)
+    assert has_moved(layer, before, after) == expected
 
 
 @pytest.mark.filterwarnings("ignore:Limits of renormalization clip")

@@ -69,7 +69,9 @@ class FreezeStatistics(keras.callbacks.Callback):
     Example:
 
     >>> model = keras.Sequential([
-    ...     keras.Input((4,)), BatchRenormalization(), keras.layers.Dense(1)
+    ...     keras.Input((4,)),
+    ...     BatchRenormalization(momentum=0.5),  # there are eight steps only
+    ...     keras.layers.Dense(1),
     ... ])
     >>> rate = keras.optimizers.schedules.CosineDecay(0.01, decay_steps=10)
     >>> model.compile(keras.optimizers.SGD(rate), "mse")

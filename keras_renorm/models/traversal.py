@@ -56,8 +56,9 @@ def unique_names(names: Sequence[str]) -> list[str]:
     """
     given = [_GIVEN.fullmatch(name) for name in names]
     numbers: dict[str, set[int]] = {}
-    for found in filter(None, given):
-        numbers.setdefault(found[1], set()).add(int(found[2] or 0))
+    for match in given:
+        if match:
+            numbers.setdefault(match[1], set()).add(int(match[2] or 0))
     order = {
         stem: {number: at for at, number in enumerate(sorted(taken_numbers))}
         for stem, taken_numbers in numbers.items()
