@@ -121,7 +121,8 @@ def pool_moments(local: Moments, reference: Tensor, pool: Pool) -> Moments:
     dtype = local.variance.dtype
     shift = tf.stop_gradient(tf.cast(mean, dtype))
     residual = mean - tf.cast(shift, tf.float64)
-    residual = tf.where(variance == 0, zero, residual)  # a constant is exact
+    # A constant is exact. Its mean keeps its gradient, so nothing is selected.
+    residual -= tf.stop_gradient(tf.where(variance == 0, residual, zero))
     return Moments(
         tf.cast(total_count, dtype),
         shift,

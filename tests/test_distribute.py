@@ -13,6 +13,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from keras_renorm import BatchNormalization, BatchRenormalization
 from keras_renorm.callbacks import RenormScheduler
@@ -271,6 +273,25 @@ def test_constant_channels_are_exact(sizes, value, strategy):
     mean, variance = helpers.statistics(layer)
     assert np.all(mean == np.float32(value))
     assert np.all(variance == 0)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("is_masked", [False, True], ids=["", "mask"])
+def test_gradients_of_constant_channels(dtype, is_masked, strategy, rng):
+    split = SPLITS["unequal"]
+    shape = (sum(split), 3)
+    x = helpers.inputs_of(rng, shape, dtype=dtype)
+    x[:, 1] = 2.5
+    upstream = rng.normal(size=shape).astype(dtype)
+    mask = np.ones(len(x), bool) if is_masked else None
+    with strategy.scope():
+        layer = make(BatchNormalization, shape, synchronized=True, dtype=dtype)
+    single = make(BatchNormalization, shape, dtype=dtype)
+    expected = helpers.gradients(single, x, upstream, mask)[1]
+    # The channel's mean moves with each of its inputs.
+    assert abs(expected[:, 1].sum()) < 1e-4 < np.abs(expected[:, 1]).max()
+    d_x = step(strategy, layer, x, upstream, mask, split)[1]
+    helpers.assert_close(np.concatenate(d_x), expected, 1e-5)
 
 
 def test_second_derivatives(strategy, rng):
@@ -571,10 +592,76 @@ def test_without_a_strategy_synchronized_changes_nothing(kind, rng):
         assert np.array_equal(helpers.to_numpy(first), helpers.to_numpy(second))
 
 
+def check_split(strategy, kind, dtype, split, rest, axis, mask_rank, seed):
+    """One step, however the examples are split, is one device's."""
+    rng = np.random.default_rng(seed)
+    axis = axis % len(rest) + 1
+    shape = (sum(split), *rest)
+    x = helpers.inputs_of(rng, shape, axis, dtype)
+    upstream = rng.normal(size=shape).astype(dtype)
+    spread, mask = (1,) * len(rest), None
+    x *= np.linspace(0.5, 2, len(x), dtype=dtype).reshape(-1, *spread)
+    kept = np.ones(shape, bool)
+    if mask_rank:
+        sizes = [size for at, size in enumerate(shape) if at != axis]
+        mask = rng.random(sizes[:mask_rank]) < 0.6
+        whole = mask.reshape(mask.shape + (1,) * (len(sizes) - mask.ndim))
+        kept = np.broadcast_to(np.expand_dims(whole, axis), shape)
+        x[~kept] = np.nan
+    arguments = {"axis": axis, "dtype": dtype}
+    with strategy.scope():
+        layer = make(kind, shape, synchronized=True, **arguments)
+    single = make(kind, shape, **arguments)
+    expected = helpers.gradients(single, x, upstream, mask)
+    outputs, d_x, *d_weights = step(
+        strategy, layer, x, upstream, mask, split, is_eager=True
+    )
+    statistics = zip(*map(helpers.statistics, (layer, single)), strict=True)
+    for actual, whole in (
+        (np.concatenate(outputs)[kept], expected[0][kept]),
+        (np.concatenate(d_x), expected[1]),
+        *(
+            (np.sum(parts, axis=0), total)
+            for parts, total in zip(d_weights, expected[2], strict=True)
+        ),
+        *statistics,
+    ):
+        # Gradients may cancel to zero; what cancels is no smaller than 1.
+        scale = 1 + np.abs(whole).max(initial=0.0)
+        tolerance = 1e-11 if dtype == "float64" else 1e-4
+        assert np.abs(actual - whole).max(initial=0.0) <= tolerance * scale
+
+
+SPLIT = {
+    "kind": st.sampled_from(LAYERS),
+    "dtype": st.sampled_from(["float64", "float32"]),
+    "split": st.lists(
+        st.integers(0, 5), min_size=REPLICAS, max_size=REPLICAS
+    ).filter(any),
+    "rest": st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    "axis": st.integers(0, 3),
+    "mask_rank": st.integers(0, 4),
+    "seed": st.integers(0, 2**16),
+}
+
+
+@settings(max_examples=20, derandomize=True, deadline=None, database=None)
+@given(**SPLIT)
+def test_any_split_is_one_device(strategy, **case):
+    check_split(strategy, **case)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=500, deadline=None, database=None)
+@given(**SPLIT)
+def test_many_splits_are_one_device(strategy, **case):
+    check_split(strategy, **case)
+
+
 @pytest.mark.skipif(REPLICAS != 2, reason="this is the other process")
 def test_four_replicas():
     command = [sys.executable, "-m", "pytest", "-qx", "-pno:cacheprovider"]
-    tests = "equal_one_device or fit_on or constant or predictions"
+    tests = "equal_one_device or any_split or fit_on or constant or predictions"
     result = subprocess.run(
         [*command, __file__, "-k", tests],
         env={**os.environ, "REPLICAS": "4"},

@@ -286,6 +286,20 @@ def test_an_axis_that_the_input_lacks(kind, axis):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("axis", [0, -3])
+def test_virtual_batches_with_channels_on_the_first_axis(kind, axis):
+    layer = kind(axis, virtual_batch_size=2)
+    with raises(
+        ValueError,
+        "`virtual_batch_size` must be None where the channels are on the "
+        "first axis: its groups are of examples, which lie there. Received: "
+        f"virtual_batch_size=2, axis={axis}.",
+    ):
+        layer.build((5, 4, 3))
+    assert layer.weights == []
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_an_unknown_number_of_channels(kind):
     layer = kind(axis=1)
     with raises(

@@ -84,7 +84,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             of a batch. Defaults to `False`.
         virtual_batch_size: Number of consecutive examples that training
             normalizes together, an integer of at least 1, or `None` (default)
-            for the whole batch. Not together with `synchronized`.
+            for the whole batch. Not together with `synchronized`, nor where
+            `axis` is the first axis.
         frozen_statistics: Whether to normalize with the moving statistics in
             training too. An attribute as well. Defaults to `False`.
         **keras_bn_arguments: Those of `keras.layers.BatchNormalization`:
@@ -115,8 +116,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         TypeError: If an argument is of the wrong kind, or one of Keras's
             `renorm*` arguments is given (use `BatchRenormalization`).
         ValueError: If an argument is out of its range, `virtual_batch_size`
-            is given with `synchronized`, `axis` is not an axis of the input,
-            the number of channels is unknown, or `mask` does not broadcast.
+            is given with `synchronized` or with channels on the first axis,
+            `axis` is not an axis of the input, the number of channels is
+            unknown, or `mask` does not broadcast.
 
     Example:
 
@@ -208,6 +210,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates gamma, beta, moving_mean and moving_variance, in order."""
         axis = self._channel_axis(len(input_shape))
+        if axis == 0 and self.virtual_batch_size is not None:
+            raise ValueError(
+                "`virtual_batch_size` must be None where the channels are on "
+                "the first axis: its groups are of examples, which lie there. "
+                f"Received: virtual_batch_size={self.virtual_batch_size}, "
+                f"axis={self.axis}."
+            )
         channels = input_shape[axis]
         if channels is None:
             raise ValueError(
