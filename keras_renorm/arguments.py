@@ -2,7 +2,10 @@
 
 import math
 import numbers
+import os
 from typing import Any
+
+import keras
 
 
 def is_number(value: Any) -> bool:
@@ -66,3 +69,18 @@ def check_epsilon(value: Any) -> float:
             f"`epsilon` must be positive and finite. Received: epsilon={value}."
         )
     return epsilon
+
+
+def check_model(model: Any) -> Any:
+    """`model`, if it is of Keras 3; a layer does too."""
+    if not isinstance(model, keras.layers.Layer):
+        if isinstance(model, str | os.PathLike):
+            hint = " `keras.saving.load_model` reads a file."
+        elif type(model).__module__.startswith("tf_keras."):
+            hint = " `keras_renorm.convert` makes one of a model of tf_keras."
+        else:
+            hint = ""
+        raise TypeError(
+            f"`model` must be a Keras model. Received: model={model!r}.{hint}"
+        )
+    return model
