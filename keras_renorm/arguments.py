@@ -6,20 +6,29 @@ import os
 from typing import Any
 
 import keras
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """A scalar of NumPy, or an array of no axes, as a value of Python."""
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        return value.item()
+    return value
 
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number (a bool is not)."""
-    return isinstance(value, numbers.Real) and not is_boolean(value)
+    return isinstance(plain(value), numbers.Real) and not is_boolean(value)
 
 
 def is_boolean(value: Any) -> bool:
     """Whether `value` is True or False, of Python or of NumPy."""
-    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+    return isinstance(plain(value), bool)
 
 
 def check_number(name: str, value: Any) -> float:
     """`value` as a float, infinities allowed."""
+    value = plain(value)
     if not is_number(value):
         raise TypeError(
             f"`{name}` must be a number. Received: {name}={value!r}."
@@ -31,6 +40,7 @@ def check_number(name: str, value: Any) -> float:
 
 def check_integer(name: str, value: Any, minimum: int | None = None) -> int:
     """`value` as an int of at least `minimum`."""
+    value = plain(value)
     if not isinstance(value, numbers.Integral) or is_boolean(value):
         raise TypeError(
             f"`{name}` must be an integer. Received: {name}={value!r}."

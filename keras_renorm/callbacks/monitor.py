@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_renorm import arguments
+from keras_renorm.callbacks.sharing import SharesData
 from keras_renorm.diagnostics.comparison import Comparison
 from keras_renorm.diagnostics.probe import (
     LayerState,
@@ -32,7 +33,7 @@ SATURATED = 0.25
 DATASET_BATCHES = 16
 
 
-class RenormMonitor(keras.callbacks.Callback):
+class RenormMonitor(SharesData, keras.callbacks.Callback):
     """Writes down r, d and the gap between training and inference in `fit`.
 
     Every so many steps it reads the moving statistics before and after the
@@ -232,12 +233,11 @@ class RenormMonitor(keras.callbacks.Callback):
                         )
 
     def _compare_batches(self) -> None:
-        inputs = len(getattr(self.model, "inputs", None) or [None])
-        known = Batches(self.dataset, 1, 32, inputs).known
+        known = Batches(self.dataset, 1, 32, self.model).known
         steps = DATASET_BATCHES
         if known is not None:
             steps = int(min(steps, known))
-        batches = list(Batches(self.dataset, steps, 32, inputs))
+        batches = list(Batches(self.dataset, steps, 32, self.model))
         found = Comparison(self.model).run(batches, None, verbose=False)
         grouped = [
             layer

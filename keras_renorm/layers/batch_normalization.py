@@ -151,7 +151,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     f"Received: {name}={value!r}."
                 )
             if name in ("center", "scale", "trainable"):
-                arguments.check_boolean(name, value)
+                value = arguments.check_boolean(name, value)
+                keras_bn_arguments[name] = value
         pool = Pool(
             arguments.check_boolean("synchronized", synchronized),
             virtual_batch_size
