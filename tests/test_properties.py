@@ -49,6 +49,7 @@ class Case:
     shape: tuple[int, ...]
     mask: np.ndarray | None
     unknown: frozenset[int]
+    unknown_of_mask: frozenset[int]
     is_fused: bool
     seed: int
 
@@ -99,17 +100,18 @@ def make_case(choose):
     if kind is BatchRenormalization:
         arguments["r_max"] = choose([1.2, 1.0, 3.0, np.inf])
         arguments["d_max"] = choose([0.3, 0.0, 5.0, np.inf])
+    mask = make_mask(choose, sizes)
+
+    def some(axes):
+        return frozenset(at for at in axes if choose([False, True]))
+
     return Case(
         kind,
         arguments,
         shape,
-        make_mask(choose, sizes),
-        frozenset(
-            at
-            for at in range(rank)
-            # The layer must know its channels.
-            if choose([False, True]) and at != axis % rank
-        ),
+        mask,
+        some(range(rank)) - {axis % rank},  # the layer must know its channels
+        some(range(0 if mask is None else mask.ndim)),
         choose([False, True]),
         choose(range(2**16)),
     )
@@ -122,7 +124,8 @@ def cases(draw):
 
 def run(layer, case, inputs, upstream, jit_compile):
     """Outputs and gradients, from a graph with the sizes that are known."""
-    if not IS_TENSORFLOW or not (case.unknown or jit_compile):
+    is_known = not (case.unknown or case.unknown_of_mask)
+    if not IS_TENSORFLOW or (is_known and not jit_compile):
         return helpers.gradients(layer, inputs, upstream, case.mask)
     sizes = [
         None if at in case.unknown else size
@@ -132,16 +135,11 @@ def run(layer, case, inputs, upstream, jit_compile):
     signature = [spec, spec]
     arguments = [inputs, upstream]
     if case.mask is not None:
-        rest = [size for at, size in enumerate(sizes) if at != case.axis]
-        signature.append(
-            tf.TensorSpec(
-                [
-                    None if known is None else size
-                    for known, size in zip(rest, case.mask.shape, strict=False)
-                ],
-                case.mask.dtype,
-            )
-        )
+        sizes = [
+            None if at in case.unknown_of_mask else size
+            for at, size in enumerate(case.mask.shape)
+        ]
+        signature.append(tf.TensorSpec(sizes, case.mask.dtype))
         arguments.append(tf.constant(case.mask))
 
     @tf.function(input_signature=signature, jit_compile=jit_compile)

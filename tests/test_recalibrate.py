@@ -323,6 +323,44 @@ def test_other_errors(rng):
         recalibrate(first_layer(sizes=(2,)), x, prior_examples=-1)
 
 
+def test_a_list_of_one_batch_is_no_list_of_inputs(rng):
+    x = helpers.inputs_of(rng, (6, 5, 3))
+    model = first_layer()
+    recalibrate(model, [(x, np.zeros(6))])
+    helpers.assert_close(
+        get_statistics(model)["bn/moving_mean"], x.mean(axis=(0, 1)), 1e-5
+    )
+
+
+def test_all_batches_may_be_asked_for(rng):
+    x = helpers.inputs_of(rng, (20, 5, 3))
+    model = first_layer()
+    recalibrate(model, x, steps=4, batch_size=5)
+    helpers.assert_close(
+        get_statistics(model)["bn/moving_mean"], x.mean(axis=(0, 1)), 1e-5
+    )
+
+
+def test_a_py_dataset_that_never_ends_needs_steps(rng):
+    class Endless(keras.utils.PyDataset):
+        @property
+        def num_batches(self):
+            return None
+
+        def __getitem__(self, index):
+            return np.full((2, 5, 3), index, "float32")
+
+    with pytest.raises(
+        ValueError,
+        match=r"^`steps` must be given for a dataset that never ends\. "
+        r"Received: steps=None\.$",
+    ):
+        recalibrate(first_layer(), Endless())
+    model = first_layer()
+    recalibrate(model, Endless(), steps=5)
+    assert np.all(get_statistics(model)["bn/moving_mean"] == 2)
+
+
 def test_progress_is_shown(rng, capsys):
     recalibrate(first_layer(), helpers.inputs_of(rng, (20, 5, 3)), batch_size=5)
     assert "4/4" in capsys.readouterr().out

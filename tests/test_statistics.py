@@ -109,6 +109,14 @@ def test_a_bank_is_a_copy_and_survives_conversion(rng):
         assert np.all(value != bank[key])
 
 
+def test_a_variance_of_zero_is_a_variance(rng):
+    model = networks.randomize(networks.sequential(BatchNormalization), rng)
+    bank = get_statistics(model)
+    bank["last/moving_variance"] = np.zeros(4)
+    set_statistics(model, bank)
+    assert np.all(get_statistics(model)["last/moving_variance"] == 0)
+
+
 def test_bad_banks_change_nothing(rng):
     model = networks.randomize(networks.sequential(BatchNormalization), rng)
     bank = get_statistics(model)
