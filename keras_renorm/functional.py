@@ -7,7 +7,6 @@ offsets) are vectors of one value a channel, or have that shape too.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -259,15 +258,17 @@ class Feedback(NamedTuple):
         mismatch: Moving average of how far batch statistics lie from the
             moving ones.
         momentum: Share of the accumulators that is kept.
-        add: Adds to `mean` and `projection` in the backward pass: takes the
-            changes, and the results of the pass, which it returns.
+        targets: Where the backward pass adds to `mean` and `projection`; see
+            `graphs.add_in_backward_pass`.
+        dtype: The type of these variables.
     """
 
     mean: Tensor
     projection: Tensor
     mismatch: Tensor
     momentum: float
-    add: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+    targets: tuple[Tensor, ...]
+    dtype: str
 
 
 class State(NamedTuple):

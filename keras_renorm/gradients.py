@@ -90,7 +90,7 @@ def correct(
     offset_mean: Tensor,
     scale_mean: Tensor,
     scaling: Tensor,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """The corrected gradient, in the terms of the uncorrected one.
 
     That of Algorithm 1 is γ r/σ_B (dy − mean(dy) − x̂ mean(dy x̂)). With
@@ -108,8 +108,8 @@ def correct(
     this is the first formula with other means, and its scale times
     `response.held + response.rest`.
 
-    Moves the accumulators, but not where what arrives is not finite or the
-    batch has no element.
+    The accumulators stay where what arrives is not finite or the batch has no
+    element.
 
     Args:
         moments: Those of the batch.
@@ -122,7 +122,7 @@ def correct(
             it is not known, which counts as 1.
 
     Returns:
-        What takes the place of the two means.
+        What takes the place of the two means, and the changes of e₁ and e₂.
     """
     feedback: Any = state.feedback
     gain = 1.0 - feedback.momentum
@@ -154,6 +154,4 @@ def correct(
         / whole,
         scaling * (held * projection * r + rest * scale_mean) / whole,
     ]
-    return feedback.add(
-        [where_valid(error), where_valid(arrived - forgotten)], means
-    )
+    return means, [where_valid(error), where_valid(arrived - forgotten)]

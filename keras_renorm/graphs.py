@@ -16,27 +16,109 @@ elif backend.backend() == "jax":
 Tensor = Any
 
 
-def as_one_graph(method: Any) -> Any:
-    """A method of a layer, as a graph of its own where it is called eagerly.
+# So many graphs of one kind of arguments are made for exact sizes; then one
+# for all sizes.
+EXACT_GRAPHS = 3
+
+
+class _Graphs:
+    """The graphs of a function for one kind of arguments.
+
+    Attributes:
+        exact: By the sizes of the arguments' axes.
+        pattern: Of the one that others share: its sizes, `None` for any.
+        general: That graph.
+    """
+
+    def __init__(self) -> None:
+        self.exact: dict[Any, Any] = {}
+        self.pattern: Any = None
+        self.general: Any = None
+
+    def find(self, sizes: Any, trace: Callable[[Any], Any]) -> Any:
+        """The graph for these sizes; `trace(pattern)` makes one."""
+        if sizes in self.exact:
+            return self.exact[sizes]
+        if len(self.exact) < EXACT_GRAPHS:
+            self.exact[sizes] = trace(sizes)
+            return self.exact[sizes]
+        seen = [*self.exact] if self.pattern is None else [self.pattern]
+        pattern = tuple(
+            tuple(
+                lengths[0] if len(set(lengths)) == 1 else None
+                for lengths in zip(*shapes, strict=True)
+            )
+            for shapes in zip(sizes, *seen, strict=True)
+        )
+        if pattern != self.pattern:
+            self.general, self.pattern = trace(pattern), pattern
+        return self.general
+
+
+def as_one_graph(function: Any) -> Any:
+    """A function of tensors and constants, as a graph where called eagerly.
 
     In eager mode each operation on a vector costs its dispatch, and a step
-    has some fifty of them. The arguments are tensors, or values that the
-    graph is made anew for; what the method reads of the layer but does not
-    get as an argument must not change. Under a distribution strategy, and on
-    other backends, it is the method itself.
+    has some fifty of them. A graph is made once for each kind of arguments,
+    and all callers share it; so the arguments must be all that the function
+    reads. (Not by `tf.function` itself, which warns where graphs are made
+    one after the other, as those of a network's layers are.) Under a
+    distribution strategy, and on other backends, it is the function itself.
     """
     if backend.backend() != "tensorflow":
-        return method
-    graph = tf.function(method, autograph=False, reduce_retracing=True)
+        return function
+    kinds: dict[Any, _Graphs] = {}
 
-    @functools.wraps(method)
-    def called(self: Any, *arguments: Any) -> Any:
-        if tf.executing_eagerly() and not tf.distribute.has_strategy():
-            # By way of the descriptor, which holds the layer weakly.
-            return graph.__get__(self, type(self))(*arguments)
-        return method(self, *arguments)
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        if (
+            not tf.executing_eagerly()
+            or tf.distribute.has_strategy()
+            or tf.config.functions_run_eagerly()
+        ):
+            return function(*arguments)
+        leaves = tf.nest.flatten(arguments)
+        at = [i for i, leaf in enumerate(leaves) if tf.is_tensor(leaf)]
+        tensors = [leaves[index] for index in at]
+
+        def trace(pattern: Any) -> Any:
+            constants = list(leaves)
+            for index in at:
+                constants[index] = None  # or the graph would keep the tensors
+
+            def on_tensors(*values: Tensor) -> Any:
+                filled = list(constants)
+                for index, value in zip(at, values, strict=True):
+                    filled[index] = value
+                return function(*tf.nest.pack_sequence_as(form, filled))
+
+            form = tf.nest.pack_sequence_as(arguments, [None] * len(leaves))
+            specs = [
+                tf.TensorSpec(shape, tensor.dtype)
+                for shape, tensor in zip(pattern, tensors, strict=True)
+            ]
+            # The device of whoever comes first must not be that of all.
+            with tf.device(None):
+                return tf.function(
+                    on_tensors, autograph=False
+                ).get_concrete_function(*specs)
+
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        kind = tuple(
+            (leaf.dtype, *_form(leaf.shape)) if tf.is_tensor(leaf) else leaf
+            for leaf in leaves
+        )
+        graph = kinds.setdefault(kind, _Graphs()).find(shapes, trace)
+        return graph(*tensors)
 
     return called
+
+
+def _form(shape: Any) -> tuple[Any, ...]:
+    """What of a shape a graph is made for: vectors whole, which axes are 1."""
+    if len(shape) < 2:
+        return tuple(shape)
+    return tuple(size == 1 for size in shape)
 
 
 def compiled(function: Any) -> Any:
@@ -156,29 +238,39 @@ def read(variable: Any, dtype: str) -> Tensor:
     return ops.cast(variable.value, dtype)
 
 
-def adder(variables: list[Any]) -> Any:
-    """A function that adds to variables in a backward pass.
+def accumulators(variables: list[Any]) -> tuple[Tensor, ...]:
+    """What `add_in_backward_pass` needs of variables: tensors.
 
-    It takes the changes and the results of the pass, and returns the results.
-    These wait for the additions: the backward pass of a graph computes what
-    its results need, and nothing else. In a `keras.StatelessScope`, where
-    variables stand for tensors, nothing is added, whenever the gradient is
-    asked for.
+    None in a `keras.StatelessScope`, where variables stand for tensors:
+    nothing is to be added, whenever the gradient is asked for.
     """
-    targets = [variable.value for variable in variables]
+    values = [variable.value for variable in variables]
+    if not all(isinstance(value, tf.Variable) for value in values):
+        return ()
+    return tuple(value.handle for value in values)
 
-    def add(changes: list[Tensor], results: list[Tensor]) -> list[Tensor]:
-        added = [
-            target.assign_add(tf.cast(change, target.dtype), read_value=False)
-            for target, change in zip(targets, changes, strict=True)
-            if hasattr(target, "assign_add")
-        ]
-        if tf.executing_eagerly():
-            return results
-        with tf.control_dependencies(added):
-            return [tf.identity(result) for result in results]
 
-    return add
+def add_in_backward_pass(
+    targets: Sequence[Tensor],
+    changes: Sequence[Tensor],
+    results: Sequence[Tensor],
+    dtype: str,
+) -> list[Tensor]:
+    """`results` of a backward pass, after additions to variables of `dtype`.
+
+    The results wait for the additions: the backward pass of a graph computes
+    what its results need, and nothing else.
+    """
+    added = [
+        tf.raw_ops.AssignAddVariableOp(
+            resource=target, value=tf.cast(change, dtype)
+        )
+        for target, change in zip(targets, changes, strict=False)
+    ]
+    if tf.executing_eagerly():
+        return list(results)
+    with tf.control_dependencies(added):
+        return [tf.identity(result) for result in results]
 
 
 def to_numpy(variable: Any) -> np.ndarray:

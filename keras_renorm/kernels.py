@@ -11,7 +11,7 @@ from typing import Any
 
 from keras import backend, ops
 
-from keras_renorm import functional, gradients, pooling
+from keras_renorm import functional, gradients, graphs, pooling
 from keras_renorm.functional import Moments, Response, State, Tensor
 from keras_renorm.fused import FusedView
 from keras_renorm.pooling import ALONE, Pool
@@ -100,6 +100,7 @@ def _is_compiled_by_xla(inputs: Tensor) -> bool:
     return False
 
 
+@graphs.as_one_graph
 def normalize_by_batch(
     inputs: Tensor,
     axis: int,
@@ -122,6 +123,8 @@ def normalize_by_batch(
         the statistics, and the new moving statistics, which carry no
         gradient.
     """
+    # A graph for several shapes does not know it.
+    inputs = graphs.with_size(inputs, axis, state.moving_mean.shape[0])
     is_corrected = state.feedback is not None
     path = choose(inputs, axis, mask, pool, is_corrected)
     if path == "fused":
@@ -133,6 +136,7 @@ def normalize_by_batch(
     return _plain_batch(inputs, axis, mask, state, pool)
 
 
+@graphs.as_one_graph
 def normalize_by_moving_statistics(
     inputs: Tensor, axis: int, mask: Tensor | None, state: State
 ) -> Tensor:
@@ -140,6 +144,7 @@ def normalize_by_moving_statistics(
 
     γ (x − μ) / σ + β, with the arguments of `normalize_by_batch`.
     """
+    inputs = graphs.with_size(inputs, axis, state.moving_mean.shape[0])
     if choose(inputs, axis, mask) == "fused":
         view = FusedView(inputs, axis)
         outputs, *_ = view.normalize(
@@ -286,8 +291,11 @@ def _taken_out(
     if state.feedback is None:
         return means
     offset_mean, scale_mean = means
-    return gradients.correct(
+    means, changes = gradients.correct(
         moments, state, response, offset_mean, scale_mean, others[-1]
+    )
+    return graphs.add_in_backward_pass(
+        state.feedback.targets, changes, means, state.feedback.dtype
     )
 
 

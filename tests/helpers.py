@@ -1,8 +1,16 @@
 """One way to call and differentiate layers on every backend."""
 
+import re
+
 import keras
 import numpy as np
+import pytest
 from keras import ops
+
+
+def raises(kind, message):
+    """Expects an error with this message, the whole of it."""
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")
 
 
 def inputs_of(rng, shape, axis=-1, dtype="float32"):

@@ -112,6 +112,38 @@ def test_a_second_fit_stays_relaxed_and_a_reset_counter_begins_anew():
     assert fit(model, [RenormScheduler()])["r_max"][0] < 3.0
 
 
+def test_a_scheduler_of_a_second_fit_measures_anew():
+    layer = BatchRenormalization()
+    model, scheduler = compiled([layer]), RenormScheduler()
+    for _ in range(2):
+        fit(model, [scheduler])
+        assert layer.r_max == ioffe2017(160)[0]
+
+
+def test_a_second_fit_asks_a_function_anew():
+    layer = BatchRenormalization()
+    model = compiled([layer])
+    scheduler = RenormScheduler(lambda step: 2.0, 0.0)
+    fit(model, [scheduler], epochs=1)
+    layer.r_max = 9.0
+    fit(model, [scheduler], epochs=1)
+    assert layer.r_max == 2.0
+
+
+def test_logs_hold_the_largest_limits_of_all_layers():
+    layers = [BatchRenormalization(), BatchRenormalization(trainable=False)]
+    ramp = LinearRamp(1.0, 3.0, 0, 64)
+    history = fit(compiled(layers), [RenormScheduler(ramp, 0.0)], epochs=2)
+    assert layers[1].current_limits() == (1.0, 0.0)
+    assert history["r_max"] == [2.0, 3.0]
+
+
+def test_a_run_without_epochs_changes_no_step():
+    layer = BatchRenormalization()
+    fit(compiled([layer]), [RenormScheduler()], epochs=0)
+    assert layer.current_step() == 0
+
+
 def test_a_model_that_is_built_by_fit():
     layer = BatchRenormalization()
     model = keras.Sequential([layer, keras.layers.Dense(3)])

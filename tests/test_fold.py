@@ -142,6 +142,21 @@ def test_what_cannot_be_folded_is_named_and_kept(rng):
         helpers.assert_close(other, one, 1e-5)
 
 
+def test_a_layer_with_lora_weights_is_named_and_kept():
+    before = layers.Dense(4, name="adapted")
+    model = keras.Sequential(
+        [keras.Input((3,)), before, BatchNormalization(name="bn")]
+    )
+    before.enable_lora(1)
+    with pytest.warns(
+        UserWarning,
+        match=r"^1 of 1 batch normalization layers are not folded: "
+        r"bn \(adapted is quantized or has LoRA weights\).$",
+    ):
+        folded = fold(model)
+    assert len(networks.normalizations(folded)) == 1
+
+
 @pytest.mark.filterwarnings("ignore:.*are not folded")
 @pytest.mark.parametrize("network", networks.ALL)
 def test_networks_of_all_kinds(network, rng):

@@ -308,6 +308,18 @@ def test_inference_mode_uses_moving_statistics(rng):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_training_mode_is_the_default(function, rng):
+    batch = batch_of(rng)
+    model = trained(network(), batch)
+
+    def values(**arguments):
+        return function(model, LOSS, batch, 0.1, **arguments).values
+
+    assert np.array_equal(values(), values(training=True))
+    assert not np.allclose(values(), values(training=False), rtol=1e-3)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_dropout_is_the_same_at_every_point(function, rng):
     batch = batch_of(rng)
     values = function(network(), LOSS, batch, [0.1, 0.2, 0.1]).values
@@ -606,6 +618,22 @@ def test_targets_without_an_axis_do_not_broadcast(rng):
         expected = -np.mean(np.log(np.where(y == 1, p, 1 - p)))
         line = loss_along_gradient(model, loss, (x, y), 0.1)
         np.testing.assert_allclose(line.initial_loss, expected, rtol=1e-5)
+
+
+def test_targets_without_an_axis_have_a_weight_each(rng):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    x = rng.normal(size=(6, 3)).astype("float32")
+    y, weight = rng.normal(size=6), np.arange(6.0)
+    line = loss_along_gradient(
+        model,
+        lambda y_true, y_pred: ops.mean((y_true - y_pred) ** 2, axis=-1),
+        (x, y, weight),
+        0.1,
+    )
+    error = helpers.to_numpy(model(x))[:, 0].astype("float64") - y
+    np.testing.assert_allclose(
+        line.initial_loss, np.mean(weight * error**2), rtol=1e-5
+    )
 
 
 def test_lookups_and_masks(rng):

@@ -1,5 +1,7 @@
 """Population statistics over a dataset."""
 
+import copy
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from keras_renorm import (
     get_statistics,
     recalibrate,
 )
-from keras_renorm.callbacks import RecalibrateStatistics
+from keras_renorm.callbacks import RecalibrateStatistics, RenormMonitor
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
@@ -314,6 +316,81 @@ def test_a_failure_in_the_second_layer_restores_the_first(rng):
         assert np.array_equal(value, before[key])
 
 
+def dense_pair():
+    """The second layer sees what the first makes of a batch."""
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            BatchNormalization(name="first"),
+            layers.Dense(6, activation="relu"),
+            BatchNormalization(name="second"),
+        ]
+    )
+
+
+def test_batches_of_one_element_go_layer_by_layer(rng):
+    x = helpers.inputs_of(rng, (40, 4))
+    model = networks.randomize(dense_pair(), rng)
+    recalibrate(model, x, batch_size=1, verbose=False)
+    for layer, rows in zip(
+        networks.normalizations(model), activations(model, x), strict=True
+    ):
+        mean, variance = helpers.statistics(layer)
+        helpers.assert_close(mean, rows.mean(axis=0), 1e-5)
+        helpers.assert_close(variance, rows.var(axis=0), 1e-5)
+
+
+def test_a_last_batch_of_one_element_does_not_reach_deeper_layers(rng):
+    x = helpers.inputs_of(rng, (33, 4))
+    model, other = (networks.randomize(dense_pair(), rng) for _ in range(2))
+    other.set_weights(model.get_weights())
+    recalibrate(model, x, batch_size=16, verbose=False)
+    recalibrate(other, x[:32], batch_size=16, verbose=False)
+    mean, variance = helpers.statistics(model.get_layer("first"))
+    helpers.assert_close(mean, x.mean(axis=0), 1e-5)
+    helpers.assert_close(variance, x.var(axis=0), 1e-5)
+    for one, two in zip(
+        helpers.statistics(model.get_layer("second")),
+        helpers.statistics(other.get_layer("second")),
+        strict=True,
+    ):
+        helpers.assert_close(one, two, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("is_read_once", "layer_by_layer"), [(True, None), (False, False)]
+)
+def test_batches_of_one_element_in_one_pass(is_read_once, layer_by_layer, rng):
+    x = helpers.inputs_of(rng, (8, 4))
+    model = networks.randomize(dense_pair(), rng)
+    before = get_statistics(model)
+    batches = [(x[at : at + 1],) for at in range(8)]
+    message = (
+        "`dataset` must hold batches of two elements a channel or more, or be "
+        "read with layer_by_layer=True, which needs data that can be read "
+        "again. Received: one element a channel, normalized by itself, before "
+        "second."
+    )
+    with helpers.raises(ValueError, message):
+        recalibrate(
+            model,
+            iter(batches) if is_read_once else batches,
+            layer_by_layer=layer_by_layer,
+            verbose=False,
+        )
+    for key, value in get_statistics(model).items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_one_layer_takes_batches_of_one_element(rng):
+    x = helpers.inputs_of(rng, (20, 3))
+    model = first_layer(sizes=(3,))
+    recalibrate(model, ((x[at : at + 1],) for at in range(20)), verbose=False)
+    mean, variance = helpers.statistics(model.layers[0])
+    helpers.assert_close(mean, x.mean(axis=0), 1e-5)
+    helpers.assert_close(variance, x.var(axis=0), 1e-5)
+
+
 def test_other_errors(rng):
     plain = keras.Sequential([keras.Input((2,)), layers.Dense(1)], name="mlp")
     x = np.zeros((4, 2), "float32")
@@ -321,6 +398,44 @@ def test_other_errors(rng):
         recalibrate(plain, x)
     with pytest.raises(ValueError, match="Received: prior_examples=-1"):
         recalibrate(first_layer(sizes=(2,)), x, prior_examples=-1)
+
+
+def test_a_list_of_one_batch_is_no_list_of_inputs(rng):
+    x = helpers.inputs_of(rng, (6, 5, 3))
+    model = first_layer()
+    recalibrate(model, [(x, np.zeros(6))])
+    helpers.assert_close(
+        get_statistics(model)["bn/moving_mean"], x.mean(axis=(0, 1)), 1e-5
+    )
+
+
+def test_all_batches_may_be_asked_for(rng):
+    x = helpers.inputs_of(rng, (20, 5, 3))
+    model = first_layer()
+    recalibrate(model, x, steps=4, batch_size=5)
+    helpers.assert_close(
+        get_statistics(model)["bn/moving_mean"], x.mean(axis=(0, 1)), 1e-5
+    )
+
+
+def test_a_py_dataset_that_never_ends_needs_steps(rng):
+    class Endless(keras.utils.PyDataset):
+        @property
+        def num_batches(self):
+            return None
+
+        def __getitem__(self, index):
+            return np.full((2, 5, 3), index, "float32")
+
+    with pytest.raises(
+        ValueError,
+        match=r"^`steps` must be given for a dataset that never ends\. "
+        r"Received: steps=None\.$",
+    ):
+        recalibrate(first_layer(), Endless())
+    model = first_layer()
+    recalibrate(model, Endless(), steps=5)
+    assert np.all(get_statistics(model)["bn/moving_mean"] == 2)
 
 
 def test_progress_is_shown(rng, capsys):
@@ -442,6 +557,84 @@ def deep_regression():
             layers.Dense(1),
         ]
     )
+
+
+def test_the_callback_says_at_once_that_data_must_be_repeatable(rng):
+    x = helpers.inputs_of(rng, (20, 5, 3))
+    message = (
+        "`dataset` must be one that can be read again, for it is read after "
+        "each epoch; or never end, with `steps`. Received: "
+        "dataset=<generator>, steps=None."
+    )
+    with helpers.raises(ValueError, message):
+        RecalibrateStatistics(part for part in [x])
+
+
+def test_the_callback_takes_a_generator_that_never_ends(rng):
+    x = helpers.inputs_of(rng, (20, 5, 3))
+
+    def forever():
+        while True:
+            yield (x,)
+
+    model = first_layer()
+    model.compile("sgd", "mse")
+    callback = RecalibrateStatistics(forever(), steps=2)
+    y = np.zeros((20, 5, 2))
+    model.fit(x, y, epochs=3, verbose=0, callbacks=[callback])
+    helpers.assert_close(
+        helpers.statistics(model.layers[0])[0],
+        x.reshape(-1, 3).mean(axis=0),
+        1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"steps": 1.5}, "`steps` must be an integer"),
+        ({"prior_examples": -1}, "`prior_examples` must be finite"),
+        ({"layer_by_layer": 1}, "`layer_by_layer` must be True or False"),
+    ],
+)
+def test_the_callback_checks_before_the_first_epoch(arguments, message, rng):
+    x = helpers.inputs_of(rng, (20, 5, 3))
+    model = first_layer()
+    model.compile("sgd", "mse")
+    before = model.get_weights()
+    callback = RecalibrateStatistics(x, **arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        model.fit(x, np.zeros((20, 5, 2)), verbose=0, callbacks=[callback])
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("kind", [RecalibrateStatistics, RenormMonitor])
+def test_copies_of_a_callback_share_the_data(kind, rng):
+    import tensorflow as tf
+
+    x = helpers.inputs_of(rng, (20, 3))
+    data = tf.data.Dataset.from_tensor_slices(x).batch(5)
+    callback = kind(dataset=data)
+    callbacks = copy.deepcopy([callback, callback])
+    assert callbacks[0] is callbacks[1] is not callback
+    assert callbacks[0].dataset is data
+    assert all(
+        value == vars(callbacks[0])[name]
+        for name, value in vars(callback).items()
+    )
+    model = first_layer(sizes=(3,))
+    model.compile("sgd", "mse")
+    model.fit(x, np.zeros((20, 2)), verbose=0, callbacks=[callbacks[0]])
+    if kind is RenormMonitor:
+        assert callbacks[0].rows
+        assert not callback.rows
+    else:
+        helpers.assert_close(
+            helpers.statistics(model.layers[0])[0], x.mean(axis=0), 1e-5
+        )
 
 
 def test_the_callback_without_normalization(rng):

@@ -1,5 +1,6 @@
 """Save, load, resume, export."""
 
+import json
 import os
 import re
 import subprocess
@@ -223,3 +224,42 @@ def test_cloned_models_have_the_limits_and_a_counter_at_zero(trained):
     assert clone.layers[0].current_step() == 0
     clone.set_weights(trained.get_weights())
     assert_same_weights(clone, trained)
+
+
+def test_a_config_holds_plain_values():
+    layer = BatchRenormalization(
+        axis=np.array(-1),
+        momentum=np.array(0.5),
+        epsilon=np.array(0.25),
+        virtual_batch_size=np.array(4),
+        frozen_statistics=np.array(True),
+        center=np.bool_(False),
+        scale=np.array(True),
+        r_max=np.array(2.0),
+        d_max=np.array(3),
+    )
+    config = layer.get_config()
+    plain = {
+        name: config[name]
+        for name in (
+            "axis",
+            "momentum",
+            "epsilon",
+            "virtual_batch_size",
+            "frozen_statistics",
+            "center",
+            "scale",
+        )
+    }
+    assert plain == {
+        "axis": -1,
+        "momentum": 0.5,
+        "epsilon": 0.25,
+        "virtual_batch_size": 4,
+        "frozen_statistics": True,
+        "center": False,
+        "scale": True,
+    }
+    assert {type(value) for value in plain.values()} == {int, float, bool}
+    json.dumps(keras.saving.serialize_keras_object(layer))
+    assert BatchRenormalization.from_config(config).r_max == 2.0

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_renorm.schedules import LinearRamp, ioffe2017
+from keras_renorm.schedules import LinearRamp, ioffe2017, limit
 
 
 def test_every_step_of_a_ramp():
@@ -78,3 +78,17 @@ def test_serialization_gives_the_same_ramp():
 def test_a_ramp_cannot_be_changed():
     with pytest.raises(AttributeError):
         LinearRamp(1.0, 2.0, 0, 1).final_value = 3.0
+
+
+@pytest.mark.parametrize("number", [np.array(2), np.array(2.0), np.float16(2)])
+def test_numbers_of_numpy_are_numbers(number):
+    ramp = LinearRamp(number, number, np.int64(3), np.array(3))
+    assert all(type(each) is float for each in (ramp(0), ramp.final_value))
+    assert type(ramp.begin_step) is type(ramp.end_step) is int
+    assert ramp == limit("r_max", number, 1.0) == number
+    with pytest.raises(TypeError, match="`r_max` must be a number or a"):
+        limit("r_max", np.array([2.0]), 1.0)
+    with pytest.raises(TypeError, match="`r_max` must be a number or a"):
+        limit("r_max", np.array(True), 1.0)
+    with pytest.raises(TypeError, match="`total_steps` must be an integer"):
+        ioffe2017(np.array(2.0))

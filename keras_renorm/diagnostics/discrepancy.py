@@ -43,7 +43,7 @@ def discrepancy(
         model: A built model with batch normalization, Keras's or ours, at any
             depth. With labels in the dataset and a compiled model, loss and
             metrics are computed in both modes.
-        dataset: As for `recalibrate`: arrays, a `tf.data.Dataset`, a
+        dataset: As for `recalibrate`: arrays, frames, a `tf.data.Dataset`, a
             `PyDataset` or another iterable of `x`, `(x, y)` or `(x, y,
             sample_weight)`.
         steps: Number of batches, or `None` (default) for all. Twenty or more
@@ -67,7 +67,8 @@ def discrepancy(
         ValueError: If an argument is out of range; if the model has no batch
             normalization, or is not built; if the dataset is empty, holds
             fewer than `steps` batches, never ends without `steps`, does not
-            reach a layer, or makes activations in training mode that are not
+            fit the model's inputs or a layer's channels, does not reach a
+            layer, or makes activations in training mode that are not
             finite.
 
     Example:

@@ -283,51 +283,30 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
         if training and self.trainable and not self.statistics_stand:
-            pool = Pool(self.synchronized, self.virtual_batch_size)
-            outputs, probe = self._train(
-                inputs, axis, mask, self.epsilon, self.momentum, pool
-            )
-            if probe is not None and self.compute_dtype == "float16":
-                # So that the backward pass sees the scale of the loss.
-                self.add_loss(probe)
+            outputs = self._train(inputs, axis, mask)
         else:
-            outputs = self._infer(
-                inputs, axis, mask, self.epsilon, self.momentum
-            )
+            outputs = self._infer(inputs, axis, mask)
         return ops.cast(outputs, self.compute_dtype)
 
-    @graphs.as_one_graph
-    def _train(
-        self,
-        inputs: Tensor,
-        axis: int,
-        mask: Tensor | None,
-        epsilon: float,
-        momentum: float,
-        pool: Pool,
-    ) -> tuple[Tensor, Tensor | None]:
-        state = self._state(inputs, epsilon, momentum, self._limits())
-        state = state._replace(
-            feedback=self._feedback(kernels.statistics_dtype(inputs.dtype))
+    def _train(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+        dtype = kernels.statistics_dtype(inputs.dtype)
+        state = self._state(dtype)._replace(
+            limits=self._limits(), feedback=self._feedback(dtype)
         )
+        pool = Pool(self.synchronized, self.virtual_batch_size)
         outputs, response = kernels.normalize_by_batch(
             inputs, axis, mask, state, pool
         )
         self.moving_mean.assign(response.moving_mean)
         self.moving_variance.assign(response.moving_variance)
         self._end_step(response)
-        return outputs, response.probe
+        if response.probe is not None and self.compute_dtype == "float16":
+            # So that the backward pass sees the scale of the loss.
+            self.add_loss(response.probe)
+        return outputs
 
-    @graphs.as_one_graph
-    def _infer(
-        self,
-        inputs: Tensor,
-        axis: int,
-        mask: Tensor | None,
-        epsilon: float,
-        momentum: float,
-    ) -> Tensor:
-        state = self._state(inputs, epsilon, momentum)
+    def _infer(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+        state = self._state(kernels.statistics_dtype(inputs.dtype))
         if not self.synchronized:
             moving_mean, moving_variance = pooling.average_over_replicas(
                 [state.moving_mean, state.moving_variance]
@@ -337,15 +316,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             )
         return kernels.normalize_by_moving_statistics(inputs, axis, mask, state)
 
-    def _state(
-        self,
-        inputs: Tensor,
-        epsilon: float,
-        momentum: float,
-        limits: functional.Limits | None = None,
-    ) -> functional.State:
+    def _state(self, dtype: str) -> functional.State:
         """The weights, each read once, in the type to compute in."""
-        dtype = kernels.statistics_dtype(inputs.dtype)
         gamma, beta, moving_mean, moving_variance = (
             None if weight is None else graphs.read(weight, dtype)
             for weight in (
@@ -360,9 +332,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             beta,
             moving_mean,
             moving_variance,
-            limits,
-            epsilon,
-            momentum,
+            None,
+            self.epsilon,
+            self.momentum,
         )
 
     def _channel_axis(self, rank: int) -> int:

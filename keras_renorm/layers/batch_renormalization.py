@@ -280,7 +280,8 @@ class BatchRenormalization(BatchNormalization):
             graphs.read(self.gradient_projection, dtype),
             graphs.read(self.mismatch, dtype),
             self.gradient_momentum,
-            graphs.adder(accumulators),
+            graphs.accumulators(accumulators),
+            self.gradient_mean.dtype,
         )
 
     def _end_step(self, response: functional.Response) -> None:

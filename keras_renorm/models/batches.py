@@ -1,5 +1,6 @@
 """Batches of data, from whatever holds them."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -62,9 +63,7 @@ class Batches:
         return not isinstance(self.dataset, Iterator)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        for at, batch in enumerate(self._all_batches()):
-            if self.asked is not None and at == self.asked:
-                return
+        for batch in itertools.islice(self._all_batches(), self.asked):
             x, y, sample_weight = _unpacked(batch)
             check_inputs(self.model, x)
             yield x, y, sample_weight
@@ -118,20 +117,22 @@ class Batches:
 
     def _all_batches(self) -> Iterator[Any]:
         if self._arrays is not None:
-            examples = _examples(self._arrays)
-            for begin in range(0, examples, self.batch_size):
-                part = slice(begin, begin + self.batch_size)
-                yield tuple(
-                    tree.map_structure(lambda leaf, at=part: leaf[at], each)
-                    if each is not None
-                    else None
-                    for each in self._arrays
-                )
-        elif isinstance(self.dataset, keras.utils.PyDataset):
-            for index in range(self.steps or 0):
-                yield self.dataset[index]
-        else:
-            yield from self.dataset
+            return self._slices(self._arrays)
+        if isinstance(self.dataset, keras.utils.PyDataset):
+            return (self.dataset[index] for index in range(self.steps or 0))
+        # Not through a generator of ours, which would close theirs when it
+        # ends: of one that never ends, the next steps are read later.
+        return iter(self.dataset)
+
+    def _slices(self, arrays: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        for begin in range(0, _examples(arrays), self.batch_size):
+            part = slice(begin, begin + self.batch_size)
+            yield tuple(
+                tree.map_structure(lambda leaf, at=part: leaf[at], each)
+                if each is not None
+                else None
+                for each in arrays
+            )
 
 
 def check_inputs(model: Any, x: Any) -> None:
@@ -228,10 +229,16 @@ def _check_list(dataset: list[Any]) -> None:
     if not all(map(_is_array, dataset)):
         return
     shapes = [tuple(each.shape) for each in dataset]
-    is_of_one_length = len({shape[0] for shape in shapes}) == 1
-    if len({len(shape) for shape in shapes}) > 1 or (
-        is_of_one_length and len(set(shapes)) > 1
-    ):
+    # Batches differ in length, or in what comes between it and the channels.
+    ranks, lengths, widths = (
+        len(set(each))
+        for each in (
+            map(len, shapes),
+            (shape[0] for shape in shapes),
+            (shape[-1] for shape in shapes),
+        )
+    )
+    if ranks > 1 or (lengths == 1 and widths > 1):
         raise ValueError(
             "`dataset` must be a tuple where it is inputs and labels, (x, y), "
             "and hold tuples where it is a list of batches, [(x,), (x,)]. "

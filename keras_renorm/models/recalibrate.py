@@ -49,7 +49,18 @@ def recalibrate(
     the batches make of it. With `layer_by_layer=True` there is a pass for each
     layer, from the first on, and the layers before it use their new
     statistics: exactly what inference will do, however the data is cut, at
-    the cost of a pass a layer.
+    the cost of a pass a layer. (A layer that feeds itself, in a recurrent
+    cell, say, uses its old statistics in its own pass.)
+
+    One element a channel, normalized by itself, is zero, and says nothing of
+    the data. So one pass leaves out what comes after it in a batch: a last
+    batch of one does no harm. Where most of a layer's elements would be left
+    out, there is a pass for each layer instead.
+
+    Layers count wherever they are called: in nested models, recurrent cells,
+    loops and conditionals, once for each time that they run. A layer whose
+    outputs nobody uses is not reached. What the model has compiled by itself
+    (`tf.function`, `jax.jit`) is not traced anew, and its layers not reached.
 
     Only moving statistics change: no other weight, no step counter, no limit.
     They change at the end, and not at all if anything fails. Frozen layers
@@ -58,16 +69,19 @@ def recalibrate(
 
     Args:
         model: A built model with batch normalization, Keras's or ours.
-        dataset: Inputs of the model: an array (or a structure of them, where
-            the model has several inputs), a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, or another iterable of batches. Batches
-            are as for `fit`: `x`, `(x, y)` or `(x, y, sample_weight)`; only
-            `x` is used.
+        dataset: Inputs of the model: an array or a frame of pandas (or a
+            structure of them, where the model has several inputs), a
+            `tf.data.Dataset`, a `keras.utils.PyDataset`, or another iterable
+            of batches. All, and batches, are as for `fit`: `x`, `(x, y)` or
+            `(x, y, sample_weight)`; only `x` is used. A tuple of arrays is
+            the latter; a list of arrays is the inputs of a model with as
+            many, or else batches, but never inputs and labels.
         steps: Number of batches, or `None` (default) for all.
         layer_by_layer: Whether to make a pass for each layer. The dataset must
             be one that can be read again. `None` (default): where there are
             `prior_examples`, so that each layer is measured behind layers that
-            normalize by the mixture, as they will.
+            normalize by the mixture, as they will; and where batches hold one
+            element a channel.
         prior_examples: Weight of the present statistics, in examples: N in
             N / (N + n) of the old and n / (N + n) of the new, for n examples
             seen (Schneider et al. 2020, section 3.1). 0 (default) drops them.
@@ -79,8 +93,11 @@ def recalibrate(
         ValueError: If an argument is out of range; if the model has no batch
             normalization, or is not built, or has Keras layers with
             `renorm=True` (`convert` them); if the dataset is empty, holds
-            fewer than `steps` batches, never ends without `steps`, or makes
-            statistics that are not finite.
+            fewer than `steps` batches, never ends without `steps`, does not
+            fit the model's inputs or a layer's channels, is a list of inputs
+            and labels, does not reach a layer, or makes statistics that are
+            not finite; if batches hold one element a channel and the data
+            cannot be read again, or `layer_by_layer` is `False`.
 
     Example:
 
