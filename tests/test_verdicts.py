@@ -454,8 +454,11 @@ def test_rules(figures, expected):
         (0.1, {"loss": 0.018}, {"loss": 1.006}, True),
         (0.1, {"loss": 0.1}, {"loss": 0.29}, False),
         (0.1, {"loss": 0.1}, {"loss": 0.31}, True),
-        (0.1, {"loss": 0.31}, {"loss": 0.1}, True),
-        (0.1, {"loss": -1.0}, {"loss": -3.1}, True),
+        (0.1, {"loss": -3.1}, {"loss": -1.0}, True),
+        # It serves better than it trains: that is noise.
+        (0.1, {"loss": 0.31}, {"loss": 0.1}, False),
+        (0.3, {"loss": 0.026}, {"loss": 0.005}, False),
+        (0.1, {"loss": -1.0}, {"loss": -3.1}, False),
         (0.1, {"loss": -0.1}, {"loss": 0.1}, True),
         (0.1, {"loss": 0.1}, {"loss": NAN}, True),
         # Shares, and what is larger.
@@ -463,6 +466,7 @@ def test_rules(figures, expected):
         (0.1, {"loss": 1.0, "auc": 0.96}, {"loss": 1.0, "auc": 0.90}, True),
         (0.1, {"loss": 1.0, "mae": 2.0}, {"loss": 1.0, "mae": 5.9}, False),
         (0.1, {"loss": 1.0, "mae": 2.0}, {"loss": 1.0, "mae": 6.1}, True),
+        (0.1, {"loss": 1.0, "mae": 6.1}, {"loss": 1.0, "mae": 2.0}, True),
         (0.1, {"loss": 1.0, "r2": -0.1}, {"loss": 1.0, "r2": -0.2}, False),
     ],
 )
