@@ -1,10 +1,19 @@
 """Every path through `kernels` computes the same numbers."""
 
+import functools
+import logging
+
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
-from keras_renorm import BatchNormalization, BatchRenormalization, kernels
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    graphs,
+    kernels,
+)
 from tests import helpers
 from tests.reference import Reference, from_rows, to_rows
 
@@ -455,3 +464,69 @@ def test_eager_layers_can_be_freed(rng):
     keras.utils.clear_session()
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        BatchNormalization,
+        BatchRenormalization,
+        functools.partial(BatchRenormalization, gradient_momentum=0.9),
+    ],
+)
+def test_no_warning_of_retracing(kind, rng):
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = tf.get_logger()
+    logger.addHandler(handler)
+    try:
+        layers = [kind() for _ in range(10)]
+        for training in (True, False):
+            for size in (3, 4, 5, 6, 7):
+                inputs = tf.constant(helpers.inputs_of(rng, (size, 5, 4)))
+                with tf.GradientTape() as tape:
+                    tape.watch(inputs)
+                    outputs = inputs
+                    for layer in layers:
+                        outputs = layer(outputs, training=training)
+                tape.gradient(outputs, inputs)
+    finally:
+        logger.removeHandler(handler)
+    assert not [message for message in messages if "retrac" in message]
+
+
+def test_layers_share_a_graph_and_nothing_else(rng):
+    calls = []
+
+    @graphs.as_one_graph
+    def scaled(inputs, factor, axis):
+        calls.append(axis)
+        return ops.sum(inputs, axis=axis) * factor
+
+    inputs = tf.constant(helpers.inputs_of(rng, (4, 3)))
+    for factor in (2.0, 3.0):
+        for axis in (0, 1):
+            for _ in range(2):
+                helpers.assert_close(
+                    scaled(inputs, tf.constant(factor), axis),
+                    np.sum(inputs, axis=axis) * factor,
+                    1e-6,
+                )
+    assert sorted(calls) == [0, 1]
+
+
+def test_many_sizes_end_in_one_graph(rng):
+    seen = []
+
+    @graphs.as_one_graph
+    def total(inputs, vector):
+        seen.append(tuple(inputs.shape))
+        return ops.sum(inputs, axis=0) * vector
+
+    for size in range(2, 10):
+        inputs = helpers.inputs_of(rng, (size, 3))
+        helpers.assert_close(
+            total(tf.constant(inputs), tf.ones(3)), inputs.sum(axis=0), 1e-5
+        )
+    assert seen == [(2, 3), (3, 3), (4, 3), (None, 3)]
