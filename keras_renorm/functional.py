@@ -253,22 +253,19 @@ class Feedback(NamedTuple):
     """What a layer knows of the gradients of earlier steps; see `gradients`.
 
     Attributes:
-        mean: Accumulator of the gradient's mean, shape `(channels,)`.
+        mean: Accumulator of the gradient's mean, shape `(channels,)`. What a
+            step gives as the gradient of an accumulator is added to it; see
+            `graphs.with_accumulators`.
         projection: Accumulator of its product with the normalized inputs.
         mismatch: Moving average of how far batch statistics lie from the
             moving ones.
         momentum: Share of the accumulators that is kept.
-        targets: Where the backward pass adds to `mean` and `projection`; see
-            `graphs.add_in_backward_pass`.
-        dtype: The type of these variables.
     """
 
     mean: Tensor
     projection: Tensor
     mismatch: Tensor
     momentum: float
-    targets: tuple[Tensor, ...]
-    dtype: str
 
 
 class State(NamedTuple):

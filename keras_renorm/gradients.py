@@ -125,6 +125,9 @@ def correct(
         What takes the place of the two means, and the changes of e₁ and e₂.
     """
     feedback: Any = state.feedback
+    # Constants of a second derivative.
+    mean = ops.stop_gradient(feedback.mean)
+    earlier = ops.stop_gradient(feedback.projection)
     gain = 1.0 - feedback.momentum
     scaling = ops.where(scaling == 0, ops.ones_like(scaling), scaling)
     offset_mean, scale_mean = offset_mean / scaling, scale_mean / scaling
@@ -133,12 +136,10 @@ def correct(
     stddev = ops.sqrt(moments.variance + state.epsilon)
     square = ops.square(r / stddev) * moments.variance + ops.square(d)  # q
     gained = gain * square
-    projection = (
-        gain * feedback.projection / ops.maximum(gained, ops.ones_like(gained))
-    )
-    error = offset_mean - projection * d - gain * feedback.mean  # mean(u)
+    projection = gain * earlier / ops.maximum(gained, ops.ones_like(gained))
+    error = offset_mean - projection * d - gain * mean  # mean(u)
     arrived = r * scale_mean + d * offset_mean  # mean(dy z)
-    forgotten = feedback.projection * ops.minimum(gained, ops.ones_like(gained))
+    forgotten = earlier * ops.minimum(gained, ops.ones_like(gained))
     valid = ops.isfinite(error + arrived + square)
     valid = ops.logical_and(valid, moments.count > 0)
 
@@ -150,7 +151,7 @@ def correct(
     whole = held + rest
     means = [
         scaling
-        * (held * (projection * d + gain * feedback.mean) + rest * offset_mean)
+        * (held * (projection * d + gain * mean) + rest * offset_mean)
         / whole,
         scaling * (held * projection * r + rest * scale_mean) / whole,
     ]

@@ -238,39 +238,39 @@ def read(variable: Any, dtype: str) -> Tensor:
     return ops.cast(variable.value, dtype)
 
 
-def accumulators(variables: list[Any]) -> tuple[Tensor, ...]:
-    """What `add_in_backward_pass` needs of variables: tensors.
+def with_accumulators(
+    inputs: Tensor, variables: Sequence[Any], dtype: str
+) -> tuple[Tensor, ...]:
+    """The inputs of a step, and the values of its accumulators.
 
-    None in a `keras.StatelessScope`, where variables stand for tensors:
-    nothing is to be added, whenever the gradient is asked for.
+    What the step gives as the gradient of such a value is added to the
+    variable, once for each time that the gradient of the inputs is computed.
+    That waits for the additions: the backward pass of a graph computes what
+    its results need, and nothing else. In a `keras.StatelessScope`, where
+    variables stand for tensors, nothing is added, whenever the gradient is
+    asked for.
     """
-    values = [variable.value for variable in variables]
-    if not all(isinstance(value, tf.Variable) for value in values):
-        return ()
-    return tuple(value.handle for value in values)
+    targets = [variable.value for variable in variables]
 
+    @tf.custom_gradient
+    def begin(x: Tensor, *values: Tensor) -> Any:
+        def gradient(d_x: Tensor, *changes: Tensor) -> tuple[Any, ...]:
+            added = [
+                target.assign_add(
+                    tf.cast(change, target.dtype), read_value=False
+                )
+                for target, change in zip(targets, changes, strict=True)
+                if isinstance(target, tf.Variable)
+            ]
+            if not tf.executing_eagerly():
+                with tf.control_dependencies(added):
+                    d_x = tf.identity(d_x)
+            return d_x, *(tf.zeros_like(change) for change in changes)
 
-def add_in_backward_pass(
-    targets: Sequence[Tensor],
-    changes: Sequence[Tensor],
-    results: Sequence[Tensor],
-    dtype: str,
-) -> list[Tensor]:
-    """`results` of a backward pass, after additions to variables of `dtype`.
+        return (tf.identity(x), *map(tf.identity, values)), gradient
 
-    The results wait for the additions: the backward pass of a graph computes
-    what its results need, and nothing else.
-    """
-    added = [
-        tf.raw_ops.AssignAddVariableOp(
-            resource=target, value=tf.cast(change, dtype)
-        )
-        for target, change in zip(targets, changes, strict=False)
-    ]
-    if tf.executing_eagerly():
-        return list(results)
-    with tf.control_dependencies(added):
-        return [tf.identity(result) for result in results]
+    values = [read(variable, dtype) for variable in variables]
+    return tuple(begin(inputs, *values))
 
 
 def to_numpy(variable: Any) -> np.ndarray:

@@ -229,14 +229,14 @@ def _matrix_batch(
         def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             d_offset = tf.reduce_sum(upstream, axis=0)
             d_scale = tf.reduce_sum(upstream * centered, axis=0) * rsigma
-            offset_mean, scale_mean = _taken_out(
+            (offset_mean, scale_mean), changes = _taken_out(
                 d_offset, d_scale, others, moments, state, response, pool
             )
             d_x = _backward_scale(scale, response) * (
                 upstream - offset_mean - centered * (scale_mean * rsigma)
             )
             return d_x, *_parameter_gradients(
-                state, response, d_scale, d_offset
+                state, response, d_scale, d_offset, changes
             )
 
         return (outputs, *_moved(response)), gradient
@@ -246,13 +246,24 @@ def _matrix_batch(
 
 
 def _parameters(state: State) -> list[Tensor]:
-    return [value for value in (state.gamma, state.beta) if value is not None]
+    """What a step gives gradients of, beside the inputs."""
+    values = [state.gamma, state.beta]
+    if state.feedback is not None:
+        values += [state.feedback.mean, state.feedback.projection]
+    return [value for value in values if value is not None]
 
 
 def _parameter_gradients(
-    state: State, response: Response, d_scale: Tensor, d_offset: Tensor
+    state: State,
+    response: Response,
+    d_scale: Tensor,
+    d_offset: Tensor,
+    changes: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of `_parameters`, from those of γr and γd + β."""
+    """Gradients of `_parameters`, from those of γr and γd + β.
+
+    As those of the accumulators, their changes.
+    """
     gradients = []
     if state.gamma is not None:
         if response.r is None:
@@ -261,7 +272,7 @@ def _parameter_gradients(
             gradients.append(response.r * d_scale + response.d * d_offset)
     if state.beta is not None:
         gradients.append(d_offset)
-    return gradients
+    return gradients + changes
 
 
 def _taken_out(
@@ -272,7 +283,7 @@ def _taken_out(
     state: State,
     response: Response,
     pool: Pool,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """What the gradient of the inputs takes out of the one that arrives.
 
     The means, over all that share `moments`, of what was summed on a replica;
@@ -281,7 +292,8 @@ def _taken_out(
     and beta remain the replica's own: the optimizer adds them up.
 
     Returns:
-        What is taken out everywhere, and along x̂.
+        What is taken out everywhere, and along x̂; and what to add to the
+        accumulators.
     """
     sums = [d_offset, d_scale]
     if pool.spans_replicas:
@@ -289,13 +301,10 @@ def _taken_out(
     count = tf.cast(moments.count, d_offset.dtype)
     means = [value * (1 / tf.maximum(count, 1)) for value in sums]
     if state.feedback is None:
-        return means
+        return means, []
     offset_mean, scale_mean = means
-    means, changes = gradients.correct(
+    return gradients.correct(
         moments, state, response, offset_mean, scale_mean, others[-1]
-    )
-    return graphs.add_in_backward_pass(
-        state.feedback.targets, changes, means, state.feedback.dtype
     )
 
 
@@ -363,14 +372,14 @@ def _corrected_batch(
             )
             d_offset = tf.reduce_sum(upstream, axes)
             d_scale = tf.reduce_sum(upstream * normalized, axes)
-            offset_mean, scale_mean = _taken_out(
+            (offset_mean, scale_mean), changes = _taken_out(
                 d_offset, d_scale, others, moments, state, response, pool
             )
             d_x = spread(_backward_scale(scale, response)) * (
                 upstream - spread(offset_mean) - normalized * spread(scale_mean)
             )
             return selected(d_x), *_parameter_gradients(
-                state, response, d_scale, d_offset
+                state, response, d_scale, d_offset, changes
             )
 
         return (outputs, *_moved(response)), gradient
@@ -408,6 +417,7 @@ def _fused_batch(
             outputs = normalized[0]
 
         def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            changes: list[Tensor] = []
             if not pool.spans_replicas and state.feedback is None:
                 d_x, d_scale, d_offset = view.gradient(
                     upstream, x, scale, state.epsilon, reserves
@@ -424,7 +434,7 @@ def _fused_batch(
                 )
                 # What the statistics add: scale / σ_B times the means of the
                 # upstream gradient and, along x̂, of its product with x̂.
-                offset_mean, scale_mean = _taken_out(
+                (offset_mean, scale_mean), changes = _taken_out(
                     d_offset, d_scale, others, moments, state, response, pool
                 )
                 factor = tf.math.rsqrt(variance + state.epsilon)
@@ -438,7 +448,7 @@ def _fused_batch(
                     variance=variance,
                 )[0]
             return d_x, *_parameter_gradients(
-                state, response, d_scale, d_offset
+                state, response, d_scale, d_offset, changes
             )
 
         return (outputs, *_moved(response)), gradient

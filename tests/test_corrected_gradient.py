@@ -399,6 +399,26 @@ def test_each_gradient_of_a_persistent_tape_counts(rng):
         helpers.assert_close(two, one if name == "mismatch" else 2 * one, 1e-6)
 
 
+def test_a_tape_around_a_graph_moves_the_accumulators(rng):
+    layer, reference = made((4, 3), rng)
+    inputs = helpers.inputs_of(rng, (4, 3))
+    upstream = upstream_of(rng, (4, 3))
+    called = tf.function(lambda x: layer(x, training=True))
+    x = tf.constant(inputs)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        outputs = called(x)
+    d_x = tape.gradient(outputs, x, output_gradients=tf.constant(upstream))
+    expected = reference.step(
+        inputs.astype("float64"), upstream.astype("float64"), 2.2, 1.5
+    )
+    helpers.assert_close(d_x, expected[1], 1e-5)
+    for name in ACCUMULATORS:
+        helpers.assert_close(
+            getattr(layer, name), getattr(reference, name), 1e-5
+        )
+
+
 def test_a_layer_called_twice_a_step_adds_both(rng):
     layer, _ = made((4, 3), rng, r_max=1.0, d_max=0.0, momentum=1.0)
     parts = [tf.constant(helpers.inputs_of(rng, (4, 3))) for _ in range(2)]

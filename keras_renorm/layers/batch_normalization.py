@@ -290,8 +290,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _train(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
         dtype = kernels.statistics_dtype(inputs.dtype)
+        inputs, feedback = self._feedback(inputs, dtype)
         state = self._state(dtype)._replace(
-            limits=self._limits(), feedback=self._feedback(dtype)
+            limits=self._limits(), feedback=feedback
         )
         pool = Pool(self.synchronized, self.virtual_batch_size)
         outputs, response = kernels.normalize_by_batch(
@@ -349,9 +350,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """How far r and d may go; `None` where there is no correction."""
         return None
 
-    def _feedback(self, dtype: str) -> functional.Feedback | None:
-        """What corrects the gradient; `None` where nothing does."""
-        return None
+    def _feedback(
+        self, inputs: Tensor, dtype: str
+    ) -> tuple[Tensor, functional.Feedback | None]:
+        """The inputs, and what corrects the gradient; `None` for nothing."""
+        return inputs, None
 
     def _end_step(self, response: functional.Response) -> None:
         """Called after each training step that moved the statistics."""

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_renorm import arguments, functional, graphs, schedules
+from keras_renorm.functional import Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
 
@@ -271,17 +272,19 @@ class BatchRenormalization(BatchNormalization):
             )
         )
 
-    def _feedback(self, dtype: str) -> functional.Feedback | None:
+    def _feedback(
+        self, inputs: Tensor, dtype: str
+    ) -> tuple[Tensor, functional.Feedback | None]:
         if self.gradient_momentum is None:
-            return None
-        accumulators = [self.gradient_mean, self.gradient_projection]
-        return functional.Feedback(
-            graphs.read(self.gradient_mean, dtype),
-            graphs.read(self.gradient_projection, dtype),
+            return inputs, None
+        inputs, mean, projection = graphs.with_accumulators(
+            inputs, [self.gradient_mean, self.gradient_projection], dtype
+        )
+        return inputs, functional.Feedback(
+            mean,
+            projection,
             graphs.read(self.mismatch, dtype),
             self.gradient_momentum,
-            graphs.accumulators(accumulators),
-            self.gradient_mean.dtype,
         )
 
     def _end_step(self, response: functional.Response) -> None:
