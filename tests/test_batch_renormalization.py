@@ -259,6 +259,20 @@ def test_bad_sample_leaves_the_statistics_of_its_channel(rng):
         assert np.all(old[1:] != new[1:])
 
 
+@pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
+def test_a_variance_that_overflows_leaves_the_statistics(kind, rng):
+    layer = kind(momentum=0.5)
+    inputs = helpers.inputs_of(rng, (8, 3))
+    layer.build(inputs.shape)
+    helpers.randomize(layer, rng)
+    before = helpers.statistics(layer)
+    inputs[:, 0] = [1e30, -1e30] * 4  # of mean 0
+    layer(inputs, training=True)
+    for old, new in zip(before, helpers.statistics(layer), strict=True):
+        assert old[0] == new[0]
+        assert np.all(old[1:] != new[1:])
+
+
 @pytest.mark.parametrize("factor", [1.0, 100.0, 0.01])
 @pytest.mark.parametrize("shift", [0.0, 500.0])
 def test_default_limits_train_on_any_input_scale(factor, shift, rng):

@@ -100,6 +100,11 @@ def raises(kind, message):
             "`scale` must be True or False. Received: scale=None.",
         ),
         (
+            {"trainable": 1},
+            TypeError,
+            "`trainable` must be True or False. Received: trainable=1.",
+        ),
+        (
             {"synchronized": 1},
             TypeError,
             "`synchronized` must be True or False. Received: synchronized=1.",
