@@ -146,6 +146,7 @@ def test_a_branch_that_is_not_taken_tells_nothing(rng):
         recalibrate(model, x[16:], batch_size=16, verbose=False)
 
 
+@pytest.mark.tensorflow  # on JAX, Keras's `fit` leaks a tracer of its own layer
 def test_the_callback_reaches_a_recurrent_cell(rng):
     model, bn, x = model_and_inputs("rnn", BatchNormalization, rng)
     model.compile("sgd", "mse")

@@ -357,6 +357,30 @@ def test_a_last_batch_of_one_element_does_not_reach_deeper_layers(rng):
         helpers.assert_close(one, two, 1e-6)
 
 
+def test_a_prior_is_weighed_against_the_examples_that_count(rng):
+    x = helpers.inputs_of(rng, (33, 4))
+    model = networks.randomize(dense_pair(), rng)
+    old = [helpers.statistics(each) for each in networks.normalizations(model)]
+    weights = model.get_weights()
+    recalibrate(model, x, batch_size=16, verbose=False)
+    new = [helpers.statistics(each) for each in networks.normalizations(model)]
+    model.set_weights(weights)
+    recalibrate(
+        model,
+        x,
+        batch_size=16,
+        prior_examples=8,
+        layer_by_layer=False,
+        verbose=False,
+    )
+    # The last batch is of one example, which only the first layer counts.
+    for at, count in enumerate((33, 32)):
+        mixed = helpers.statistics(networks.normalizations(model)[at])
+        for one, before, after in zip(mixed, old[at], new[at], strict=True):
+            expected = (8 * before + count * after) / (8 + count)
+            helpers.assert_close(one, expected, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("is_read_once", "layer_by_layer"), [(True, None), (False, False)]
 )

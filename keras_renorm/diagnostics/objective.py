@@ -27,7 +27,7 @@ class Objective:
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If the model is not built or has no trainable weight, or
-            the batch is not of two or three parts.
+            the batch is not of two or three parts, or not for the model.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Objective:
         self.model = _checked_model(model)
         checked_loss = _checked_loss(loss)
         self._batch = _checked_batch(batch)
-        check_inputs(self.model, self._batch[0])
+        check_inputs(self.model, self._batch[0], "batch")
         self._state = [
             graphs.read(variable, variable.dtype)
             for variable in model.non_trainable_variables

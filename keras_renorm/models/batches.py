@@ -135,7 +135,7 @@ class Batches:
             )
 
 
-def check_inputs(model: Any, x: Any) -> None:
+def check_inputs(model: Any, x: Any, name: str = "dataset") -> None:
     """Raises if a batch of arrays does not fit the inputs of a model.
 
     Keras checks shapes where it traces a graph, and not again where the graph
@@ -153,7 +153,7 @@ def check_inputs(model: Any, x: Any) -> None:
         leaves = tree.flatten(x)
         if len(leaves) != len(inputs):
             raise ValueError(
-                "`dataset` must give as many arrays of inputs as the model "
+                f"`{name}` must give as many arrays of inputs as the model "
                 f"has. Received: {len(leaves)} for {len(inputs)} of "
                 f"model={model.name}."
             )
@@ -166,7 +166,7 @@ def check_inputs(model: Any, x: Any) -> None:
         )
         if not fits:
             raise ValueError(
-                "`dataset` must give inputs of the model's shapes. Received: "
+                f"`{name}` must give inputs of the model's shapes. Received: "
                 f"a batch of shape {tuple(array.shape)}, for "
                 f"{tuple(expected.shape)} of model={model.name}."
             )
