@@ -2,21 +2,33 @@
 
 import math
 import numbers
+import os
 from typing import Any
+
+import keras
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """A scalar of NumPy, or an array of no axes, as a value of Python."""
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        return value.item()
+    return value
 
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number (a bool is not)."""
-    return isinstance(value, numbers.Real) and not is_boolean(value)
+    return isinstance(plain(value), numbers.Real) and not is_boolean(value)
 
 
 def is_boolean(value: Any) -> bool:
     """Whether `value` is True or False, of Python or of NumPy."""
-    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+    return isinstance(plain(value), bool)
 
 
 def check_number(name: str, value: Any) -> float:
     """`value` as a float, infinities allowed."""
+    value = plain(value)
     if not is_number(value):
         raise TypeError(
             f"`{name}` must be a number. Received: {name}={value!r}."
@@ -28,6 +40,7 @@ def check_number(name: str, value: Any) -> float:
 
 def check_integer(name: str, value: Any, minimum: int | None = None) -> int:
     """`value` as an int of at least `minimum`."""
+    value = plain(value)
     if not isinstance(value, numbers.Integral) or is_boolean(value):
         raise TypeError(
             f"`{name}` must be an integer. Received: {name}={value!r}."
@@ -66,3 +79,18 @@ def check_epsilon(value: Any) -> float:
             f"`epsilon` must be positive and finite. Received: epsilon={value}."
         )
     return epsilon
+
+
+def check_model(model: Any) -> Any:
+    """`model`, if it is of Keras 3; a layer does too."""
+    if not isinstance(model, keras.layers.Layer):
+        if isinstance(model, str | os.PathLike):
+            hint = " `keras.saving.load_model` reads a file."
+        elif type(model).__module__.startswith("tf_keras."):
+            hint = " `keras_renorm.convert` makes one of a model of tf_keras."
+        else:
+            hint = ""
+        raise TypeError(
+            f"`model` must be a Keras model. Received: model={model!r}.{hint}"
+        )
+    return model

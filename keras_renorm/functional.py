@@ -7,6 +7,7 @@ offsets) are vectors of one value a channel, or have that shape too.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -66,9 +67,9 @@ def element_count(
 ) -> Tensor:
     """Number of (unmasked) elements a statistic, in the type of `inputs`.
 
-    `mask` has the rank of `inputs` and size 1 along the channel axis. Without
-    it the count is a scalar; with it, one a group, in a shape that broadcasts
-    against statistics.
+    `mask` has the rank of `inputs`. Without it the count is a scalar; with
+    it, in a shape that broadcasts against statistics, one a group, and one a
+    channel where channels have masks of their own.
     """
     sizes = ops.shape(inputs)
     axes = reduction_axes(len(sizes), kept)
@@ -114,8 +115,8 @@ def centered_moments(
     Args:
         inputs: Tensor of any rank.
         kept: The axes that the statistics keep, ascending.
-        mask: Boolean tensor of the rank of `inputs`, size 1 along the
-            channels; `True` marks what counts. Masked elements may hold NaN.
+        mask: Boolean tensor of the rank of `inputs`, its sizes 1 or theirs;
+            `True` marks what counts. Masked elements may hold NaN.
 
     Returns:
         `(centered, moments)`. Masked elements of `centered` hold whatever
@@ -226,8 +227,9 @@ def renorm_correction(
     stddev = ops.sqrt(moving_variance + epsilon)
     r = ops.sqrt(variance + epsilon) / stddev
     d = (mean - moving_mean) / stddev
-    r = ops.minimum(ops.maximum(r, 1 / r_max), r_max)
-    d = ops.minimum(ops.maximum(d, -d_max), d_max)
+    # Not `minimum` and `maximum`: of float64 they give float32 on PyTorch.
+    r = ops.clip(r, 1 / r_max, r_max)
+    d = ops.clip(d, -d_max, d_max)
     if has_elements is not True:
         r = ops.where(has_elements, r, ops.ones_like(r))
         d = ops.where(has_elements, d, ops.zeros_like(d))
@@ -248,6 +250,26 @@ class Limits(NamedTuple):
     step: Tensor
 
 
+class Feedback(NamedTuple):
+    """What a layer knows of the gradients of earlier steps; see `gradients`.
+
+    Attributes:
+        mean: Accumulator of the gradient's mean, shape `(channels,)`.
+        projection: Accumulator of its product with the normalized inputs.
+        mismatch: Moving average of how far batch statistics lie from the
+            moving ones.
+        momentum: Share of the accumulators that is kept.
+        add: Adds to `mean` and `projection` in the backward pass: takes the
+            changes, and the results of the pass, which it returns.
+    """
+
+    mean: Tensor
+    projection: Tensor
+    mismatch: Tensor
+    momentum: float
+    add: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+
+
 class State(NamedTuple):
     """What a layer holds when a step begins.
 
@@ -259,6 +281,7 @@ class State(NamedTuple):
         limits: Those of r and d. `None` is r = 1, d = 0.
         epsilon: Added to variances under the root.
         momentum: Share of the moving statistics that is kept.
+        feedback: What corrects the gradient, or `None`.
     """
 
     gamma: Tensor | None
@@ -268,6 +291,7 @@ class State(NamedTuple):
     limits: Limits | None
     epsilon: float
     momentum: float
+    feedback: Feedback | None = None
 
 
 class Response(NamedTuple):
@@ -278,12 +302,39 @@ class Response(NamedTuple):
         d: Correction of the offset, or `None` for 0.
         moving_mean: The new moving mean.
         moving_variance: The new moving variance.
+        mismatch: With `State.feedback`, the new one.
+        held: With it, the share of the gradient, in terms of Algorithm 1's
+            scale, that is taken as if the statistics were constants.
+        rest: With it, the share that is Algorithm 1's own.
+        probe: With it, a zero. Part of the loss, it tells the backward pass
+            what the loss is multiplied by.
     """
 
     r: Tensor | None
     d: Tensor | None
     moving_mean: Tensor
     moving_variance: Tensor
+    mismatch: Tensor | None = None
+    held: Tensor | None = None
+    rest: Tensor | None = None
+    probe: Tensor | None = None
+
+
+def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
+    """r_max and d_max of this step."""
+    begin_steps, end_steps = limits.steps[:, 0], limits.steps[:, 1]
+    values = ops.cast(limits.values, dtype)
+    r_max, d_max = ops.unstack(
+        schedules.interpolate(
+            ops,
+            values[:, 0],
+            values[:, 1],
+            ops.cast(limits.step - begin_steps, values.dtype),
+            ops.cast(end_steps - begin_steps, values.dtype),
+        ),
+        num=2,
+    )
+    return r_max, d_max
 
 
 def respond(
@@ -301,18 +352,7 @@ def respond(
     limits = state.limits
     r = d = None
     if limits is not None:
-        begin_steps, end_steps = limits.steps[:, 0], limits.steps[:, 1]
-        values = ops.cast(limits.values, moving_mean.dtype)
-        r_max, d_max = ops.unstack(
-            schedules.interpolate(
-                ops,
-                values[:, 0],
-                values[:, 1],
-                ops.cast(limits.step - begin_steps, values.dtype),
-                ops.cast(end_steps - begin_steps, values.dtype),
-            ),
-            num=2,
-        )
+        r_max, d_max = current_limits(limits, moving_mean.dtype)
         r, d = renorm_correction(
             moments.mean,
             moments.variance,
@@ -347,26 +387,36 @@ def align_mask(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
     """A mask as booleans of the rank of `inputs`, size 1 on all it lacks.
 
     A mask stands for the leading non-channel axes of `inputs` and is
-    broadcast over the rest.
+    broadcast over the rest. One that does not fit them, but the leading axes
+    with the channel axis among them, stands for these: so Keras makes the
+    mask of inputs with channels first. A size that is unknown fits.
 
     Raises:
-        ValueError: If it cannot be broadcast against them.
+        ValueError: If it can be broadcast against neither.
     """
     mask = ops.convert_to_tensor(mask)
     rank = len(inputs.shape)
-    axes = reduction_axes(rank, (axis,))
     sizes = tuple(mask.shape)
-    expected = tuple(inputs.shape[index] for index in axes)
-    fits = len(sizes) <= len(axes) and all(
-        size is None or whole is None or size in (1, whole)
-        for size, whole in zip(sizes, expected, strict=False)
-    )
-    if not fits:
+    shape = tuple(inputs.shape)
+    expected = tuple(shape[index] for index in reduction_axes(rank, (axis,)))
+
+    def fits(axes: tuple[int | None, ...]) -> bool:
+        return len(sizes) <= len(axes) and all(
+            size is None or whole is None or size in (1, whole)
+            for size, whole in zip(sizes, axes, strict=False)
+        )
+
+    mask = ops.cast(mask, "bool")
+    if fits(expected):
+        for index in range(len(sizes), rank - 1):
+            mask = ops.expand_dims(mask, index)
+        return ops.expand_dims(mask, axis)
+    if not fits(shape[:-1]):
         raise ValueError(
             "`mask` must broadcast against the leading non-channel axes of "
             f"`inputs`, {expected}. Received: mask.shape={sizes}, "
-            f"inputs.shape={tuple(inputs.shape)}, axis={axis}."
+            f"inputs.shape={shape}, axis={axis}."
         )
-    for index in range(len(sizes), len(axes)):
+    for index in range(len(sizes), rank):
         mask = ops.expand_dims(mask, index)
-    return ops.expand_dims(ops.cast(mask, "bool"), axis)
+    return mask

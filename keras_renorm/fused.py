@@ -99,11 +99,11 @@ class FusedView:
         see `functional.centered_moments`.
 
         Returns:
-            Outputs, shift, mean less shift, variance (divisor count - 1, or
-            1), three reserve spaces.
+            Outputs, shift, mean less shift, variance (divisor count), three
+            reserve spaces.
         """
         outputs = self.normalize(*arguments)
-        mean, variance = outputs[1], outputs[2]
+        mean, variance = outputs[1], self._population(outputs[2])
 
         def shifted() -> tuple[Tensor, ...]:
             shift = self.first()
@@ -111,6 +111,7 @@ class FusedView:
                 *arguments, shift=shift
             )
             shift = tf.cast(tf.reshape(shift, [-1]), mean.dtype)
+            variance = self._population(variance)
             return (y, shift, mean, variance, mean_reserve + shift, *rest)
 
         # A NaN counts as large. XLA, where it compiles a function that was
@@ -118,9 +119,28 @@ class FusedView:
         is_small = tf.reduce_all(tf.square(mean) <= LARGE_MEAN**2 * variance)
         return tf.cond(
             is_small,
-            lambda: (outputs[0], tf.zeros_like(mean), *outputs[1:]),
+            lambda: (
+                outputs[0],
+                tf.zeros_like(mean),
+                mean,
+                variance,
+                *outputs[3:],
+            ),
             shifted,
         )
+
+    def _population(self, variance: Tensor) -> Tensor:
+        """The operator's variance (divisor count - 1) with divisor count.
+
+        That of one element is 0, whatever a device divides by count - 1 = 0.
+        """
+        count = self.count
+        if isinstance(count, int):
+            if count == 1:
+                return tf.zeros_like(variance)
+            return variance * (max(count - 1, 1) / max(count, 1))
+        share = tf.maximum(count - 1, 1) / tf.maximum(count, 1)
+        return tf.where(count == 1, 0.0, variance * share)
 
     def gradient(
         self,

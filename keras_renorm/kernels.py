@@ -6,11 +6,12 @@ the numbers are the same to rounding whichever it is.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from keras import backend, ops
 
-from keras_renorm import functional, pooling
+from keras_renorm import functional, gradients, pooling
 from keras_renorm.functional import Moments, Response, State, Tensor
 from keras_renorm.fused import FusedView
 from keras_renorm.pooling import ALONE, Pool
@@ -37,7 +38,11 @@ def statistics_dtype(dtype: Any) -> str:
 
 
 def choose(
-    inputs: Tensor, axis: int, mask: Tensor | None, pool: Pool = ALONE
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    pool: Pool = ALONE,
+    is_corrected: bool = False,
 ) -> str:
     """Which computation: "fused", "matrix" or "plain".
 
@@ -48,9 +53,10 @@ def choose(
     - "plain": operations of `keras.ops` on any axis, with a mask, in groups,
       in float64 (which the fused operators do not take), on other backends.
 
-    Where replicas share statistics the fused path is for float32 with
-    channels last: its gradient is a sum of two tensors there, too coarse in
-    16 bits, and the operator for it takes no other layout.
+    Where replicas share statistics, or the gradient is corrected, the fused
+    path is for float32 with channels last: its gradient is a sum of two
+    tensors there, too coarse in 16 bits, and the operator for it takes no
+    other layout.
     """
     if backend.backend() != "tensorflow" or mask is not None:
         return "plain"
@@ -65,7 +71,8 @@ def choose(
     is_last = axis == len(inputs.shape) - 1
     if _is_compiled_by_xla(inputs):
         return "matrix" if is_last else "plain"
-    if pool.spans_replicas and not (is_last and inputs.dtype == tf.float32):
+    is_sum = is_corrected or pool.spans_replicas
+    if is_sum and not (is_last and inputs.dtype == tf.float32):
         return "matrix" if is_last else "plain"
     if tf.executing_eagerly():  # under a strategy: one operator, one dispatch
         return "fused"
@@ -105,8 +112,8 @@ def normalize_by_batch(
     Args:
         inputs: Tensor of any rank and numeric type.
         axis: The channel axis, non-negative.
-        mask: `None`, or a boolean tensor of the rank of `inputs` with size 1
-            along `axis`.
+        mask: `None`, or a boolean tensor of the rank of `inputs`, its sizes
+            1 or theirs.
         state: Parameters, moving statistics and limits of the layer.
         pool: Who shares statistics.
 
@@ -115,11 +122,14 @@ def normalize_by_batch(
         the statistics, and the new moving statistics, which carry no
         gradient.
     """
-    path = choose(inputs, axis, mask, pool)
+    is_corrected = state.feedback is not None
+    path = choose(inputs, axis, mask, pool, is_corrected)
     if path == "fused":
         return _fused_batch(inputs, axis, state, pool)
     if path == "matrix":
         return _matrix_batch(inputs, state, pool)
+    if is_corrected:
+        return _corrected_batch(inputs, axis, mask, state, pool)
     return _plain_batch(inputs, axis, mask, state, pool)
 
 
@@ -182,7 +192,7 @@ def _plain_batch(
     )
     held = functional.constant(moments)
     total = held if len(kept) == 1 else functional.total_moments(held)
-    response = functional.respond(held, state, total)
+    response = gradients.respond(held, state, total)
     scale = ops.rsqrt(moments.variance + state.epsilon)
     factor, offset = _renormalized(state, response)
     if factor is not None:
@@ -203,7 +213,7 @@ def _matrix_batch(
         centered, moments = pooling.batch_moments(
             x, (1,), None, state.moving_mean, pool
         )
-        response = functional.respond(moments, state)
+        response = gradients.respond(moments, state)
         rsigma = tf.math.rsqrt(moments.variance + state.epsilon)
         factor, offset = _renormalized(state, response)
         scale = rsigma if factor is None else rsigma * factor
@@ -211,25 +221,23 @@ def _matrix_batch(
         if offset is not None:
             outputs = outputs + offset
 
-        def gradient(upstream: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             d_offset = tf.reduce_sum(upstream, axis=0)
             d_scale = tf.reduce_sum(upstream * centered, axis=0) * rsigma
-            offset_mean, scale_mean = _means(d_offset, d_scale, moments, pool)
-            d_x = scale * (
+            offset_mean, scale_mean = _taken_out(
+                d_offset, d_scale, others, moments, state, response, pool
+            )
+            d_x = _backward_scale(scale, response) * (
                 upstream - offset_mean - centered * (scale_mean * rsigma)
             )
             return d_x, *_parameter_gradients(
                 state, response, d_scale, d_offset
             )
 
-        return (
-            outputs,
-            response.moving_mean,
-            response.moving_variance,
-        ), gradient
+        return (outputs, *_moved(response)), gradient
 
-    outputs, *moving = step(rows, *_parameters(state))
-    return tf.reshape(outputs, tf.shape(inputs)), _constant(moving)
+    outputs, *moved = step(rows, *_parameters(state))
+    return tf.reshape(outputs, tf.shape(inputs)), _response(moved)
 
 
 def _parameters(state: State) -> list[Tensor]:
@@ -251,24 +259,118 @@ def _parameter_gradients(
     return gradients
 
 
-def _means(
-    d_offset: Tensor, d_scale: Tensor, moments: Moments, pool: Pool
+def _taken_out(
+    d_offset: Tensor,
+    d_scale: Tensor,
+    others: Sequence[Tensor],
+    moments: Moments,
+    state: State,
+    response: Response,
+    pool: Pool,
 ) -> list[Tensor]:
-    """Means, over all that share `moments`, of what was summed on a replica.
+    """What the gradient of the inputs takes out of the one that arrives.
 
-    Gradients of gamma and beta remain the replica's own: the optimizer adds
-    them up.
+    The means, over all that share `moments`, of what was summed on a replica;
+    corrected, if that is asked for. `others` are the gradients that arrive
+    at what a step returns beside its outputs (`_moved`). Gradients of gamma
+    and beta remain the replica's own: the optimizer adds them up.
+
+    Returns:
+        What is taken out everywhere, and along x̂.
     """
     sums = [d_offset, d_scale]
     if pool.spans_replicas:
         sums = pooling.sum_over_replicas(sums)
-    share = 1 / tf.maximum(moments.count, 1)
-    return [value * share for value in sums]
+    count = tf.cast(moments.count, d_offset.dtype)
+    means = [value * (1 / tf.maximum(count, 1)) for value in sums]
+    if state.feedback is None:
+        return means
+    offset_mean, scale_mean = means
+    return gradients.correct(
+        moments, state, response, offset_mean, scale_mean, others[-1]
+    )
 
 
-def _constant(moving: list[Tensor]) -> Response:
-    moving_mean, moving_variance = map(tf.stop_gradient, moving)
-    return Response(None, None, moving_mean, moving_variance)
+def _backward_scale(scale: Tensor | None, response: Response) -> Any:
+    """The scale of the gradient of the inputs, from that of the outputs."""
+    if response.held is None:
+        return scale
+    factor = response.held + response.rest
+    return factor if scale is None else scale * factor
+
+
+def _moved(response: Response) -> list[Tensor]:
+    """What a step returns beside its outputs; `_response` reads it."""
+    moved = [response.moving_mean, response.moving_variance]
+    if response.mismatch is not None:
+        moved += [response.mismatch, tf.zeros([], response.mismatch.dtype)]
+    return moved
+
+
+def _response(moved: list[Tensor]) -> Response:
+    mean, variance, *rest = moved
+    response = Response(
+        None, None, tf.stop_gradient(mean), tf.stop_gradient(variance)
+    )
+    if not rest:
+        return response
+    mismatch, probe = rest
+    return response._replace(mismatch=tf.stop_gradient(mismatch), probe=probe)
+
+
+def _corrected_batch(
+    inputs: Tensor, axis: int, mask: Tensor | None, state: State, pool: Pool
+) -> tuple[Tensor, Response]:
+    """`_plain_batch` with the corrected gradient, written out.
+
+    No group has statistics of its own here; the layer sees to that.
+    """
+    rank = len(inputs.shape)
+    kept = (axis,)
+    axes = functional.reduction_axes(rank, kept)
+
+    def selected(values: Tensor) -> Tensor:
+        if mask is None:
+            return values
+        return tf.where(mask, values, tf.zeros_like(values))
+
+    def spread(values: Tensor) -> Tensor:
+        return functional.spread(values, rank, kept)
+
+    @tf.custom_gradient
+    def step(x: Tensor, *_: Tensor) -> Any:
+        centered, moments = pooling.batch_moments(
+            x, kept, mask, state.moving_mean, pool
+        )
+        response = gradients.respond(moments, state)
+        rsigma = tf.math.rsqrt(moments.variance + state.epsilon)
+        factor, offset = _renormalized(state, response)
+        scale = rsigma * factor
+        outputs = functional.scale_and_offset(centered, kept, scale, offset)
+
+        def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            upstream, normalized = (
+                selected(upstream),
+                selected(centered) * spread(rsigma),
+            )
+            d_offset = tf.reduce_sum(upstream, axes)
+            d_scale = tf.reduce_sum(upstream * normalized, axes)
+            offset_mean, scale_mean = _taken_out(
+                d_offset, d_scale, others, moments, state, response, pool
+            )
+            d_x = spread(_backward_scale(scale, response)) * (
+                upstream - spread(offset_mean) - normalized * spread(scale_mean)
+            )
+            return selected(d_x), *_parameter_gradients(
+                state, response, d_scale, d_offset
+            )
+
+        return (outputs, *_moved(response)), gradient
+
+    outputs, *moved = step(
+        tf.cast(inputs, statistics_dtype(inputs.dtype)), *_parameters(state)
+    )
+    return outputs, _response(moved)
 
 
 def _fused_batch(
@@ -280,21 +382,15 @@ def _fused_batch(
     dγ = r dscale + d doffset and dβ = doffset.
     """
     view = FusedView(inputs, axis)
-    count = view.count
-    if isinstance(count, int):
-        bessel = max(count - 1, 1) / max(count, 1)
-    else:
-        bessel = tf.maximum(count - 1, 1) / tf.maximum(count, 1)
 
     @tf.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
         outputs, shift, residual, variance, *reserves = (
             view.normalize_accurately(state.gamma, state.beta, state.epsilon)
         )
-        # The operator's variance has divisor count - 1 (or 1).
-        local = Moments(count, shift, residual, variance * bessel)
+        local = Moments(view.count, shift, residual, variance)
         moments = pooling.pool_moments(local, state.moving_mean, pool)
-        response = functional.respond(moments, state)
+        response = gradients.respond(moments, state)
         scale, offset = _renormalized(state, response)
         if response.r is not None or pool.spans_replicas:
             mean, variance = moments.mean, moments.variance
@@ -303,28 +399,29 @@ def _fused_batch(
             )
             outputs = normalized[0]
 
-        def gradient(upstream: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-            if not pool.spans_replicas:
+        def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            if not pool.spans_replicas and state.feedback is None:
                 d_x, d_scale, d_offset = view.gradient(
                     upstream, x, scale, state.epsilon, reserves
                 )
             else:
+                backward_scale = _backward_scale(scale, response)
                 d_x, d_scale, d_offset = view.gradient(
                     upstream,
                     x,
-                    scale,
+                    backward_scale,
                     state.epsilon,
                     (mean, variance, normalized[-1]),
                     is_training=False,
                 )
                 # What the statistics add: scale / σ_B times the means of the
                 # upstream gradient and, along x̂, of its product with x̂.
-                offset_mean, scale_mean = _means(
-                    d_offset, d_scale, moments, pool
+                offset_mean, scale_mean = _taken_out(
+                    d_offset, d_scale, others, moments, state, response, pool
                 )
                 factor = tf.math.rsqrt(variance + state.epsilon)
-                if scale is not None:
-                    factor = factor * scale
+                if backward_scale is not None:
+                    factor = factor * backward_scale
                 d_x += view.normalize(
                     -factor * scale_mean,
                     -factor * offset_mean,
@@ -336,11 +433,7 @@ def _fused_batch(
                 state, response, d_scale, d_offset
             )
 
-        return (
-            outputs,
-            response.moving_mean,
-            response.moving_variance,
-        ), gradient
+        return (outputs, *_moved(response)), gradient
 
-    outputs, *moving = step(view.inputs, *_parameters(state))
-    return view.restore(outputs), _constant(moving)
+    outputs, *moved = step(view.inputs, *_parameters(state))
+    return view.restore(outputs), _response(moved)

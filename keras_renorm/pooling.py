@@ -80,11 +80,16 @@ def pool_moments(local: Moments, reference: Tensor, pool: Pool) -> Moments:
     Each replica sends n, n δ and M2 + n δ² as float64, where δ is the
     distance of its mean from a `reference` that all know, the moving mean,
     and M2 = n * variance: one all-reduce of 2C + 1 numbers. A replica without
-    elements adds nothing.
+    elements adds nothing. (Where channels have masks of their own, n is one
+    a channel.)
     """
     if not pool.spans_replicas:
         return local
     count = tf.cast(local.count, tf.float64)
+    if count.shape.rank == 0:
+        count = tf.reshape(count, [1])
+    elif count.shape[0] != 1:  # one a channel, maybe of unknown number
+        count = tf.broadcast_to(count, local.variance.shape)
     shift, residual, variance, reference = (
         tf.cast(value, tf.float64)
         for value in (
@@ -102,7 +107,7 @@ def pool_moments(local: Moments, reference: Tensor, pool: Pool) -> Moments:
     variance = tf.where(has_elements, variance, zero)
     total_count, total_distance, total_square = sum_over_replicas(
         [
-            tf.reshape(count, [1]),
+            count,
             count * distance,
             count * (variance + tf.square(distance)),
         ]
@@ -139,8 +144,8 @@ def batch_moments(
         inputs: Tensor `(batch, ..., channels)` (or channels on another
             axis, or with a group axis first) of float32 or float64.
         kept: The axes that the statistics keep, ascending.
-        mask: `None`, or a boolean tensor of the rank of `inputs` with size 1
-            along the channels.
+        mask: `None`, or a boolean tensor of the rank of `inputs`, its sizes
+            1 or theirs.
         reference: The moving mean.
         pool: Who shares statistics.
 

@@ -134,6 +134,7 @@ class LinearRamp:
     def __eq__(self, other: object) -> bool:
         if isinstance(other, LinearRamp):
             return self._key() == other._key()
+        other = arguments.plain(other)
         if isinstance(other, numbers.Real):
             return self.is_flat and self.initial_value == other
         return NotImplemented
@@ -204,6 +205,7 @@ def limit(name: str, value: Any, minimum: float) -> LinearRamp:
         TypeError: If `value` is neither.
         ValueError: If it ever goes below `minimum`, or is NaN.
     """
+    value = arguments.plain(value)
     if isinstance(value, LinearRamp):
         ramp = value
     elif arguments.is_number(value):

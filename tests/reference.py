@@ -84,3 +84,47 @@ def from_rows(rows, shape, axis):
     """The inverse of `to_rows` for inputs of `shape`."""
     moved = np.moveaxis(np.empty(shape), axis, -1).shape
     return np.moveaxis(rows.reshape(moved), -1, axis)
+
+
+class CorrectedReference(Reference):
+    """Renormalization with the corrected gradient, a step at a time.
+
+    Chiley et al. 2019, section 3, for the control; the weight is this
+    package's own: see `keras_renorm.BatchRenormalization`.
+    """
+
+    def __init__(
+        self, channels, gradient_momentum, momentum=0.99, epsilon=1e-3
+    ):
+        super().__init__(channels, momentum, epsilon)
+        self.gain = 1 - gradient_momentum
+        self.gradient_mean = np.zeros(channels)
+        self.gradient_projection = np.zeros(channels)
+        self.mismatch = np.ones(channels)
+
+    def step(self, rows, upstream, r_max, d_max):
+        """`(outputs, d_rows, d_gamma, d_beta)`; all state moves."""
+        sigma_batch = np.sqrt(rows.var(axis=0) + self.epsilon)
+        sigma = np.sqrt(self.moving_variance + self.epsilon)
+        distance = (rows.mean(axis=0) - self.moving_mean) / sigma
+        self.mismatch = 0.98 * self.mismatch + 0.02 * (
+            distance**2 + np.log(sigma_batch / sigma) ** 2
+        )
+        opening = min((r_max - 1) / 2, 1)
+        weight = 0.8 * opening * self.mismatch / (self.mismatch + 0.03)
+        r, d = self.correction(rows, r_max, d_max)
+        outputs = self.train(rows, r_max, d_max)
+        z = (rows - rows.mean(axis=0)) / sigma_batch * r + d
+        gained = self.gain * np.mean(z**2, axis=0)
+        projected = upstream - self.gain * self.gradient_projection * (
+            z / np.maximum(gained, 1)
+        )
+        self.gradient_projection = self.gradient_projection * (
+            1 - np.minimum(gained, 1)
+        ) + np.mean(upstream * z, axis=0)
+        centered = projected - self.gain * self.gradient_mean
+        self.gradient_mean = self.gradient_mean + centered.mean(axis=0)
+        d_rows, d_gamma, d_beta = self.gradients(rows, upstream, r, d)
+        scale = np.minimum(1 / sigma, r / sigma_batch)
+        d_rows = weight * self.gamma * scale * centered + (1 - weight) * d_rows
+        return outputs, d_rows, d_gamma, d_beta

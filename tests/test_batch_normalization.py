@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_renorm
+from keras_renorm import functional
 from tests import helpers
 from tests.reference import (
     Reference,
@@ -301,6 +302,91 @@ def test_mask_equals_keras_where_keras_is_right(rng):
         helpers.assert_close(mine, other, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "mask_shape"),
+    [((6, 3, 5), (6, 3)), ((6, 3, 5), (1, 3)), ((6, 3, 5, 4), (6, 3, 5))],
+)
+@pytest.mark.parametrize("hidden", [1e6, np.nan])
+@pytest.mark.parametrize("virtual_batch_size", [None, 4])
+def test_a_mask_may_choose_channels_of_examples(
+    shape, mask_shape, hidden, virtual_batch_size, rng
+):
+    # As `Masking` makes it in front of a layer with channels first.
+    layer = keras_renorm.BatchNormalization(
+        1, dtype="float64", virtual_batch_size=virtual_batch_size
+    )
+    layer.build(shape)
+    helpers.randomize(layer, rng)
+    reference = reference_of(layer)
+    inputs = helpers.inputs_of(rng, shape, 1, "float64")
+    mask = np.arange(np.prod(mask_shape)).reshape(mask_shape) % 5 != 4
+    mask[:, 2] = False  # a channel of which nothing counts
+    keep = mask.reshape(mask_shape + (1,) * (len(shape) - len(mask_shape)))
+    keep = np.broadcast_to(keep, shape)
+    inputs = np.where(keep, inputs, hidden)
+    upstream = np.where(keep, rng.normal(size=shape), hidden)
+    before = helpers.statistics(layer)
+    outputs, d_inputs, (d_gamma, d_beta) = helpers.gradients(
+        layer, inputs, upstream, mask
+    )
+    assert np.all(d_inputs[~keep] == 0)
+    mean, variance = helpers.statistics(layer)
+    for channel in range(2):
+        kept = inputs[:, channel][keep[:, channel]]
+        wanted = upstream[:, channel][keep[:, channel]]
+        one = Reference(1, layer.momentum, layer.epsilon)
+        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+            value = getattr(reference, name)[channel : channel + 1]
+            setattr(one, name, value)
+        if virtual_batch_size is None:
+            expected = one.normalize(kept[:, None])[:, 0]
+            actual = outputs[:, channel][keep[:, channel]]
+            helpers.assert_close(actual, expected, 1e-12)
+            x_hat = (expected - one.beta) / one.gamma
+            helpers.assert_close(
+                d_gamma[channel], np.sum(wanted * x_hat), 1e-10
+            )
+        helpers.assert_close(d_beta[channel], wanted.sum(), 1e-10)
+        one.train(kept[:, None])
+        helpers.assert_close(mean[channel], one.moving_mean[0], 1e-12)
+        helpers.assert_close(variance[channel], one.moving_variance[0], 1e-12)
+    assert mean[2] == before[0][2]
+    assert variance[2] == before[1][2]
+    assert d_gamma[2] == d_beta[2] == 0
+    inferred = helpers.to_numpy(layer(inputs, mask=mask))
+    unmasked = helpers.to_numpy(layer(inputs))
+    assert np.array_equal(inferred[keep], unmasked[keep])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_masking_before_channels_first_is_as_in_keras(training, rng):
+    inputs = helpers.inputs_of(rng, (4, 3, 5), 1)
+    inputs[0, 1] = inputs[2, 2] = 0  # what `Masking` masks
+    results = []
+    for module in (keras.layers, keras_renorm):
+        layer = module.BatchNormalization(axis=1, momentum=0.5)
+        model = keras.Sequential(
+            [keras.Input((3, 5)), keras.layers.Masking(), layer]
+        )
+        outputs = helpers.to_numpy(model(inputs, training=training))
+        results.append((outputs, *helpers.statistics(layer)))
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        helpers.assert_close(mine, theirs, 1e-5)
+
+
+def test_a_mask_that_fits_both_ways_leaves_the_channels_out(rng):
+    inputs = helpers.inputs_of(rng, (4, 3, 3), 1)
+    mask = np.ones((4, 3), bool)
+    mask[:, 2] = False
+    layer = keras_renorm.BatchNormalization(1, momentum=0.0)
+    layer(inputs, training=True, mask=mask)
+    helpers.assert_close(
+        helpers.statistics(layer)[0],
+        inputs[:, :, :2].mean(axis=(0, 2)),
+        1e-5,
+    )
+
+
 def test_mask_of_an_embedding_arrives(rng):
     tokens = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
     layer = keras_renorm.BatchNormalization(momentum=0.0)
@@ -475,6 +561,121 @@ def test_masks_of_unknown_size(rng):
         rows = inputs[np.broadcast_to(mask, (6, 5))]
         helpers.assert_close(helpers.statistics(layer)[0], rows.mean(0), 1e-5)
         helpers.assert_close(helpers.statistics(layer)[1], rows.var(0), 1e-5)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("known", ["inputs", "mask"])
+def test_a_count_of_partly_known_sizes(known, rng):
+    import tensorflow as tf
+
+    sizes = {"inputs": (None, None), "mask": (None, None)}
+    sizes[known] = (6, 5)
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((*sizes["inputs"], 3)),
+            tf.TensorSpec((*sizes["mask"], 1), tf.bool),
+        ]
+    )
+    def count(inputs, mask):
+        return functional.element_count(inputs, (2,), mask)
+
+    mask = rng.random((6, 5, 1)) < 0.6
+    inputs = helpers.inputs_of(rng, (6, 5, 3))
+    assert count(inputs, mask).numpy() == mask.sum()
+    if known == "inputs":
+        column = np.array([True, False, True, True, False, True])
+        assert count(inputs, column.reshape(6, 1, 1)).numpy() == 20
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(
+    "kind",
+    [keras_renorm.BatchNormalization, keras_renorm.BatchRenormalization],
+)
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((6, 4), -1),
+        ((6, 5, 4), -1),
+        ((6, 4, 5), 1),
+        ((6, 3, 5, 4), -1),
+        ((8, 24, 24, 32), -1),  # for the fused operators
+    ],
+)
+def test_a_channel_size_unknown_to_a_graph(
+    shape, axis, policy, is_compiled, kind, rng
+):
+    import tensorflow as tf
+
+    inputs = tf.cast(helpers.inputs_of(rng, shape, axis), policy[-7:])
+
+    def steps(unknown):
+        spec = tf.TensorSpec([None] * len(shape) if unknown else shape)
+        results = []
+        for options in (
+            {"training": True},
+            {"training": False},
+            {"training": True, "frozen_statistics": True},
+            {"training": True, "virtual_batch_size": 4},
+            {"training": True, "mask": np.arange(shape[0]) % 3 > 0},
+        ):
+            options = dict(options)
+            training = options.pop("training")
+            mask = options.pop("mask", None)
+            layer = kind(axis, momentum=0.5, dtype=policy, **options)
+            layer.build(shape)
+
+            @tf.function(
+                input_signature=[tf.TensorSpec(spec.shape, inputs.dtype)],
+                jit_compile=is_compiled,
+            )
+            def step(x, layer=layer, training=training, mask=mask):
+                return layer(x, training=training, mask=mask)
+
+            outputs = tf.cast(step(inputs), tf.float32)
+            results += [outputs, *helpers.statistics(layer)]
+        return results
+
+    for mine, expected in zip(steps(True), steps(False), strict=True):
+        tolerance = 1e-5 if policy == "float32" else 2e-3
+        helpers.assert_close(mine, expected, tolerance)
+
+
+@pytest.mark.tensorflow
+def test_fit_on_data_of_unknown_channel_size(rng):
+    import tensorflow as tf
+
+    x = helpers.inputs_of(rng, (8, 4))
+    dataset = tf.data.Dataset.from_generator(
+        lambda: ((x[i : i + 4], x[i : i + 4, :1]) for i in (0, 4)),
+        output_signature=(
+            tf.TensorSpec([None, None]),
+            tf.TensorSpec([None, None]),
+        ),
+    ).apply(tf.data.experimental.assert_cardinality(2))
+    layer = keras_renorm.BatchNormalization(momentum=0.0)
+    model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(dataset, shuffle=False, verbose=0)
+    helpers.assert_close(helpers.statistics(layer)[0], x[4:].mean(0), 1e-5)
+
+
+@pytest.mark.tensorflow
+def test_another_number_of_channels_is_an_error_in_a_graph():
+    import tensorflow as tf
+
+    layer = keras_renorm.BatchNormalization()
+    layer.build((None, 4))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None])])
+    def step(x):
+        return layer(x, training=True)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not compatible"):
+        step(tf.zeros((2, 5)))
 
 
 @pytest.mark.tensorflow

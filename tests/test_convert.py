@@ -13,6 +13,7 @@ from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
     convert,
+    fold,
     revert,
 )
 from keras_renorm.schedules import LinearRamp
@@ -227,6 +228,176 @@ def test_a_compiled_model_becomes_one_with_a_new_optimizer(rng):
     assert not convert(networks.nested(KERAS)).compiled
 
 
+def test_a_model_that_does_not_train_has_a_copy_that_does_not():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, KERAS()(inputs))
+    model.trainable = False
+    for function in (convert, revert):
+        assert not function(model).trainable
+
+
+WORDS = np.array([["a"], ["b"], ["a"], ["c"]])
+NUMBERS = np.array([[5], [7], [5], [9]])
+
+
+def preprocessing(name, rng):
+    """An adapted layer, data, and what follows it."""
+    floats = rng.normal(50.0, 9.0, (4, 1)).astype("float32")
+    layer, data = {
+        "Normalization": (layers.Normalization(), floats),
+        "inverse": (layers.Normalization(invert=True), floats),
+        "Discretization": (layers.Discretization(num_bins=3), floats),
+        "StringLookup": (layers.StringLookup(), WORDS),
+        "tf-idf": (layers.StringLookup(output_mode="tf_idf"), WORDS),
+        "IntegerLookup": (layers.IntegerLookup(), NUMBERS),
+        "TextVectorization": (
+            layers.TextVectorization(output_sequence_length=1),
+            WORDS,
+        ),
+        "Hashing": (layers.Hashing(5, salt=3), WORDS),
+    }[name]
+    if name == "tf-idf" and not networks.HAS_RENORM:
+        pytest.skip("Keras cannot load what it saved of it before 3.14")
+    if hasattr(layer, "adapt"):
+        layer.adapt(data)
+    return layer, data
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore:.*are not folded")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Normalization",
+        "inverse",
+        "Discretization",
+        "StringLookup",
+        "tf-idf",
+        "IntegerLookup",
+        "TextVectorization",
+        "Hashing",
+    ],
+)
+@pytest.mark.parametrize("function", [convert, revert, fold])
+def test_what_a_layer_knows_besides_its_weights_is_copied(function, name, rng):
+    import tensorflow as tf
+
+    layer, data = preprocessing(name, rng)
+    is_index = name not in ("Normalization", "inverse", "tf-idf")
+    kind = "string" if data is WORDS else data.dtype.name
+    model = keras.Sequential(
+        [
+            keras.Input((1,), dtype=kind),
+            layer,
+            *([layers.Embedding(9, 2), layers.Flatten()] if is_index else []),
+            layers.Dense(3),
+            KERAS(),
+        ]
+    )
+    networks.randomize(model, rng)
+    x = tf.constant(data)
+    expected = helpers.to_numpy(model(x))
+    assert expected.std(axis=0).min() > 0
+    helpers.assert_close(helpers.to_numpy(function(model)(x)), expected, 1e-5)
+
+
+def test_the_state_of_recurrent_layers_and_generators_is_copied(rng):
+    model = keras.Sequential(
+        [
+            keras.Input(batch_shape=(2, 3, 4)),
+            layers.Bidirectional(
+                layers.LSTM(3, stateful=True, return_sequences=True)
+            ),
+            layers.GRU(2, stateful=True),
+            KERAS(),
+            layers.Dropout(0.5),
+        ]
+    )
+    x = rng.normal(size=(2, 3, 4)).astype("float32")
+    model.predict(x, verbose=0)
+    copy = revert(model)
+    for one, other in zip(model.variables, copy.variables, strict=True):
+        assert np.array_equal(helpers.to_numpy(one), helpers.to_numpy(other))
+    assert_same(model, copy, x)
+
+
+def squared(y, outputs):
+    return keras.ops.mean((y - outputs) ** 2, axis=-1)
+
+
+def relu(x):  # not Keras's
+    return 3.0 * x
+
+
+class Penalty(keras.regularizers.Regularizer):
+    def __call__(self, weight):
+        return 0.1 * keras.ops.sum(weight**2)
+
+    def get_config(self):
+        return {}
+
+
+penalty = Penalty()
+
+
+def halves(shape, dtype=None):
+    return keras.ops.full(shape, 0.5, dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*are not folded")
+@pytest.mark.parametrize("function", [convert, revert, fold])
+def test_functions_that_no_file_could_name_are_the_copys_too(function, rng):
+    class Share(keras.metrics.Mean):
+        def update_state(self, y, outputs, sample_weight=None):
+            super().update_state(outputs > y)
+
+    class Halving(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.5 ** (1.0 + keras.ops.cast(step, "float32"))
+
+        def get_config(self):
+            return {}
+
+    factor = 2.5
+    frame = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(3, activation=lambda x: x * factor),
+            KERAS(gamma_regularizer=penalty, gamma_initializer=halves),
+        ]
+    )
+    model = keras.Sequential(
+        [
+            keras.Input((5, 3)),
+            layers.Dense(3, kernel_initializer=halves),
+            layers.TimeDistributed(frame),
+            layers.Lambda(lambda x: x + factor),
+            layers.TimeDistributed(layers.Dense(3, activation=relu)),
+            layers.LSTM(3, activation=relu, kernel_regularizer=penalty),
+            layers.Dense(3, activation=relu),
+            KERAS(beta_regularizer=penalty),
+        ]
+    )
+    networks.randomize(model, rng)
+    model.compile(
+        keras.optimizers.SGD(Halving()),
+        squared,
+        metrics=[squared, Share(), lambda y, outputs: outputs[:, 0]],
+    )
+    x = rng.normal(size=(4, 5, 3)).astype("float32")
+    y = rng.normal(size=(4, 3)).astype("float32")
+    copy = function(model)
+    assert_same(model, copy, x, tolerance=1e-5)
+    expected = model.evaluate(x, y, verbose=0)
+    got = copy.evaluate(x, y, verbose=0)
+    if function is not fold:  # whose penalties are those of other weights
+        helpers.assert_close(np.array(got), np.array(expected), 1e-5)
+    helpers.assert_close(np.array(got[1:]), np.array(expected[1:]), 1e-5)
+    copy.fit(x, y, verbose=0)
+    assert int(copy.optimizer.iterations) == 1
+    assert int(model.optimizer.iterations) == 0
+
+
 NAMES = {
     "ResNet50": 64,
     "ResNet50V2": 64,
@@ -351,6 +522,12 @@ def test_what_is_out_of_reach_is_named():
         "Subclassed, with the layers own_bn.$",
     ):
         convert(Subclassed())
+
+    class Bare(keras.Model):
+        pass
+
+    with raises(ValueError, "model=bare, of class Bare.$"):
+        fold(Bare(name="bare"))
     inputs = keras.Input((4,))
     with raises(ValueError, "inside custom layers: own_bn.$"):
         convert(keras.Model(inputs, Subclassed()(inputs)))

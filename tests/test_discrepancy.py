@@ -342,6 +342,32 @@ def test_the_noise_of_a_moving_average_is_no_shift(rng):
     assert found.shift < 0.2
 
 
+@pytest.mark.parametrize("log_r", [-0.6, 0.6])
+@pytest.mark.parametrize("d", [-0.4, 0.4])
+def test_shift_is_the_distance_of_both_moments_less_their_noise(log_r, d, rng):
+    layer = BatchNormalization(momentum=0.9, epsilon=1e-6)
+    model = one_layer(layer, (3,))
+    batches = batches_of(rng, [40] * 10, (3,))
+    x = np.concatenate(batches).astype("float64")
+    variances = np.array(
+        [each.astype("float64").var(axis=0) for each in batches]
+    )
+    within, whole = variances.mean(axis=0), x.var(axis=0)
+    # A variance between these two is right; these are beyond either.
+    nearest = within if log_r > 0 else whole
+    layer.moving_variance.assign(nearest * np.exp(-2 * log_r))
+    sigma = np.sqrt(helpers.statistics(layer)[1] + 1e-6)
+    layer.moving_mean.assign(x.mean(axis=0) - d * sigma)
+    (found,) = discrepancy(model, batches, verbose=False).layers
+    between = np.var([each.mean(axis=0) for each in batches], axis=0, ddof=1)
+    factor = 1 / 10 + (1 - 0.9) / (1 + 0.9)
+    log_noise = variances.var(axis=0) / (4 * within**2)
+    expected = np.mean(d**2 - factor * between / sigma**2) + max(
+        0, np.mean(log_r**2 - factor * log_noise)
+    )
+    assert found.shift == pytest.approx(math.sqrt(expected), rel=1e-3)
+
+
 def classifier(kind=BatchNormalization):
     model = keras.Sequential(
         [
@@ -569,8 +595,22 @@ def test_the_report_as_a_picture(rng, tmp_path, monkeypatch):
     figure.savefig(tmp_path / "report.png")
     names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert names == ["first", "second"]
-    widths = [bar.get_width() for bar in figure.axes[2].patches]
+    bars = figure.axes[2].patches
+    widths = [bar.get_width() for bar in bars]
     assert report.layers[1].gap in widths
+    # Three bars a layer, in this order around its place.
+    for at, layer in enumerate(report.layers):
+        for offset, figure in (
+            (-0.2, layer.gap),
+            (0.0, layer.shift),
+            (0.2, layer.batch_noise),
+        ):
+            assert any(
+                bar.get_width() == figure
+                and bar.get_y() + bar.get_height() / 2
+                == pytest.approx(at + offset)
+                for bar in bars
+            )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
         ImportError, match=r"pip install keras-renorm\[tutorials\]"

@@ -4,6 +4,7 @@ One strategy a process: two clash. Two replicas here; with `REPLICAS=4` in the
 environment these tests run with four, as `test_four_replicas` runs some.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -25,7 +26,12 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
 REPLICAS = int(os.environ.get("REPLICAS", "2"))
-LAYERS = [BatchNormalization, BatchRenormalization]
+CORRECTED = functools.partial(BatchRenormalization, gradient_momentum=0.8)
+LAYERS = [
+    BatchNormalization,
+    BatchRenormalization,
+    pytest.param(CORRECTED, id="corrected"),
+]
 # Examples a replica.
 SPLITS = {
     2: {"equal": (3, 3), "unequal": (5, 2), "one empty": (4, 0)},
@@ -46,7 +52,7 @@ def strategy():
 
 def make(kind, shape, **arguments):
     """A built layer with the same values whenever it is made."""
-    if kind is BatchRenormalization:
+    if kind is not BatchNormalization:
         arguments["r_max"] = LinearRamp(1.1, 3.0, 0, 3)
         arguments["d_max"] = LinearRamp(0.1, 2.0, 0, 3)
     layer = kind(momentum=0.7, **arguments)
@@ -149,6 +155,31 @@ def test_synchronized_replicas_equal_one_device_with_all_examples(
         split,
         1e-12 if dtype == "float64" else 1e-5,
         is_eager=dtype == "float64",
+    )
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_masks_of_channels_are_synchronized(kind, split, strategy, rng):
+    split = SPLITS[split]
+    shape = (sum(split), 4, 3, 2)
+    x = helpers.inputs_of(rng, shape, 1, "float64")
+    x *= np.linspace(0.5, 2, len(x)).reshape(-1, 1, 1, 1)
+    mask = rng.random((len(x), 4)) < 0.6
+    mask[:, 0] = True
+    mask[: split[0], 1] = False  # a channel of which a replica has nothing
+    mask[-1] = True
+    with strategy.scope():
+        layer = make(kind, shape, axis=1, dtype="float64", synchronized=True)
+    assert_parity(
+        strategy,
+        layer,
+        make(kind, shape, axis=1, dtype="float64"),
+        x,
+        rng.normal(size=shape),
+        mask,
+        split,
+        1e-12,
     )
 
 

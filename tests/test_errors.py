@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_renorm
 from keras_renorm import BatchNormalization, BatchRenormalization
 from keras_renorm.callbacks import RenormScheduler
 from keras_renorm.schedules import LinearRamp, ioffe2017
@@ -323,8 +324,8 @@ def test_an_unknown_number_of_channels(kind):
         (-1, (4, 6), (4, 5)),
         (-1, (4, 5, 3), (4, 5)),
         (-1, (3,), (4, 5)),
-        (1, (4, 5), (4, 3)),
-        (0, (4,), (5, 3)),
+        (1, (4, 6), (4, 3)),
+        (0, (3,), (5, 3)),
     ],
 )
 def test_a_mask_that_does_not_broadcast(
@@ -395,3 +396,52 @@ def test_a_function_that_gives_a_bad_limit():
         model.fit(
             x, x, verbose=0, callbacks=[RenormScheduler(lambda step: 0.2)]
         )
+
+
+FUNCTIONS = {
+    "convert": keras_renorm.convert,
+    "revert": keras_renorm.revert,
+    "fold": keras_renorm.fold,
+    "freeze_statistics": keras_renorm.freeze_statistics,
+    "unfreeze_statistics": keras_renorm.unfreeze_statistics,
+    "get_statistics": keras_renorm.get_statistics,
+    "set_statistics": lambda model: keras_renorm.set_statistics(model, {}),
+    "recalibrate": lambda model: keras_renorm.recalibrate(model, np.ones(2)),
+    "discrepancy": lambda model: keras_renorm.diagnostics.discrepancy(
+        model, np.ones(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("model", "received"),
+    [
+        (None, "None."),
+        (
+            "m.keras",
+            "'m.keras'. `keras.saving.load_model` reads a file.",
+        ),
+        (keras.Sequential, "<class 'keras.src.models.sequential.Sequential'>."),
+    ],
+)
+def test_what_is_not_a_model(function, model, received):
+    with raises(
+        TypeError,
+        f"`model` must be a Keras model. Received: model={received}",
+    ):
+        FUNCTIONS[function](model)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # tf_keras's own
+def test_a_model_of_keras_2_is_not_one():
+    import tf_keras
+
+    model = tf_keras.Sequential(name="old")
+    with raises(
+        TypeError,
+        f"`model` must be a Keras model. Received: model={model!r}. "
+        "`keras_renorm.convert` makes one of a model of tf_keras.",
+    ):
+        keras_renorm.get_statistics(model)

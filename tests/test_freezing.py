@@ -8,7 +8,12 @@ import pytest
 
 import keras_renorm
 from keras_renorm import BatchNormalization, BatchRenormalization
-from keras_renorm.callbacks import FreezeStatistics, RenormScheduler
+from keras_renorm.callbacks import (
+    FreezeStatistics,
+    RecalibrateStatistics,
+    RenormMonitor,
+    RenormScheduler,
+)
 from tests.helpers import assert_close
 
 
@@ -23,8 +28,12 @@ def make_model(layer=None):
             keras.layers.Dense(1),
         ]
     )
-    model.compile(keras.optimizers.SGD(0.01), "mse")
+    model.compile(keras.optimizers.SGD(decaying()), "mse")
     return model
+
+
+def decaying(rate=0.01):
+    return keras.optimizers.schedules.ExponentialDecay(rate, 20, 0.9)
 
 
 @pytest.fixture
@@ -94,6 +103,7 @@ def test_a_resumed_run_is_frozen_from_its_first_step(data):
     assert np.abs(after["gamma"] - before["gamma"]).max() > 0
 
 
+@pytest.mark.filterwarnings("ignore:The loss rose")  # after a single step
 @pytest.mark.parametrize(
     ("begin", "epochs", "moving"),
     # 0.58 * 100 is less than 58 in floating point; 0.8 * 12 is 9.6.
@@ -111,7 +121,7 @@ def test_layers_are_put_back_when_fit_ends(data):
     standing.build((None, 6))
     standing.moving_mean.assign(np.ones(6))
     model = keras.Sequential([make_model(), keras.layers.Dense(6), standing])
-    model.compile("sgd", "mse")
+    model.compile(keras.optimizers.SGD(decaying()), "mse")
     moving = model.layers[0].layers[1]
     x, _ = data
     model.fit(
@@ -139,9 +149,199 @@ def test_a_run_after_one_that_failed_begins_unfrozen(data):
     model, callback = make_model(), FreezeStatistics(0.5)
     with pytest.raises(RuntimeError, match="a full disk"):
         fit(model, data, [callback, Failure()], epochs=2)
-    assert model.layers[1].frozen_statistics
+    assert model.layers[1].statistics_stand
     values = fit(model, data, [callback], epochs=2)
     assert [int(value["step"]) for value in values] == [8, 8]
+
+
+def test_a_failed_run_can_be_unfrozen_by_hand(data):
+    class Failure(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                raise RuntimeError("a full disk")
+
+    model = make_model()
+    with pytest.raises(RuntimeError, match="a full disk"):
+        fit(model, data, [FreezeStatistics(0.5), Failure()], epochs=2)
+    keras_renorm.unfreeze_statistics(model)
+    model.compile(model.optimizer, "mse")
+    assert [int(value["step"]) for value in fit(model, data, [], 1)] == [8]
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("frequency", ["epoch", 3])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_checkpoint_of_the_last_part_is_as_the_user_configured(
+    is_frozen, frequency, is_first, data, tmp_path
+):
+    x, _ = data
+    layer = BatchRenormalization(momentum=0.8, frozen_statistics=is_frozen)
+    layer.build((None, 6))
+    layer.moving_mean.assign(np.ones(6))
+    model = make_model(layer)
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / "last.keras", save_freq=frequency
+    )
+    others = [
+        RenormScheduler(),
+        RenormMonitor(every=2),
+        RecalibrateStatistics(x),
+        FreezeStatistics(0.5),
+    ]
+    callbacks = [checkpoint, *others] if is_first else [*others, checkpoint]
+    fit(model, data, callbacks, epochs=2)
+    loaded = keras.saving.load_model(tmp_path / "last.keras")
+    restored = loaded.layers[1]
+    assert restored.get_config() == layer.get_config()
+    assert restored.frozen_statistics == is_frozen
+    assert "call" not in vars(restored)
+    # Trained on, with and without the callback: it moves as configured.
+    for callbacks, epochs in (([], 1), ([FreezeStatistics(0.5)], 2)):
+        before = np.array(restored.moving_mean)
+        fit(loaded, data, callbacks, epochs=epochs)
+        moved = np.abs(np.array(restored.moving_mean) - before).min() > 0
+        assert moved == (not is_frozen)
+
+
+def test_a_run_that_is_taken_up_in_the_last_part_ends_unfrozen(data, tmp_path):
+    class Interruption(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 4:
+                raise KeyboardInterrupt
+
+    def callbacks():
+        return [
+            RenormScheduler(),
+            keras.callbacks.BackupAndRestore(tmp_path),
+            FreezeStatistics(0.6),
+        ]
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(), data, [*callbacks(), Interruption()])
+    resumed, whole = make_model(), make_model()
+    assert len(fit(resumed, data, callbacks())) == 1  # the fifth epoch
+    assert int(resumed.layers[1].step) == 12  # those of three
+    assert not resumed.layers[1].statistics_stand
+    fit(whole, data, callbacks())
+    for ours, expected in zip(resumed.weights, whole.weights, strict=True):
+        assert_close(np.array(ours), np.array(expected), 1e-6)
+
+
+def test_a_copy_made_in_the_last_part_is_not_frozen(data):
+    class Copies(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            copies.append(keras.models.clone_model(self.model))
+            copies.append(keras_renorm.convert(self.model))
+
+    copies = []
+    fit(make_model(), data, [FreezeStatistics(0.5), Copies()], epochs=2)
+    assert len(copies) == 4
+    assert not any(copy.layers[1].statistics_stand for copy in copies)
+
+
+class Rates(keras.callbacks.Callback):
+    """Sets the learning rate of each epoch."""
+
+    def __init__(self, rates):
+        super().__init__()
+        self.rates = rates
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.optimizer.learning_rate = self.rates[epoch]
+
+
+@pytest.mark.parametrize(
+    ("rates", "warns"),
+    [
+        ([0.01, 0.01], True),
+        ([0.001, 0.01], True),  # it is warm, no more
+        ([0.01, 0.009], False),
+    ],
+)
+def test_freezing_at_a_rate_that_has_not_decayed_warns(rates, warns, data):
+    model = make_model()
+    model.compile(keras.optimizers.SGD(rates[0]), "mse")
+    # After it in the list: what holds is the rate that the epoch trains with.
+    callbacks = [FreezeStatistics(0.5), Rates(rates)]
+    if not warns:
+        fit(model, data, callbacks, epochs=2)
+        return
+    message = (
+        "^`FreezeStatistics` freezes the statistics while the learning rate is "
+        r"as high as it ever was in this run \(0.01\). Weights that move so "
+        "fast leave them, which can destroy a trained network: let the rate "
+        "decay before, as `keras.optimizers.schedules.CosineDecay` does.$"
+    )
+    with pytest.warns(UserWarning, match=message) as found:
+        fit(model, data, callbacks, epochs=2)
+    assert [each.category for each in found].count(UserWarning) == 1
+
+
+class Losses(keras.callbacks.Callback):
+    """Gives the epochs these losses."""
+
+    def __init__(self, losses):
+        super().__init__()
+        self.losses = losses
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["loss"] = self.losses[epoch]
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([1.0, 0.5, 0.2, 0.29, 0.1], None),
+        ([1.0, 0.5, 0.2, 0.31, 0.4], "loss rose from 0.2 to 0.31 after"),
+        # It rose by 0.5 before, too.
+        ([0.5, 1.0, 0.2, 0.69, 0.1], None),
+        ([0.5, 1.0, 0.2, 0.71, 0.1], "loss rose from 0.2 to 0.71 after"),
+        ([-1.0, -3.0, -4.0, -2.1, -4.0], None),
+        ([-1.0, -3.0, -4.0, -1.9, -4.0], "loss rose from -4 to -1.9 after"),
+        (
+            [1.0, 0.5, 0.2, np.nan, np.nan],
+            "loss rose from 0.2 to nan after",
+        ),
+        ([1.0, 0.5, np.nan, 0.2, 7.0], None),
+    ],
+)
+def test_a_loss_that_rises_after_the_freezing_warns(losses, message, data):
+    callbacks = [Losses(losses), FreezeStatistics(0.6)]
+    if message is None:
+        fit(make_model(), data, callbacks)
+        return
+    with pytest.warns(UserWarning, match=message) as found:
+        fit(make_model(), data, callbacks)
+    assert [each.category for each in found].count(UserWarning) == 1
+
+
+def test_a_run_that_ends_before_the_last_part_says_so(data):
+    stopping = keras.callbacks.EarlyStopping("loss", patience=1, mode="min")
+    callbacks = [Losses([1.0, 2.0, 3.0, 4.0, 5.0]), stopping]
+    message = (
+        "^`FreezeStatistics` froze nothing: `fit` ended before epoch 4 of 5, "
+        "with which the last part begins. To freeze after early stopping, "
+        "`keras_renorm.freeze_statistics`, compile and `fit` once more.$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        values = fit(make_model(), data, [*callbacks, FreezeStatistics(0.6)])
+    assert len(values) == 2
+
+
+def test_layers_that_were_frozen_before_are_not_traced_again(data):
+    traces = []
+
+    class Counting(BatchRenormalization):
+        def call(self, inputs, training=None, mask=None):
+            traces.append(1)
+            return super().call(inputs, training=training, mask=mask)
+
+    model = make_model(Counting(frozen_statistics=True))
+    model.layers[1].moving_mean.assign(np.ones(6))
+    fit(model, data, [], epochs=1)
+    before = len(traces)
+    fit(model, data, [FreezeStatistics(0.4)])
+    assert len(traces) == before
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,41 @@ def test_batches_that_turn_out_empty(mode, rng):
         assert np.array_equal(old, new)
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+@pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
+def test_one_element_a_channel_has_no_variance_on_any_device(
+    kind, mean, is_known, monkeypatch
+):
+    # On CUDA the operator's variance is NaN here: 0 / (count - 1).
+    operator = tf.raw_ops.FusedBatchNormV3
+    seen = []
+
+    def on_cuda(**arguments):
+        outputs = operator(**arguments)
+        if arguments["is_training"]:
+            seen.append(arguments["x"].shape)
+            nan = tf.fill(tf.shape(outputs.batch_variance), np.nan)
+            outputs = outputs._replace(batch_variance=nan)
+        return outputs
+
+    monkeypatch.setattr("tensorflow.raw_ops.FusedBatchNormV3", on_cuda)
+    monkeypatch.setattr(kernels, "SMALL_ELEMENTS", 1)
+    layer = kind(momentum=0.25)
+    layer.build((None, 3))
+    layer.moving_variance.assign(np.full(3, 2.0))
+    spec = tf.TensorSpec((1 if is_known else None, 3))
+    step = in_mode(step_of(layer), "graph", [spec, spec])
+    inputs = tf.fill((1, 3), mean)
+    outputs, d_inputs, *_ = step(inputs, tf.ones((1, 3)))
+    assert seen
+    assert np.all(np.isfinite(outputs))
+    assert np.all(d_inputs.numpy() == 0)
+    moving_mean, moving_variance = helpers.statistics(layer)
+    assert np.all(moving_mean == 0.75 * mean)
+    assert np.all(moving_variance == 0.5)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 def test_a_nan_stays_in_its_channel(mode, shape, rng):

@@ -175,3 +175,60 @@ def test_what_has_no_counterpart_is_named(tf_keras):
             r"Received: model=own, of class \w+ of tf_keras.$",
         ):
             convert(unbuilt)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "data"),
+    [
+        ("Normalization", {}, np.array([[40.0], [55.0], [61.0]], "float32")),
+        ("Discretization", {"num_bins": 3}, np.array([[1.0], [2.0], [30.0]])),
+        ("StringLookup", {}, np.array([["a"], ["b"], ["a"]])),
+        (
+            "StringLookup",
+            {"output_mode": "one_hot"},
+            np.array([["a"], ["b"], ["a"]]),
+        ),
+        ("IntegerLookup", {}, np.array([[5], [7], [5]])),
+        (
+            "TextVectorization",
+            {"output_sequence_length": 1},
+            np.array([["a"], ["b"], ["a"]]),
+        ),
+    ],
+)
+def test_what_a_layer_knows_besides_its_weights(
+    name, arguments, data, rng, tf_keras
+):
+    import tensorflow as tf
+
+    layer = getattr(tf_keras.layers, name)(**arguments)
+    layer.adapt(data)
+    is_index = name != "Normalization" and "output_mode" not in arguments
+    kind = tf.string if data.dtype.kind == "U" else data.dtype.name
+    after = [tf_keras.layers.Embedding(9, 2), tf_keras.layers.Flatten()]
+    model = tf_keras.Sequential(
+        [
+            tf_keras.Input((1,), dtype=kind),
+            layer,
+            *(after if is_index else []),
+            tf_keras.layers.Dense(3),
+            renorm(tf_keras),
+        ]
+    )
+    x = tf.constant(data)
+    expected = np.asarray(model(x))
+    assert expected.std(axis=0).min() > 0
+    for function in (convert, revert):
+        helpers.assert_close(np.asarray(function(model)(x)), expected, 1e-5)
+
+
+def test_weights_of_a_vocabulary_are_refused(tf_keras):
+    layer = tf_keras.layers.StringLookup(output_mode="tf_idf", name="words")
+    layer.adapt(np.array([["a"], ["b"]]))
+    model = tf_keras.Sequential(
+        [tf_keras.Input((1,), dtype="string"), layer, renorm(tf_keras)]
+    )
+    with pytest.raises(
+        ValueError, match=r"layer words of tf_keras, with output_mode=tf_idf\.$"
+    ):
+        convert(model)

@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    get_statistics,
+)
 from keras_renorm.callbacks import RenormMonitor, RenormScheduler
 from keras_renorm.diagnostics import discrepancy
-from keras_renorm.diagnostics.probe import batch_statistic
+from keras_renorm.diagnostics.probe import (
+    batch_statistic,
+    has_moved,
+    read_moved,
+    read_state,
+)
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
@@ -33,10 +42,17 @@ def network(kind=BatchNormalization, **options):
     )
 
 
-def fit(model, callbacks, epochs=2, steps_per_execution=1, **options):
+def fit(
+    model,
+    callbacks,
+    epochs=2,
+    steps_per_execution=1,
+    learning_rate=0.01,
+    **options,
+):
     # XLA compiles for long, and knows nothing of this.
     model.compile(
-        keras.optimizers.SGD(0.01),
+        keras.optimizers.SGD(learning_rate),
         "mse",
         steps_per_execution=steps_per_execution,
         jit_compile=False,
@@ -123,10 +139,33 @@ def test_a_moving_average_taken_back_over_several_steps():
     np.testing.assert_allclose(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("momentum", "moved", "expected"),
+    [
+        (0.9, (True, True), True),
+        (0.9, (True, False), True),
+        (0.9, (False, True), True),
+        (0.9, (False, False), False),
+        # 0 keeps nothing to take back, and 1 moves nothing.
+        (0.0, (True, True), False),
+        (1.0, (True, True), False),
+    ],
+)
+def test_statistics_that_tell_of_the_batch(momentum, moved, expected):
+    layer = BatchNormalization(momentum=0.5)
+    layer.build((None, 3))
+    layer.momentum = momentum
+    before = read_state(layer)
+    layer.moving_mean.assign(np.full(3, float(moved[0])))
+    layer.moving_variance.assign(np.full(3, 1.0 + moved[1]))
+    after = read_moved(layer, before)
+    assert has_moved(layer, before, after) == expected
+
+
 @pytest.mark.filterwarnings("ignore:Limits of renormalization clip")
 def test_logs_get_the_epochs_means(tmp_path):
     path = tmp_path / "log.csv"
-    monitor = RenormMonitor(every=3)
+    monitor = RenormMonitor(every=3, per_layer=True)
     model = network(BatchRenormalization, r_max=2.0, d_max=1.0)
     history = fit(model, [monitor, keras.callbacks.CSVLogger(path)])
     epochs = [
@@ -155,8 +194,8 @@ def test_logs_get_the_epochs_means(tmp_path):
     assert float(line["renorm_gap"]) == history["renorm_gap"][0]
 
 
-def test_logs_without_layers_and_without_limits():
-    history = fit(network(), [RenormMonitor(every=3, per_layer=False)])
+def test_logs_by_default_do_not_grow_with_the_layers_nor_have_limits():
+    history = fit(network(), [RenormMonitor(every=3)])
     names = {name for name in history if "renorm" in name}
     assert names == {f"renorm_{name}" for name in ("r", "d", "clipped", "gap")}
 
@@ -226,7 +265,7 @@ def test_training_is_the_same_with_and_without_it():
 def test_layers_that_stand_still_are_left_out():
     model = network()
     model.get_layer("second").frozen_statistics = True
-    monitor = RenormMonitor(every=2)
+    monitor = RenormMonitor(every=2, per_layer=True)
     history = fit(model, [monitor])
     assert {row["layer"] for row in monitor.rows} == {"first"}
     assert "first/renorm_gap" in history
@@ -237,7 +276,7 @@ def test_layers_that_stand_still_are_left_out():
 
 def test_a_model_that_is_built_by_fit():
     model = keras.Sequential([BatchNormalization(name="bn"), layers.Dense(1)])
-    history = fit(model, [RenormMonitor(every=2)])
+    history = fit(model, [RenormMonitor(every=2, per_layer=True)])
     assert len(history["bn/renorm_gap"]) == 2
 
 
@@ -247,6 +286,40 @@ def test_a_second_run_begins_anew():
     fit(model, [monitor], epochs=3)
     fit(model, [monitor], epochs=1)
     assert [row["step"] for row in monitor.rows] == [8, 8]
+
+
+def test_layers_of_one_name_are_told_apart():
+    """Two submodels from two files; one of them serves other inputs."""
+    parts = [
+        keras.Sequential(
+            [keras.Input((3,)), BatchNormalization(name="bn", momentum=0.9)],
+            name=name,
+        )
+        for name in ("near", "far")
+    ]
+    parts[0].layers[0].moving_mean.assign(X.mean(axis=0))
+    parts[0].layers[0].moving_variance.assign(X.var(axis=0))
+    parts[1].layers[0].moving_mean.assign(X.mean(axis=0) + 1000)
+    inputs = keras.Input((3,))
+    outputs = layers.Dense(1)(layers.Add()([part(inputs) for part in parts]))
+    model = keras.Model(inputs, outputs)
+    monitor = RenormMonitor(every=8, per_layer=True)
+    history = fit(model, [monitor], epochs=1, learning_rate=0.0)
+    gaps = {row["layer"]: row["gap"] for row in monitor.rows}
+    assert gaps.keys() == {"bn", "bn_1"}
+    assert min(gaps.values()) < 1
+    assert max(gaps.values()) > 50
+    assert history["renorm_gap"] == [max(gaps.values())]
+    assert {name for name in history if name.endswith("/renorm_gap")} == {
+        "bn/renorm_gap",
+        "bn_1/renorm_gap",
+    }
+    report = discrepancy(model, X, verbose=False)
+    assert {layer.name for layer in report.layers} == gaps.keys()
+    assert {key.split("/")[0] for key in get_statistics(model)} == gaps.keys()
+    # And the same layer has the same name in each of them.
+    shifts = {layer.name: layer.shift for layer in report.layers}
+    assert max(shifts, key=shifts.get) == max(gaps, key=gaps.get)
 
 
 def test_limits_that_never_relaxed():

@@ -1,6 +1,7 @@
 """Save, load, resume, export."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm import BatchNormalization, BatchRenormalization, convert
 from keras_renorm.schedules import LinearRamp
 from tests import helpers, resumed_run
 
@@ -97,6 +98,41 @@ def test_weights_files_go_between_keras_and_ours(source, target, tmp_path):
     x = resumed_run.data()[0]
     helpers.assert_close(
         loaded.predict(x, verbose=0), saved.predict(x, verbose=0), 1e-5
+    )
+
+
+def test_weights_of_another_class_name_the_way_that_works(tmp_path):
+    saved = compiled(network(keras.layers.BatchNormalization))
+    resumed_run.train(saved, 0, 1)
+    saved.save_weights(tmp_path / "model.weights.h5")
+    target = network(BatchRenormalization)
+    layer = target.layers[0]
+    with pytest.raises(
+        ValueError,
+        match="The file must hold the weights of this network. Received: 0 of "
+        f"the {len(layer.weights)} weights of layer {layer.name}, of class "
+        "BatchRenormalization. Weights of a network with batch normalization "
+        "of another class: load them into that network, then "
+        "`keras_renorm.convert` it.",
+    ):
+        target.load_weights(tmp_path / "model.weights.h5")
+    names = re.escape(str([weight.name for weight in layer.weights]))
+    before = layer.get_weights()
+    with pytest.raises(
+        ValueError,
+        match=f"^`weights` must be {len(before)} arrays, for {names}. "
+        "Received: 4 arrays. Weights of a layer of another class: set them "
+        "there, then `keras_renorm.convert` the model.$",
+    ):
+        layer.set_weights(saved.layers[0].get_weights())
+    for old, new in zip(before, layer.get_weights(), strict=True):
+        assert np.array_equal(old, new)
+    # What the errors say.
+    loaded = network(keras.layers.BatchNormalization)
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    x = resumed_run.data()[0]
+    helpers.assert_close(
+        convert(loaded).predict(x, verbose=0), saved.predict(x, verbose=0), 1e-5
     )
 
 

@@ -16,6 +16,7 @@ from keras_renorm import (
     set_statistics,
     unfreeze_statistics,
 )
+from keras_renorm.models.traversal import unique_names
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
@@ -115,6 +116,110 @@ def test_a_variance_of_zero_is_a_variance(rng):
     bank["last/moving_variance"] = np.zeros(4)
     set_statistics(model, bank)
     assert np.all(get_statistics(model)["last/moving_variance"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["first", "last"], ["first", "last"]),
+        (["bn", "bn", "bn"], ["bn", "bn_1", "bn_2"]),
+        # A number is free only if no layer has it.
+        (["bn", "bn", "bn_1", "bn"], ["bn", "bn_2", "bn_1", "bn_3"]),
+        (["bn_1", "bn_1", "bn"], ["bn_1", "bn_1_1", "bn"]),
+        # Those that Keras gave: counted within the model, in their order.
+        (
+            ["batch_normalization_9", "batch_normalization_12"],
+            ["batch_normalization", "batch_normalization_1"],
+        ),
+        (
+            ["batch_normalization_2", "batch_normalization", "bn"],
+            ["batch_normalization_1", "batch_normalization", "bn"],
+        ),
+        (
+            ["batch_normalization_3", "batch_renormalization_5"],
+            ["batch_normalization", "batch_renormalization"],
+        ),
+        # Two submodels from two files.
+        (
+            ["batch_normalization", "batch_normalization_1"] * 2,
+            [
+                "batch_normalization",
+                "batch_normalization_1",
+                "batch_normalization_2",
+                "batch_normalization_3",
+            ],
+        ),
+        # What somebody chose is not counted.
+        (["stem_batch_normalization_7"], ["stem_batch_normalization_7"]),
+    ],
+)
+def test_names_of_layers(names, expected):
+    assert unique_names(names) == expected
+    assert unique_names(expected) == expected
+
+
+def submodels(kind):
+    """Two of them, as from two files: their layers have the same names."""
+    parts = []
+    for name in ("left", "right"):
+        keras.utils.clear_session()
+        parts.append(
+            keras.Sequential(
+                [keras.Input((3,)), kind(), layers.Dense(3), kind()], name=name
+            )
+        )
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, parts[1](parts[0](inputs)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_submodels_whose_layers_have_the_same_names(kind, rng):
+    model = networks.randomize(submodels(kind), rng)
+    names = [layer.name for layer in networks.normalizations(model)]
+    assert len(set(names)) == 2
+    bank = get_statistics(model)
+    assert len(bank) == 8
+    other = networks.randomize(submodels(kind), rng)
+    set_statistics(other, bank)
+    for old, new in zip(
+        networks.normalizations(model),
+        networks.normalizations(other),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(
+            helpers.statistics(old), helpers.statistics(new)
+        )
+
+
+def test_a_bank_fits_whatever_else_the_session_made(rng):
+    def network():
+        return keras.Sequential(
+            [
+                keras.Input((3,)),
+                BatchNormalization(),
+                layers.Dense(3),
+                BatchNormalization(),
+            ]
+        )
+
+    model = networks.randomize(network(), rng)
+    later = network()
+    assert later.layers[0].name == "batch_normalization_2"
+    bank = get_statistics(model)
+    set_statistics(later, bank)
+    for key, value in get_statistics(later).items():
+        np.testing.assert_array_equal(value, bank[key])
+    # A bank of an older version has the names of its session.
+    old = {
+        key.replace("normalization/", "normalization_7/").replace(
+            "normalization_1/", "normalization_8/"
+        ): value + 1
+        for key, value in bank.items()
+    }
+    assert len(old.keys() - bank.keys()) == 4
+    set_statistics(later, old)
+    for key, value in get_statistics(later).items():
+        np.testing.assert_array_equal(value, bank[key] + 1)
 
 
 def test_bad_banks_change_nothing(rng):

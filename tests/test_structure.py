@@ -19,6 +19,7 @@ ORDER = [
     {"arguments"},
     {"schedules"},
     {"functional"},
+    {"gradients"},
     {"graphs"},
     {"fused"},
     {"pooling"},

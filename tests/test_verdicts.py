@@ -1,6 +1,8 @@
 """The cause that is named: networks with one thing wrong, and healthy ones."""
 
 import functools
+import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -10,10 +12,11 @@ from sklearn.datasets import load_digits
 
 import keras_renorm
 from keras_renorm import BatchNormalization, BatchRenormalization
-from keras_renorm.diagnostics import discrepancy
+from keras_renorm.diagnostics import advice, discrepancy
 from keras_renorm.diagnostics.measurement import Measurement
 from keras_renorm.diagnostics.verdict import verdicts_of
 
+ROOT = Path(__file__).parents[1]
 SEEDS = [0, 1]
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES = (IMAGES.reshape(-1, 8, 8, 1) / 16).astype("float32")
@@ -128,9 +131,73 @@ networks_by_seed = pytest.mark.parametrize(
 @seeds
 def test_a_healthy_network(network, seed):
     model, data = healthy(network, seed)
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    for size in (32, 16):
+        data = shuffled(seed + 50, size, 768 // size)
+        report = discrepancy(model, data, verbose=False)
+        assert causes(report) == []
+        assert str(report).endswith("No discrepancy worth acting on.")
+    # Which is not all that is said: outputs do differ.
+    assert 0.25 < report.gap < 0.5
+    assert (
+        f"Outputs differ by {report.gap:.2f} of their size, as the noise of "
+        "batches makes them; loss and metrics do not."
+    ) in str(report)
+
+
+def test_outputs_that_differ_where_nothing_says_whether_it_matters():
+    model, _ = healthy(convolutional, 0)
+    data = [x for x, _ in shuffled(50, 16, 48)]
     report = discrepancy(model, data, verbose=False)
-    assert causes(report) == []
-    assert str(report).endswith("No discrepancy worth acting on.")
+    assert report.gap > 0.25
+    assert causes(report) == ["training and inference differ"]
+    assert report.verdicts[0].remedy.startswith(
+        "Compile the model and give labels, too: loss and metrics say whether"
+    )
+    assert "No discrepancy worth acting on" not in str(report)
+
+
+def test_losses_that_differ_though_no_layer_is_far_off(rng):
+    """Two channels that are alike, and a dense layer that subtracts them."""
+    model = keras.Sequential(
+        [
+            keras.Input((2,)),
+            BatchNormalization(name="bn"),
+            layers.Dense(1, name="difference"),
+        ]
+    )
+    model.compile("sgd", "mse")
+    x = rng.normal(size=(6_400, 1)) + 0.03 * rng.normal(size=(6_400, 2))
+    model.get_layer("difference").kernel.assign([[5.0], [-5.0]])
+    mean, variance = x.mean(axis=0), x.var(axis=0)
+    set_statistics = keras_renorm.set_statistics
+    set_statistics(
+        model, {"bn/moving_mean": mean, "bn/moving_variance": variance}
+    )
+    y = model.predict(x, verbose=0) + 0.1 * rng.normal(size=(6_400, 1))
+    mean[0] += 0.25 * np.sqrt(variance[0])
+    set_statistics(
+        model, {"bn/moving_mean": mean, "bn/moving_variance": variance}
+    )
+    report = discrepancy(model, (x, y), batch_size=64, verbose=False)
+    (layer,) = report.layers
+    assert layer.shift < 0.25
+    assert report.training["loss"] < 0.05
+    assert report.inference["loss"] > 1
+    (verdict,) = report.verdicts
+    assert verdict.cause == "training and inference differ"
+    assert (
+        f"loss is {report.training['loss']:.4g} in training mode and "
+        f"{report.inference['loss']:.4g} in inference. No layer explains it"
+    ) in verdict.reason
+    # The remedy helps.
+    keras_renorm.recalibrate(model, x, verbose=False)
+    assert (
+        causes(discrepancy(model, (x, y), batch_size=64, verbose=False)) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +278,17 @@ def test_batches_too_small(network, seed):
     data = shuffled(seed + 50, 2, 100)
     report = discrepancy(model, data, verbose=False)
     assert causes(report) == ["batches too small"]
-    assert "convert" in report.verdicts[0].remedy
+    remedy = report.verdicts[0].remedy
+    # What the benchmark found to help.
+    if network is dense:
+        assert "for minibatches of one to three examples without" in remedy
+        assert "Keras's `GroupNormalization` or `LayerNormalizat" in remedy
+    else:
+        assert (
+            "for i.i.d. minibatches of two or three images, "
+            "`BatchNormalization` with `callbacks.FreezeStatistics()`"
+        ) in remedy
+        assert "convert" not in remedy
 
 
 @networks_by_seed
@@ -364,9 +441,168 @@ def test_rules(figures, expected):
     assert all(verdict.layers == ("other",) for verdict in found)
 
 
+@pytest.mark.parametrize(
+    ("gap", "training", "inference", "differ"),
+    [
+        # Without loss and metrics the outputs are all there is.
+        (0.24, {}, {}, False),
+        (0.26, {}, {}, True),
+        (0.29, {}, {}, True),
+        (NAN, {}, {}, True),
+        (0.49, {"loss": 0.5}, {"loss": 0.5}, False),
+        (0.51, {"loss": 0.5}, {"loss": 0.5}, True),
+        (0.1, {"loss": 0.018}, {"loss": 1.006}, True),
+        (0.1, {"loss": 0.1}, {"loss": 0.29}, False),
+        (0.1, {"loss": 0.1}, {"loss": 0.31}, True),
+        (0.1, {"loss": -3.1}, {"loss": -1.0}, True),
+        # It serves better than it trains: that is noise.
+        (0.1, {"loss": 0.31}, {"loss": 0.1}, False),
+        (0.3, {"loss": 0.026}, {"loss": 0.005}, False),
+        (0.1, {"loss": -1.0}, {"loss": -3.1}, False),
+        (0.1, {"loss": -0.1}, {"loss": 0.1}, True),
+        (0.1, {"loss": 0.1}, {"loss": NAN}, True),
+        # Shares, and what is larger.
+        (0.1, {"loss": 1.0, "auc": 0.94}, {"loss": 1.0, "auc": 0.90}, False),
+        (0.1, {"loss": 1.0, "auc": 0.96}, {"loss": 1.0, "auc": 0.90}, True),
+        (0.1, {"loss": 1.0, "mae": 2.0}, {"loss": 1.0, "mae": 5.9}, False),
+        (0.1, {"loss": 1.0, "mae": 2.0}, {"loss": 1.0, "mae": 6.1}, True),
+        (0.1, {"loss": 1.0, "mae": 6.1}, {"loss": 1.0, "mae": 2.0}, True),
+        (0.1, {"loss": 1.0, "r2": -0.1}, {"loss": 1.0, "r2": -0.2}, False),
+    ],
+)
+def test_a_model_that_differs_has_a_verdict(gap, training, inference, differ):
+    found = verdicts_of([HEALTHY], None, gap, (training, inference))
+    expected = ["training and inference differ"] if differ else []
+    assert [each.cause for each in found] == expected
+    # Where a layer explains it, that is said.
+    shifted = HEALTHY._replace(shift=1.0)
+    (found,) = verdicts_of([shifted], None, gap, (training, inference))
+    assert found.cause == "moving averages lag, or another domain"
+    # Channels that are constant do not.
+    constant = HEALTHY._replace(constant_channels=(3,))
+    found = verdicts_of([constant], None, gap, (training, inference))
+    assert [each.cause for each in found] == [*expected, "constant channels"]
+
+
+@pytest.mark.parametrize(
+    ("examples", "elements", "row"),
+    [
+        (1.0, 100.0, advice.ONE_IMAGE),
+        (1.9, 100.0, advice.ONE_IMAGE),
+        (2.0, 100.0, advice.TWO_OR_THREE),
+        (3.9, 100.0, advice.TWO_OR_THREE),
+        (4.0, 100.0, advice.FOUR_AND_MORE),
+        (1.0, 1.0, advice.FEW_VECTORS),
+        (2.0, 2.0, advice.FEW_VECTORS),
+        (4.0, 4.0, advice.FOUR_AND_MORE),
+    ],
+)
+def test_the_row_for_batches_that_are_too_small(examples, elements, row):
+    small = HEALTHY._replace(
+        batch_noise=0.9, gap=0.9, examples=examples, elements=elements
+    )
+    (verdict,) = verdicts_of([small])
+    assert f"or else: for {row.where}, {row.take}." in verdict.remedy
+    (verdict,) = verdicts_of([small._replace(kind="BatchRenormalization")])
+    relaxes = "Relax the limits, now r_max=3 and d_max=5" in verdict.remedy
+    assert relaxes == (row in (advice.ONE_IMAGE, advice.FEW_VECTORS))
+
+
+def test_what_is_advised_is_what_the_benchmark_found():
+    summary = json.loads(
+        (ROOT / "benchmarks/results/quality/summary.json").read_text()
+    )
+    cells = {
+        (cell["task"], cell["regime"], cell["contender"]): cell
+        for experiment, found in summary["experiments"].items()
+        if experiment.startswith("regimes")
+        for cell in found["cells"]
+    }
+    for row in advice.ROWS:
+        for task, regime, contender in row.evidence:
+            taken = cells[task, regime, contender]
+            for other in ("bn", "renorm", "group"):
+                for late in ("", "_frozen_late"):
+                    rival = cells.get((task, regime, other + late))
+                    if rival is not None:
+                        assert (
+                            rival["mean"] <= taken["mean"] + taken["spread"]
+                        ), (row.where, other + late)
+
+
+def test_the_readme_has_the_table_of_advice():
+    readme = (ROOT / "README.md").read_text()
+    for row in advice.ROWS:
+        assert f"\n| {row.where} | {row.take} |\n" in readme
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.bn = layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        return self.bn(x, training=training)
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_convert_is_advised_where_it_works_only(is_nested, rng):
+    data = np.repeat(rng.normal(size=(40, 1, 1)), 4, axis=1)
+    data = (data + 0.1 * rng.normal(size=(40, 4, 3))).reshape(160, 3)
+
+    def remedy(model):
+        report = discrepancy(model, data, batch_size=4, verbose=False)
+        (verdict,) = [
+            each
+            for each in report.verdicts
+            if each.cause == "batches not i.i.d."
+        ]
+        return verdict.remedy
+
+    model = Subclassed()
+    if is_nested:
+        model = keras.Sequential([keras.Input((3,)), model])
+    model(data)
+    assert "`keras_renorm.convert(model)`" not in remedy(model)
+    assert "Build the model with that layer" in remedy(model)
+    with pytest.raises(ValueError, match="must"):
+        keras_renorm.convert(model)
+    inner = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    model = keras.Sequential([keras.Input((3,)), inner])
+    assert "`keras_renorm.convert(model)` puts" in remedy(model)
+    keras_renorm.convert(model)
+
+
+@pytest.mark.parametrize(
+    ("on_the_way", "of", "cause"),
+    [
+        (1, 1, "moving averages lag"),
+        (1, 2, "moving averages lag"),
+        (1, 3, "moving averages lag, or another domain"),
+        (2, 3, "moving averages lag"),
+        (0, 2, "moving averages lag, or another domain"),
+    ],
+)
+def test_averages_lag_if_half_of_the_layers_are_on_the_way(
+    on_the_way, of, cause
+):
+    found = verdicts_of(
+        [
+            HEALTHY._replace(
+                name=str(at),
+                shift=1.0,
+                from_start=0.5 if at < on_the_way else NAN,
+            )
+            for at in range(of)
+        ]
+    )
+    assert [each.cause for each in found] == [cause]
+
+
 def test_noise_matters_more_where_the_outputs_show_it():
     noisy = HEALTHY._replace(batch_noise=0.2, gap=0.2)
-    assert verdicts_of([noisy], gap=0.49) == []
+    same = ({"loss": 1.0}, {"loss": 1.0})
+    assert verdicts_of([noisy], gap=0.49, scores=same) == []
     (found,) = verdicts_of([noisy], gap=0.51)
     assert found.cause == "batches too small"
     # But not where something else explains them.

@@ -92,6 +92,12 @@ CONTENDERS = {
         _paper_shape,
         adapted=True,
     ),
+    # In no table yet: by `--run`.
+    "renorm_corrected": Contender(
+        "renorm., the gradient corrected too",
+        _renorm(gradient_momentum=0.9),
+        _paper_shape,
+    ),
     "renorm_open": Contender(
         "renorm., open from the first step",
         _renorm(),

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_renorm import arguments
+from keras_renorm.callbacks.sharing import SharesData
 from keras_renorm.diagnostics.comparison import Comparison
 from keras_renorm.diagnostics.probe import (
     LayerState,
@@ -23,7 +24,7 @@ from keras_renorm.models.statistics import (
     check_no_keras_renorm,
     statistics_layers,
 )
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.traversal import find_layers, names_of
 
 # Limits that cut more than this share of the values, when they have relaxed
 # to their end, leave training and inference apart.
@@ -32,7 +33,7 @@ SATURATED = 0.25
 DATASET_BATCHES = 16
 
 
-class RenormMonitor(keras.callbacks.Callback):
+class RenormMonitor(SharesData, keras.callbacks.Callback):
     """Writes down r, d and the gap between training and inference in `fit`.
 
     Every so many steps it reads the moving statistics before and after the
@@ -51,9 +52,10 @@ class RenormMonitor(keras.callbacks.Callback):
     channels where r or d is beyond the limits; of layers without limits, 3
     and 5), `renorm_gap`, and, of `BatchRenormalization` layers,
     `renorm_r_max` and `renorm_d_max`; the largest of all layers under these
-    names, and each layer's with its name before: `"bn1/renorm_gap"`. History
-    has them, and so have `CSVLogger` and `TensorBoard` if they stand behind
-    this callback in the list.
+    names, and with `per_layer=True` each layer's with its name before:
+    `"bn1/renorm_gap"`. History has them, and so have `CSVLogger` and
+    `TensorBoard` if they come after this callback in the list. Layers have
+    the names that `keras_renorm.get_statistics` gives them.
 
     It warns once a run, when `fit` ends, if limits never relaxed (r_max was 1
     and d_max was 0 throughout), or if limits that have relaxed to their end
@@ -79,8 +81,8 @@ class RenormMonitor(keras.callbacks.Callback):
         log_dir: `None` (default), or a folder for TensorBoard, which gets
             each probe.
         per_layer: Whether `logs` get each layer's figures, too (TensorBoard
-            and `rows` always do). Defaults to `True`; `False` keeps the
-            progress bar short.
+            and `rows` always do): six more a layer, in the progress bar as
+            well. Defaults to `False`.
 
     Attributes:
         rows: A dict for each probe and layer, for `pandas.DataFrame`.
@@ -98,7 +100,7 @@ class RenormMonitor(keras.callbacks.Callback):
     ... ])
     >>> model.compile("sgd", "mse")
     >>> x = np.random.default_rng(0).normal(size=(64, 4))
-    >>> monitor = RenormMonitor(every=4, per_layer=False)
+    >>> monitor = RenormMonitor(every=4)
     >>> history = model.fit(x, x, verbose=0, callbacks=[monitor]).history
     >>> history["renorm_r_max"]
     [2.0]
@@ -112,7 +114,7 @@ class RenormMonitor(keras.callbacks.Callback):
         every: int = 100,
         dataset: Any = None,
         log_dir: Any = None,
-        per_layer: bool = True,
+        per_layer: bool = False,
     ) -> None:
         super().__init__()
         self.every = arguments.check_integer("every", every, minimum=1)
@@ -122,6 +124,7 @@ class RenormMonitor(keras.callbacks.Callback):
         self.rows: list[dict[str, Any]] = []
         self._writer = None if log_dir is None else _writer(log_dir)
         self._layers: list[Any] = []
+        self._names: list[str] = []
         self._before: list[LayerState] | None = None
         self._first_batch = 0
         self._step = 0
@@ -136,7 +139,7 @@ class RenormMonitor(keras.callbacks.Callback):
         found = find_layers(self.model, keras.layers.BatchNormalization)
         self._layers = []
         if not found or all(layer.built for layer in found):
-            self._layers = statistics_layers(self.model)
+            self._find_layers()
         check_no_keras_renorm(found)
         self.rows, self._epoch_rows = [], []
         self._before = None
@@ -172,7 +175,7 @@ class RenormMonitor(keras.callbacks.Callback):
         self._stride = batch - self._first_batch + 1
         self._step += self._stride
         if not self._layers:
-            self._layers = statistics_layers(self.model)
+            self._find_layers()
         if self._before is not None:
             self._synchronize()
             self._add_rows(self._before)
@@ -197,12 +200,18 @@ class RenormMonitor(keras.callbacks.Callback):
         if self._writer is not None:
             self._writer.flush()
 
+    def _find_layers(self) -> None:
+        self._layers = statistics_layers(self.model)
+        self._names = names_of(self._layers)
+
     def _synchronize(self) -> keras.Model:
         """Puts weights into the model that Keras's JAX trainer holds itself."""
         return self.model  # asking for it does
 
     def _add_rows(self, before: list[LayerState]) -> None:
-        for layer, old in zip(self._layers, before, strict=True):
+        for layer, name, old in zip(
+            self._layers, self._names, before, strict=True
+        ):
             new = read_moved(layer, old)
             steps = self._stride
             if old.step is not None and new.step is not None:
@@ -211,25 +220,24 @@ class RenormMonitor(keras.callbacks.Callback):
                 continue
             row = {
                 "step": self._step,
-                "layer": layer.name,
+                "layer": name,
                 **figures_of(layer, old, new, steps),
             }
             self.rows.append(row)
             self._epoch_rows.append(row)
             if self._writer is not None:
-                for name, value in row.items():
-                    if name not in ("step", "layer"):
+                for figure, value in row.items():
+                    if figure not in ("step", "layer"):
                         self._writer.add_scalar(
-                            f"{layer.name}/renorm_{name}", value, self._step
+                            f"{name}/renorm_{figure}", value, self._step
                         )
 
     def _compare_batches(self) -> None:
-        inputs = len(getattr(self.model, "inputs", None) or [None])
-        known = Batches(self.dataset, 1, 32, inputs).known
+        known = Batches(self.dataset, 1, 32, self.model).known
         steps = DATASET_BATCHES
         if known is not None:
             steps = int(min(steps, known))
-        batches = list(Batches(self.dataset, steps, 32, inputs))
+        batches = list(Batches(self.dataset, steps, 32, self.model))
         found = Comparison(self.model).run(batches, None, verbose=False)
         grouped = [
             layer
@@ -247,16 +255,16 @@ class RenormMonitor(keras.callbacks.Callback):
             )
 
     def _warn_of_limits(self) -> None:
-        layers = [
-            layer
-            for layer in self._layers
+        layers = {
+            name: layer
+            for name, layer in zip(self._names, self._layers, strict=True)
             if isinstance(layer, BatchRenormalization)
             and layer.trainable
             and not layer.frozen_statistics
-        ]
+        }
         closed = [
-            layer.name
-            for layer in layers
+            name
+            for name, layer in layers.items()
             if layer.current_limits() == (1.0, 0.0)
         ]
         if closed:
@@ -268,7 +276,7 @@ class RenormMonitor(keras.callbacks.Callback):
                 stacklevel=2,
             )
         shares = {}
-        for layer in layers:
+        for name, layer in layers.items():
             step = layer.current_step()
             has_relaxed = step >= max(
                 ramp.end_step for ramp in (layer.r_max, layer.d_max)
@@ -276,10 +284,10 @@ class RenormMonitor(keras.callbacks.Callback):
             clipped = [
                 row["clipped"]
                 for row in self._epoch_rows
-                if row["layer"] == layer.name
+                if row["layer"] == name
             ]
-            if has_relaxed and layer.name not in closed and clipped:
-                shares[layer.name] = float(np.mean(clipped))
+            if has_relaxed and name not in closed and clipped:
+                shares[name] = float(np.mean(clipped))
         saturated = [
             name for name, share in shares.items() if share > SATURATED
         ]

@@ -1,13 +1,15 @@
 """Population statistics in `fit`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
+from keras_renorm.callbacks.sharing import SharesData
 from keras_renorm.models.recalibrate import StatisticsPass
 
 
-class RecalibrateStatistics(keras.callbacks.Callback):
+class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
     """Recalibrates the moving statistics after each epoch of `fit`.
 
     Before validation, so that it sees the new statistics, and, without
@@ -17,15 +19,19 @@ class RecalibrateStatistics(keras.callbacks.Callback):
     of the averaged weights. Training goes on from the new statistics.
 
     Args:
-        dataset: As for `recalibrate`; read anew after each epoch. It should
-            not be the validation data.
+        dataset: As for `recalibrate`; read anew after each epoch, so no
+            generator, but one that never ends: of it, each epoch takes
+            `steps` batches more. It should not be the validation data. Copies
+            of the callback (`copy.deepcopy`) share it.
         steps: Number of batches, or `None` (default) for all.
         **arguments: Others of `recalibrate`; `verbose` is `False` by default.
 
     Raises:
-        TypeError, ValueError: When `fit` begins, if the model has no batch
-            normalization; after an epoch, as `recalibrate`. The statistics
-            are then as training left them.
+        TypeError, ValueError: If `dataset` can be read only once and `steps`
+            is `None`; when `fit` begins, if the model has no batch
+            normalization, or an argument is not as `recalibrate` takes it;
+            after an epoch, as `recalibrate`. The statistics are then as
+            training left them.
 
     Example:
 
@@ -44,6 +50,12 @@ class RecalibrateStatistics(keras.callbacks.Callback):
         self, dataset: Any, steps: int | None = None, **arguments: Any
     ) -> None:
         super().__init__()
+        if isinstance(dataset, Iterator) and steps is None:
+            raise ValueError(
+                "`dataset` must be one that can be read again, for it is read "
+                "after each epoch; or never end, with `steps`. Received: "
+                f"dataset=<{type(dataset).__name__}>, steps=None."
+            )
         self.dataset = dataset
         self.steps = steps
         self.arguments = {"verbose": False, **arguments}
@@ -51,8 +63,11 @@ class RecalibrateStatistics(keras.callbacks.Callback):
         self._is_due = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Finds the layers."""
+        """Finds the layers, and checks the arguments."""
         self._pass = StatisticsPass(self.model)
+        checked = {**self.arguments}
+        checked.pop("verbose")
+        self._pass.checked(self.dataset, self.steps, **checked)
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None

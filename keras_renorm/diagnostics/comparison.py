@@ -13,9 +13,10 @@ from keras_renorm.diagnostics.measurement import Gap, Measurement
 from keras_renorm.diagnostics.record import Record
 from keras_renorm.diagnostics.scores import Scores
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.observe import aligned_inputs, observed, to_float64
+from keras_renorm.models.observe import Told, aligned_inputs, observed
 from keras_renorm.models.rebuild import describe
 from keras_renorm.models.statistics import statistics_layers
+from keras_renorm.models.traversal import names_of
 
 Tensor = Any
 
@@ -49,7 +50,7 @@ class Comparison:
         # once a batch was seen. So are those that were called, in order.
         self._training: set[int] | None = None
         self._called: list[Any] = []
-        self._found: list[Any] = []
+        self._told = Told()
         self._compare = graphs.compiled(partial(self._run_both))
 
     def run(
@@ -65,10 +66,12 @@ class Comparison:
         if steps is not None:
             steps = arguments.check_integer("steps", steps, minimum=1)
         batch_size = arguments.check_integer("batch_size", batch_size, 1)
-        inputs = len(getattr(self.model, "inputs", None) or [None])
-        data = Batches(dataset, steps, batch_size, inputs)
+        data = Batches(dataset, steps, batch_size, self.model)
         records = {
-            id(layer): Record(layer, r_max, d_max) for layer in self.layers
+            id(layer): Record(layer, name, r_max, d_max)
+            for layer, name in zip(
+                self.layers, names_of(self.layers), strict=True
+            )
         }
         gaps: list[Gap] = []
         scores = (Scores(self.model), Scores(self.model))
@@ -78,11 +81,8 @@ class Comparison:
         seen = 0
         with observed(self.layers, self._hook):
             for x, y, weight in data:
-                outputs, losses, trained, inferred = self._compare(x)
-                # Each call of a layer: first all in training mode.
-                for layer, found in zip(
-                    self._called, [*trained, *inferred], strict=True
-                ):
+                (outputs, losses), calls = self._told.run(self._compare, x)
+                for layer, found in calls:
                     _count(records[id(layer)], found)
                 gaps = _added(gaps, outputs)
                 for score, output, loss in zip(
@@ -106,26 +106,26 @@ class Comparison:
         return bool(
             at not in (self._training or ())
             or not layer.trainable
-            or getattr(layer, "frozen_statistics", False)
+            or getattr(layer, "statistics_stand", False)
         )
 
-    def _run_both(self, x: Any) -> tuple[Any, ...]:
-        """Outputs, activity losses, and what the layers' calls told."""
+    def _run_both(self, x: Any) -> tuple[Any, Any]:
+        """Outputs and activity losses, in training mode and in inference."""
         if self._training is None:
             self._training = set()
             self._run_mode("listening", x)
         self._called = []
         training = self._run_mode("training", x)
         inference = self._run_mode("inference", x)
-        outputs, losses, found = zip(training, inference, strict=True)
-        return outputs, losses, found[0], found[1]
+        outputs, losses = zip(training, inference, strict=True)
+        return outputs, losses
 
-    def _run_mode(self, mode: str, x: Any) -> tuple[Any, Any, list[Any]]:
-        self._mode, self._found = mode, []
+    def _run_mode(self, mode: str, x: Any) -> tuple[Any, Any]:
+        self._mode = mode
         # What would be assigned goes to the scope, and ends there.
         with keras.StatelessScope(collect_losses=True) as scope:
             outputs = self.model(x, training=mode == "listening")
-            return outputs, list(scope.losses), self._found
+            return outputs, list(scope.losses)
 
     def _hook(self, layer: Any, call: Callable[..., Any]) -> Any:
         def hooked(
@@ -135,6 +135,7 @@ class Comparison:
                 if training and self._training is not None:
                     self._training.add(id(layer))
                 return call(inputs, training=False, mask=mask)
+            inputs = self._told.inputs(layer, inputs)
             # Each call in a scope of its own: a second call of a shared
             # layer must find the statistics as they are.
             with keras.StatelessScope():
@@ -142,21 +143,23 @@ class Comparison:
             self._called.append(layer)
             values, axis, aligned = aligned_inputs(layer, inputs, mask)
             if self._mode == "inference":
-                self._found.append(_example_moments(values, axis, aligned))
-                return inferred
+                return self._told.tell(
+                    layer, _example_moments(values, axis, aligned), inferred
+                )
             with keras.StatelessScope():
                 outputs = call(
                     inputs,
                     training=id(layer) in (self._training or ()),
                     mask=mask,
                 )
-            self._found.append(
+            return self._told.tell(
+                layer,
                 (
                     _normalized_moments(layer, values, axis, aligned),
                     _squares(outputs, inferred, aligned),
-                )
+                ),
+                outputs,
             )
-            return outputs
 
         return hooked
 
@@ -202,11 +205,11 @@ def _squares(
 def _count(record: Record, found: Any) -> None:
     """Puts what one call of a layer told into its record."""
     if isinstance(found, functional.Moments):
-        record.examples.add(*to_float64(found))
+        record.examples.add(*found)
         return
     moments, squares = found
     record.gap = record.gap.plus(Gap(*(float(each) for each in squares)))
-    arrays = to_float64(moments)
+    arrays = list(moments)
     if arrays[-1].ndim == 1:
         record.add_batch(*arrays)
         return

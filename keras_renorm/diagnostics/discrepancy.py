@@ -8,6 +8,8 @@ from keras_renorm import arguments
 from keras_renorm.diagnostics.comparison import Comparison
 from keras_renorm.diagnostics.report import Report
 from keras_renorm.diagnostics.verdict import verdicts_of
+from keras_renorm.models.rebuild import has_graph
+from keras_renorm.models.traversal import find_layers
 
 
 def discrepancy(
@@ -99,10 +101,38 @@ def discrepancy(
     return Report(
         model=model.name,
         layers=result.layers,
-        verdicts=verdicts_of(result.layers, referred, result.gap),
+        verdicts=verdicts_of(
+            result.layers,
+            referred,
+            result.gap,
+            result.scores,
+            _is_convertible(model),
+        ),
         gap=result.gap,
         training=result.scores[0],
         inference=result.scores[1],
+    )
+
+
+def _is_convertible(model: keras.Model) -> bool:
+    """Whether `convert` reaches all normalization: graphs and wrappers.
+
+    What else holds a layer, it may reach or not.
+    """
+    reached: set[int] = set()
+
+    def reach(layer: Any) -> None:
+        reached.add(id(layer))
+        if has_graph(layer):
+            for each in layer.layers:
+                reach(each)
+        elif isinstance(layer, keras.layers.Wrapper):
+            reach(layer.layer)
+
+    reach(model)
+    return all(
+        id(layer) in reached
+        for layer in find_layers(model, keras.layers.BatchNormalization)
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import arguments, graphs, kernels
+from keras_renorm.models.batches import check_inputs
 from keras_renorm.models.traversal import find_layers
 
 Tensor = Any
@@ -36,6 +37,7 @@ class Objective:
         self.model = _checked_model(model)
         checked_loss = _checked_loss(loss)
         self._batch = _checked_batch(batch)
+        check_inputs(self.model, self._batch[0])
         self._state = [
             graphs.read(variable, variable.dtype)
             for variable in model.non_trainable_variables
@@ -45,7 +47,7 @@ class Objective:
             for variable in model.trainable_variables
         ]
         self._value, self._with_gradients = _graphs(
-            model, checked_loss, training
+            model, checked_loss, training, self._batch[0]
         )
 
     def value(self, weights: list[Tensor]) -> float:
@@ -120,10 +122,15 @@ _GRAPHS: weakref.WeakKeyDictionary[keras.Model, dict[bool, Any]] = (
 )
 
 
-def _graphs(model: keras.Model, loss: Any, training: bool) -> tuple[Any, Any]:
+def _graphs(
+    model: keras.Model, loss: Any, training: bool, x: Any
+) -> tuple[Any, Any]:
     """The loss and its gradients as graphs, traced anew after a change."""
     held = _GRAPHS.setdefault(model, {})
-    mark = _fingerprint(model, loss)
+    # Keras checks the shapes that a graph is made for, and one that was made
+    # for several numbers of channels would broadcast.
+    shapes = tuple(tuple(each.shape)[1:] for each in tree.flatten(x))
+    mark = shapes, _fingerprint(model, loss)
     if training not in held or held[training][0] != mark:
         traced = graphs.value_and_gradients(_function(model, loss, training))
         held[training] = mark, traced

@@ -26,9 +26,14 @@ class Record:
     """Counts the batches of one layer, in float64."""
 
     def __init__(
-        self, layer: Any, r_max: float | None, d_max: float | None
+        self,
+        layer: Any,
+        name: str,
+        r_max: float | None,
+        d_max: float | None,
     ) -> None:
         self.layer = layer
+        self.name = name
         limits = (R_MAX, D_MAX)
         if isinstance(layer, BatchRenormalization):
             limits = layer.current_limits()
@@ -114,7 +119,7 @@ class Record:
             beyond = self._beyond / batches
         r, d = self._distributions()
         return Measurement(
-            name=self.layer.name,
+            name=self.name,
             kind=type(self.layer).__name__,
             channels=len(self.moving_mean),
             batches=batches,

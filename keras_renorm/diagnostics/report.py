@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_renorm.diagnostics.measurement import Measurement
-from keras_renorm.diagnostics.verdict import Verdict
+from keras_renorm.diagnostics.verdict import VISIBLE, Verdict
 
 HEALTHY = "No discrepancy worth acting on."
 WIDTH = 100
@@ -52,6 +52,11 @@ class Report:
     def __str__(self) -> str:
         lines = [self._table(), *self._model_lines(), ""]
         if not self.verdicts:
+            if self.gap > VISIBLE:  # there is a verdict without scores
+                lines.append(
+                    f"Outputs differ by {_short(self.gap)} of their size, as "
+                    "the noise of batches makes them; loss and metrics do not."
+                )
             lines.append(HEALTHY)
         for at, verdict in enumerate(self.verdicts, start=1):
             lines += [

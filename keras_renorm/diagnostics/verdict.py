@@ -5,9 +5,10 @@ verdict, which names them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from keras_renorm.diagnostics import advice
 from keras_renorm.diagnostics.measurement import Measurement
 
 # Moving statistics this far from the data's, in standard deviations and beyond
@@ -22,6 +23,17 @@ NOISE = 1 / 3
 # else explains it, half that noise does. Healthy networks of three layers,
 # trained on digits in batches of 16 to 64, were at 0.12 to 0.39.
 OUTPUTS = 0.5
+# Outputs that differ by this much are a reason to look at loss and metrics; it
+# is a cause for a verdict where there are none.
+VISIBLE = 0.25
+# A loss that is higher in inference by more than this share of the larger one,
+# and metrics that differ by more, either way, differ by much. (A loss that is
+# lower in inference is what the noise of batches makes: healthy networks that
+# have learned their data were at a fifth of the training mode's.) Of numbers
+# within [0, 1], as accuracies are, SHARES is enough: the networks above, in
+# batches of 16 to 32, were at 0.035.
+SCORES = 2 / 3
+SHARES = 0.05
 # Batch means that scatter by this much of the standard deviation of all data,
 # where batches are no random draws. A smaller scatter harms there: what the
 # examples of a batch have in common is taken from them in training.
@@ -37,6 +49,7 @@ DOMAIN = "another domain"
 LAG_OR_DOMAIN = "moving averages lag, or another domain"
 TOO_SMALL = "batches too small"
 CONSTANT = "constant channels"
+DIFFERENT = "training and inference differ"
 
 
 class Verdict(NamedTuple):
@@ -62,6 +75,8 @@ def verdicts_of(
     layers: Sequence[Measurement],
     references: Sequence[Measurement] | None = None,
     gap: float = 0.0,
+    scores: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
+    is_convertible: bool = True,
 ) -> list[Verdict]:
     """The verdicts on a model's layers, the gravest first; none if healthy.
 
@@ -70,6 +85,8 @@ def verdicts_of(
         references: The same layers on training data, where `layers` are on
             other data.
         gap: How much outputs of the model differ, of their size.
+        scores: Loss and metrics in training and in inference mode, by name.
+        is_convertible: Whether `convert` takes the model.
     """
     broken = [each for each in layers if each.is_broken]
     untrained = [each for each in layers if each.is_untrained]
@@ -89,10 +106,12 @@ def verdicts_of(
     if untrained:
         found.append(_untrained(untrained, layers))
     if grouped:
-        found.append(_grouped(grouped, layers))
+        found.append(_grouped(grouped, layers, is_convertible))
     found += _shifted(shifted, layers, references)
     if small:
-        found.append(_too_small(small, layers))
+        found.append(_too_small(small, layers, is_convertible))
+    if not found and _differ(gap, scores):
+        found.append(_different(layers, gap, scores))
     if constant:
         found.append(_constant(constant, layers))
     return found
@@ -119,6 +138,31 @@ def is_too_small(layer: Measurement, noise: float = NOISE) -> bool:
         and not layer.gap < noise
         and not layer.is_frozen
     )
+
+
+def _differ(
+    gap: float, scores: tuple[Mapping[str, float], Mapping[str, float]]
+) -> bool:
+    """Whether the model is another one in inference, whatever the layers."""
+    limit = OUTPUTS if scores[0] else VISIBLE
+    return not gap <= limit or bool(_different_scores(scores))
+
+
+def _different_scores(
+    scores: tuple[Mapping[str, float], Mapping[str, float]],
+) -> list[str]:
+    """Names of the loss and the metrics that differ by much."""
+    names = []
+    for name, trained in scores[0].items():
+        served = scores[1][name]
+        distance = served - trained if name == "loss" else abs(served - trained)
+        larger = max(abs(trained), abs(served))
+        allowed = SCORES * larger
+        if name != "loss" and min(trained, served) >= 0 and larger <= 1:
+            allowed = SHARES
+        if not distance <= allowed:
+            names.append(name)
+    return names
 
 
 def _where(found: Sequence[Measurement], layers: Sequence[Measurement]) -> str:
@@ -164,7 +208,9 @@ def _untrained(
 
 
 def _grouped(
-    found: Sequence[Measurement], layers: Sequence[Measurement]
+    found: Sequence[Measurement],
+    layers: Sequence[Measurement],
+    is_convertible: bool,
 ) -> Verdict:
     worst = max(found, key=lambda each: each.f)
     return Verdict(
@@ -173,14 +219,16 @@ def _grouped(
         f"random ones: batch means vary {worst.f:.1f} times as much as random "
         f"draws make them ({worst.name}; by chance below {worst.f_limit:.1f}), "
         f"by {worst.scatter:.2f} standard deviations.",
-        "Shuffle the data before it is cut into batches; where that cannot be, "
-        + _renormalize(found),
+        "Shuffle the data before it is cut into batches; where that cannot "
+        "be: " + _advised(advice.GROUPED, found, is_convertible),
         _names(found),
     )
 
 
 def _too_small(
-    found: Sequence[Measurement], layers: Sequence[Measurement]
+    found: Sequence[Measurement],
+    layers: Sequence[Measurement],
+    is_convertible: bool,
 ) -> Verdict:
     worst = max(found, key=lambda each: each.batch_noise)
     explained = "the examples of a batch cannot be compared"
@@ -196,27 +244,72 @@ def _too_small(
         f"size away from what is served ({worst.name}, {worst.elements:.4g} "
         f"elements a channel). Batch means scatter by {worst.scatter:.2f} "
         f"standard deviations; {explained}.",
-        "Larger batches, or `synchronized=True` over replicas; or else "
-        + _renormalize(found),
+        "Larger batches, or `synchronized=True` over replicas; or else: "
+        + _advised(
+            advice.advice_for(worst.examples, worst.elements),
+            found,
+            is_convertible,
+        ),
         _names(found),
     )
 
 
-def _renormalize(found: Sequence[Measurement]) -> str:
-    """What renormalization is to do, or to do more."""
+def _advised(
+    row: advice.Advice, found: Sequence[Measurement], is_convertible: bool
+) -> str:
+    """A row of the table, and the way from these layers to there."""
+    said = f"for {row.where}, {row.take}."
+    if "`BatchRenormalization`" not in row.take:
+        return said
     renormalized = [
         each for each in found if each.kind == "BatchRenormalization"
     ]
-    if not renormalized:
+    if renormalized:
+        first = renormalized[0]
         return (
-            "`keras_renorm.convert(model)` and train with "
-            "`BatchRenormalization` and `RenormScheduler()`."
+            f"{said} Relax the limits, now r_max={first.r_max:.3g} and "
+            f"d_max={first.d_max:.3g}, with `RenormScheduler()`."
         )
-    first = renormalized[0]
+    if is_convertible:
+        return f"{said} `keras_renorm.convert(model)` puts that layer in."
     return (
-        f"relax the limits of `BatchRenormalization`, now r_max="
-        f"{first.r_max:.3g} and d_max={first.d_max:.3g}, with "
-        "`RenormScheduler()`."
+        f"{said} Build the model with that layer: `convert` may not reach the "
+        "layers inside this one."
+    )
+
+
+def _different(
+    layers: Sequence[Measurement],
+    gap: float,
+    scores: tuple[Mapping[str, float], Mapping[str, float]],
+) -> Verdict:
+    names = _different_scores(scores)
+    said = [f"Outputs of the model differ by {gap:.2f} of their size"] + [
+        f"{name} is {scores[0][name]:.4g} in training mode and "
+        f"{scores[1][name]:.4g} in inference"
+        for name in names
+    ]
+    noisy = max(layers, key=lambda each: each.batch_noise)
+    shifted = max(layers, key=lambda each: each.shift)
+    remedy = (
+        "`keras_renorm.recalibrate(model, training_data)` and compare anew. "
+        "If it stays, larger batches, or train the last part as the model "
+        "serves: `callbacks.FreezeStatistics()`, with a learning rate that "
+        "decays."
+    )
+    if not scores[0]:
+        remedy = (
+            "Compile the model and give labels, too: loss and metrics say "
+            "whether this matters. If so, " + remedy
+        )
+    return Verdict(
+        DIFFERENT,
+        f"{'; '.join(said)}. No layer explains it by itself: moving "
+        f"statistics are up to {shifted.shift:.2f} standard deviations "
+        f"({shifted.name}) from those of this data, and the noise of batches "
+        f"is up to {noisy.batch_noise:.2f} ({noisy.name}).",
+        remedy,
+        _names(layers),
     )
 
 

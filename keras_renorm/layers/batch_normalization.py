@@ -102,7 +102,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         training: Whether to train or to infer. Keras sets it in `fit`.
         mask: Tensor of 0 and 1, or booleans, whose axes stand for the
             leading non-channel axes of `inputs`: `(batch,)`,
-            `(batch, time)`, ... It is broadcast over the rest.
+            `(batch, time)`, ... It is broadcast over the rest. A mask that
+            does not fit them, but the leading axes with the channel axis,
+            stands for these, as `Masking` in front of channels first makes
+            it: `(batch, channels)` of `(batch, channels, time)` says which
+            channels of an example count. Where sizes allow both, the
+            channel axis is left out; an unknown size allows any.
 
     Returns:
         A tensor of the shape of `inputs`, in the policy's compute type.
@@ -146,7 +151,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     f"Received: {name}={value!r}."
                 )
             if name in ("center", "scale", "trainable"):
-                arguments.check_boolean(name, value)
+                value = arguments.check_boolean(name, value)
+                keras_bn_arguments[name] = value
         pool = Pool(
             arguments.check_boolean("synchronized", synchronized),
             virtual_batch_size
@@ -172,6 +178,24 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = pool.synchronized
         self.virtual_batch_size = pool.virtual_batch_size
         self.frozen_statistics = frozen_statistics
+        self._holds_statistics = False
+
+    @property
+    def statistics_stand(self) -> bool:
+        """Whether training uses the moving statistics now, and keeps them.
+
+        `frozen_statistics`, or `hold_statistics`.
+        """
+        return self._frozen_statistics or self._holds_statistics
+
+    def hold_statistics(self, value: bool) -> None:
+        """Freezes the statistics for a while, or ends that.
+
+        For callbacks: it acts like `frozen_statistics`, from the next compile
+        or `make_train_function(force=True)` on, but is no configuration. No
+        file and no copy of the layer has it.
+        """
+        self._holds_statistics = value
 
     @property
     def frozen_statistics(self) -> bool:
@@ -254,13 +278,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> Tensor:
         """Normalizes `inputs`; moves the statistics in a training step."""
         axis = self._channel_axis(len(inputs.shape))
+        channels = self.moving_mean.shape[0]
+        inputs = graphs.with_size(inputs, axis, channels)
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
-        if training and self.trainable and not self.frozen_statistics:
+        if training and self.trainable and not self.statistics_stand:
             pool = Pool(self.synchronized, self.virtual_batch_size)
-            outputs = self._train(
+            outputs, probe = self._train(
                 inputs, axis, mask, self.epsilon, self.momentum, pool
             )
+            if probe is not None and self.compute_dtype == "float16":
+                # So that the backward pass sees the scale of the loss.
+                self.add_loss(probe)
         else:
             outputs = self._infer(
                 inputs, axis, mask, self.epsilon, self.momentum
@@ -276,15 +305,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         epsilon: float,
         momentum: float,
         pool: Pool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         state = self._state(inputs, epsilon, momentum, self._limits())
+        state = state._replace(
+            feedback=self._feedback(kernels.statistics_dtype(inputs.dtype))
+        )
         outputs, response = kernels.normalize_by_batch(
             inputs, axis, mask, state, pool
         )
         self.moving_mean.assign(response.moving_mean)
         self.moving_variance.assign(response.moving_variance)
-        self._count_step()
-        return outputs
+        self._end_step(response)
+        return outputs, response.probe
 
     @graphs.as_one_graph
     def _infer(
@@ -345,8 +377,36 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """How far r and d may go; `None` where there is no correction."""
         return None
 
-    def _count_step(self) -> None:
+    def _feedback(self, dtype: str) -> functional.Feedback | None:
+        """What corrects the gradient; `None` where nothing does."""
+        return None
+
+    def _end_step(self, response: functional.Response) -> None:
         """Called after each training step that moved the statistics."""
+
+    def load_own_variables(self, store: Any) -> None:
+        """Takes the weights of a file, all of them or none."""
+        expected, received = len(self.weights), len(store.keys())
+        if received != expected:
+            raise ValueError(
+                "The file must hold the weights of this network. Received: "
+                f"{received} of the {expected} weights of layer {self.name}, "
+                f"of class {type(self).__name__}. Weights of a network with "
+                "batch normalization of another class: load them into that "
+                "network, then `keras_renorm.convert` it."
+            )
+        super().load_own_variables(store)
+
+    def set_weights(self, weights: Any) -> None:
+        """Sets the weights, all of them."""
+        if len(weights) != len(self.weights):
+            raise ValueError(
+                f"`weights` must be {len(self.weights)} arrays, for "
+                f"{[weight.name for weight in self.weights]}. Received: "
+                f"{len(weights)} arrays. Weights of a layer of another class: "
+                "set them there, then `keras_renorm.convert` the model."
+            )
+        super().set_weights(weights)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, as they stand."""

@@ -1,5 +1,6 @@
 """From Keras's batch normalization to ours, and back."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -12,26 +13,8 @@ from keras_renorm.models.rebuild import describe, rebuild
 from keras_renorm.models.traversal import find_layers
 
 KERAS = keras.layers.BatchNormalization
-# What a layer of any of the three classes has, by the name of the argument.
-_SHARED = (
-    "name",
-    "dtype",
-    "axis",
-    "momentum",
-    "epsilon",
-    "center",
-    "scale",
-    "beta_initializer",
-    "gamma_initializer",
-    "moving_mean_initializer",
-    "moving_variance_initializer",
-    "beta_regularizer",
-    "gamma_regularizer",
-    "beta_constraint",
-    "gamma_constraint",
-    "synchronized",
-)
-_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
+# Weights that are arguments too.
+_GIVEN = {"limit_values", "limit_steps"}
 
 
 def convert(
@@ -43,7 +26,10 @@ def convert(
 
     The copy infers what the model infers. It has the model's weights, layer
     names, `trainable` flags and shared layers. If the model is compiled, the
-    copy is compiled alike, with an optimizer that begins anew. `model` is not
+    copy is compiled alike, with an optimizer that begins anew; what
+    `optimizer.exclude_from_weight_decay` left out has to be left out again.
+    State besides weights (vocabularies, a stateful layer's, random
+    generators') is copied, and functions need not be registered. `model` is not
     changed. A functional model of a class of its own (keras-hub's backbones)
     becomes a plain functional model.
 
@@ -69,8 +55,8 @@ def convert(
         A new model.
 
     Raises:
-        TypeError: If `to` is neither class, or an argument is of the wrong
-            kind.
+        TypeError: If `model` is no model, `to` is neither class, or an
+            argument is of the wrong kind.
         ValueError: If the model is neither sequential nor functional, has no
             batch normalization, has some out of reach (created inside a custom
             layer) or of a class of its own; if one of tf_keras has what Keras
@@ -100,7 +86,7 @@ def revert(model: Any) -> keras.Model:
     did that `model` was converted from. It needs no `keras_renorm` to load. It
     has the model's weights, names, `trainable` flags and shared layers. If the
     model is compiled, the copy is compiled alike, with an optimizer that begins
-    anew. `model` is not changed.
+    anew, as `convert`. `model` is not changed.
 
     What Keras's layer lacks is dropped: limits and step counter, virtual
     batches, `frozen_statistics`. To train the copy with statistics that stand,
@@ -154,9 +140,10 @@ def _with_layers(
             f"{describe(foreign)} of class {type(foreign[0]).__name__}."
         )
 
-    def replace(layer: Any) -> Any:
-        arguments = _arguments_of(layer.get_config(), to)
-        return to.from_config({**arguments, **layer_arguments})
+    def replace(
+        layer: Any, config: dict[str, Any]
+    ) -> tuple[type, dict[str, Any]]:
+        return to, {**_arguments_of(config, to), **layer_arguments}
 
     new_model, copies = rebuild(
         model, lambda layer: isinstance(layer, KERAS), replace
@@ -169,20 +156,21 @@ def _with_layers(
 
 def _arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
     """Of the configuration of a layer, what one of class `to` takes."""
-    arguments = {name: config[name] for name in _SHARED if name in config}
-    if to is KERAS:
-        if keras.backend.backend() != "tensorflow":
-            arguments["synchronized"] = False  # True is refused there
-        return arguments
-    for name in ("virtual_batch_size", "frozen_statistics"):
-        if name in config:
-            arguments[name] = config[name]
-    if to is BatchRenormalization:
-        for name in ("r_max", "d_max"):
-            if name in config:
-                arguments[name] = config[name]
-        if config.get("renorm"):
-            arguments |= _limits_of_clipping(config["renorm_clipping"])
+    accepted = {"name", "dtype"}.union(
+        *(
+            inspect.signature(each.__init__).parameters  # type: ignore[misc]
+            for each in to.__mro__[: to.__mro__.index(KERAS) + 1]
+        )
+    )
+    arguments = {
+        name: value
+        for name, value in config.items()
+        if name in accepted and not name.startswith("renorm")
+    }
+    if to is KERAS and keras.backend.backend() != "tensorflow":
+        arguments["synchronized"] = False  # True is refused there
+    if to is BatchRenormalization and config.get("renorm"):
+        arguments |= _limits_of_clipping(config["renorm_clipping"])
     return arguments
 
 
@@ -202,10 +190,8 @@ def _limits_of_clipping(clipping: dict[str, float] | None) -> dict[str, float]:
 
 
 def _copy_weights(old: Any, new: Any) -> None:
-    names = list(_WEIGHTS)
-    if isinstance(old, BatchRenormalization) and type(new) is type(old):
-        names.append("step")  # the limits came as arguments
-    for name in names:
-        variable = getattr(old, name)
-        if variable is not None:
-            getattr(new, name).assign(graphs.to_numpy(variable))
+    """Copies the weights that both have; what is an argument came as one."""
+    weights = {weight.name: weight for weight in new.weights}
+    for weight in old.weights:
+        if weight.name in weights.keys() - _GIVEN:
+            weights[weight.name].assign(graphs.to_numpy(weight))

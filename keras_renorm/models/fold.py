@@ -9,8 +9,9 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_renorm import graphs
-from keras_renorm.models.rebuild import has_graph, rebuild
+from keras_renorm import arguments, graphs
+from keras_renorm.models.configuration import config_of
+from keras_renorm.models.rebuild import check_has_graph, has_graph, rebuild
 from keras_renorm.models.statistics import statistics_layers
 
 # The kernel that makes the outputs, and the axis of it that counts them. A
@@ -73,17 +74,22 @@ def fold(model: keras.Model) -> keras.Model:
     >>> [type(layer).__name__ for layer in fold(model).layers]
     ['Dense']
     """
+    check_has_graph(arguments.check_model(model))
     statistics_layers(model)  # raises if there is none, or it is not built
-    if any("layers" not in graph.get_config() for graph in _graphs_of(model)):
+    if any("layers" not in config_of(graph) for graph in _graphs_of(model)):
         # A class of its own, which does not tell its graph: a plain copy does.
-        model, _ = rebuild(model, lambda layer: False, lambda layer: layer)
+        model, _ = rebuild(
+            model, lambda layer: False, lambda layer, config: (layer, config)
+        )
     normalizations = statistics_layers(model)
     pairs, reasons = _find_pairs(model)
     folded = {id(pair.normalization) for pair in pairs}
     before = {id(pair.before): pair for pair in pairs}
 
-    def replace(layer: Any) -> Any:
-        return type(layer).from_config({**layer.get_config(), "use_bias": True})
+    def replace(
+        layer: Any, config: dict[str, Any]
+    ) -> tuple[type, dict[str, Any]]:
+        return type(layer), {**config, "use_bias": True}
 
     new_model, copies = rebuild(
         model, lambda layer: id(layer) in before, replace, folded
@@ -146,7 +152,7 @@ def _candidates(graph: keras.Model) -> Iterator[tuple[Any, Any, str]]:
                 else:
                     yield layer, graph.layers[at - 1], ""
         return
-    config = graph.get_config()
+    config = config_of(graph)
     named = {layer.name: layer for layer in graph.layers}
     calls = {each["name"]: each["inbound_nodes"] for each in config["layers"]}
     readers = Counter(

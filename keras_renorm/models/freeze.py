@@ -39,14 +39,7 @@ def freeze_statistics(model: keras.Model) -> None:
     True
     """
     layers = normalization_layers(model)
-    untrained = [layer for layer in layers if is_untrained(layer)]
-    if untrained:
-        warnings.warn(
-            "Statistics that were never trained are frozen at mean 0 and "
-            f"variance 1: layers {describe(untrained)}. Load weights, or "
-            "train, before.",
-            stacklevel=2,
-        )
+    warn_of_untrained(layers)
     for layer in layers:
         layer.frozen_statistics = True
 
@@ -54,7 +47,8 @@ def freeze_statistics(model: keras.Model) -> None:
 def unfreeze_statistics(model: keras.Model) -> None:
     """Lets the statistics of a model move again: the inverse.
 
-    In place; takes effect when the model is compiled next.
+    In place; takes effect when the model is compiled next. Ends what
+    `callbacks.FreezeStatistics` began in a `fit` that failed, too.
 
     Args:
         model: A model with layers of this package, at any depth.
@@ -73,6 +67,19 @@ def unfreeze_statistics(model: keras.Model) -> None:
     """
     for layer in normalization_layers(model):
         layer.frozen_statistics = False
+        layer.hold_statistics(False)
+
+
+def warn_of_untrained(layers: list[BatchNormalization]) -> None:
+    """Warns where statistics are to stand that were never trained."""
+    untrained = [layer for layer in layers if is_untrained(layer)]
+    if untrained:
+        warnings.warn(
+            "Statistics that were never trained are frozen at mean 0 and "
+            f"variance 1: layers {describe(untrained)}. Load weights, or "
+            "train, before.",
+            stacklevel=3,
+        )
 
 
 def normalization_layers(model: keras.Model) -> list[BatchNormalization]:

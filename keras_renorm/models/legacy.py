@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import layers, tree
 
+from keras_renorm.models.state import copy_assets, reload
+
 # Layers for the operations that tf_keras has no layer for: on two tensors, on
 # a tensor and a number, on one tensor.
 _OF_TENSORS = {
@@ -33,8 +35,14 @@ _OF_ONE = {
     "math.tanh": "tanh",
 }
 _WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
-# How Keras 2 computes, not what; Keras 3 has no such choice.
-_WITHOUT_MEANING = {"batch_input_shape", "implementation", "fused"}
+# How Keras 2 computes, not what; Keras 3 has no such choice. A vocabulary,
+# whose size this is, is copied.
+_WITHOUT_MEANING = {
+    "batch_input_shape",
+    "implementation",
+    "fused",
+    "vocabulary_size",
+}
 
 
 def is_tf_keras(model: Any) -> bool:
@@ -97,6 +105,7 @@ class _Translation:
             if shapes != [tuple(weight.shape) for weight in layer.weights]:
                 raise _no_counterpart(old, "whose weights are others there")
             layer.set_weights(values)
+            reload(layer)
         for old in model._flatten_layers():
             if id(old) in self._new:
                 self._new[id(old)].trainable = old.trainable
@@ -122,6 +131,13 @@ class _Translation:
             new = self._normalization(config)
             self._normalizations.append((layer, new))
             return new
+        if isinstance(layer, kinds.Discretization):
+            # Its boundaries are no weights in Keras 3.
+            arguments = dict(self._arguments(layer, layers.Discretization))
+            boundaries = [float(each) for each in layer.bin_boundaries]
+            return layers.Discretization.from_config(
+                {**arguments, "bin_boundaries": boundaries}
+            )
         if isinstance(layer, kinds.Wrapper) and not isinstance(
             layer, kinds.Bidirectional
         ):
@@ -131,6 +147,13 @@ class _Translation:
             new = self._same_kind(layer, self._same_kind(layer.forward_layer))
         else:
             new = self._same_kind(layer)
+        if hasattr(layer, "save_assets"):
+            # A vocabulary: shapes follow from its size. Its table counts as a
+            # weight in Keras 2 only.
+            if layer.get_config()["output_mode"] == "tf_idf":
+                raise _no_counterpart(layer, "with output_mode=tf_idf")
+            copy_assets(layer, new)
+            return new
         self._leaves.append((layer, new))
         return new
 

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
-from keras_renorm import functional, kernels
+from keras_renorm import functional, graphs, kernels
 
 Tensor = Any
 Call = Callable[..., Any]
@@ -45,12 +45,66 @@ def aligned_inputs(
     return values, axis, mask
 
 
-def to_float64(moments: functional.Moments) -> list[np.ndarray]:
-    """Moments as arrays."""
-    return [
-        np.asarray(ops.convert_to_numpy(value), dtype="float64")
-        for value in moments
-    ]
+class Told:
+    """What the calls of layers tell of a batch.
+
+    A call tells tensors from wherever it stands: in a recurrent cell, a loop or
+    a branch of a conditional, too. One in a loop tells once each time.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[int, Any, Any]] = []
+        self._error: ValueError | None = None
+        self._places = 0
+
+    def tell(self, layer: Any, found: Any, outputs: Tensor) -> Tensor:
+        """The outputs of a call, which tells a structure of tensors."""
+        form = tree.map_structure(lambda _: None, found)
+        self._places += 1
+        place = self._places
+
+        def receive(*arrays: np.ndarray) -> None:
+            # Copies: the memory is the backend's.
+            values = [np.array(each, dtype="float64") for each in arrays]
+            told = tree.pack_sequence_as(form, values)
+            self._calls.append((place, layer, told))
+
+        tensors = [ops.convert_to_tensor(each) for each in tree.flatten(found)]
+        return graphs.tell(receive, tensors, outputs)
+
+    def inputs(self, layer: Any, inputs: Tensor) -> Tensor:
+        """The inputs of a layer, which have its channels."""
+        channels = layer.moving_mean.shape[0]
+
+        def check(size: Any) -> None:
+            if int(size) != channels:
+                self._error = ValueError(
+                    "`dataset` must give each layer its channels. Received: "
+                    f"{int(size)} for the {channels} of {layer.name!r}."
+                )
+                raise self._error
+
+        axis = layer.axis % len(inputs.shape)
+        return graphs.with_size(inputs, axis, channels, check)
+
+    def run(
+        self, function: Callable[[Any], Any], x: Any
+    ) -> tuple[Any, list[tuple[Any, Any]]]:
+        """`function(x)`, and what was told meanwhile: `(layer, arrays)`.
+
+        In the order of the calls; branches run in any order.
+        """
+        self._calls, self._error = [], None
+        try:
+            outputs = function(x)
+            graphs.wait()
+        except Exception:
+            if self._error is not None:  # a graph's error tells less
+                raise self._error from None
+            raise
+        calls = sorted(self._calls, key=lambda call: call[0])
+        self._calls = []
+        return outputs, [(layer, found) for _, layer, found in calls]
 
 
 class Total:
@@ -58,8 +112,10 @@ class Total:
 
     Attributes:
         examples: Number of examples; kept by whoever adds.
+        skipped: Number of elements a channel that were left out; likewise.
         batches: Number of batches that had an element.
-        count: Number of elements a channel.
+        count: Number of elements a channel; where channels have masks of
+            their own, the fewest.
         mean: Mean of all elements.
         variance: Variance of all elements (divisor `count`).
         within: What of it is within batches: their variances, weighted by
@@ -68,11 +124,17 @@ class Total:
 
     def __init__(self) -> None:
         self.examples = 0
+        self.skipped = 0.0
         self.batches = 0
-        self.count = 0.0
+        self._counts: Any = 0.0
         self.mean: Any = 0.0
         self.variance: Any = 0.0
         self.within: Any = 0.0
+
+    @property
+    def count(self) -> float:
+        """Number of elements of the channel that has the fewest."""
+        return float(np.min(self._counts))
 
     @property
     def is_finite(self) -> bool:
@@ -90,12 +152,11 @@ class Total:
         variance: Any,
     ) -> None:
         """Pools the `Moments` of a batch; nothing where it had no element."""
-        added = float(np.max(count))
-        if not added:
+        if not np.max(count):
             return
         self.batches += 1
-        self.count += added
-        share = added / self.count
+        self._counts = self._counts + count
+        share = count / np.maximum(self._counts, 1)
         with np.errstate(all="ignore"):  # what is not finite is told later
             distance = (shift + residual) - self.mean
             self.variance = (

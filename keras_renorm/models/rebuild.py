@@ -6,8 +6,12 @@ from typing import Any
 
 import keras
 
-from keras_renorm import graphs
+from keras_renorm.models.configuration import Configurations, compile_alike
+from keras_renorm.models.state import copy_state, not_made_anew
 from keras_renorm.models.traversal import find_layers
+
+# From a layer and its configuration to class and configuration of the new one.
+Replace = Callable[[Any, dict[str, Any]], tuple[type, dict[str, Any]]]
 
 
 def describe(layers: Sequence[Any]) -> str:
@@ -21,6 +25,19 @@ def has_graph(layer: Any) -> bool:
     return isinstance(layer, keras.Sequential | _functional_class())
 
 
+def check_has_graph(model: Any) -> None:
+    """Raises if the layers of a model cannot be replaced."""
+    if has_graph(model):
+        return
+    held = find_layers(model, keras.layers.BatchNormalization)
+    layers = f", with the layers {describe(held)}" if held else ""
+    raise ValueError(
+        "`model` must be a sequential or a functional model: layers of "
+        "another cannot be replaced. Received: model="
+        f"{model.name}, of class {type(model).__name__}{layers}."
+    )
+
+
 @functools.cache
 def _functional_class() -> type:
     # Keras does not export it.
@@ -31,22 +48,24 @@ def _functional_class() -> type:
 def rebuild(
     model: keras.Model,
     is_replaced: Callable[[Any], bool],
-    replace: Callable[[Any], keras.layers.Layer],
+    replace: Replace,
     dropped: Collection[int] = (),
 ) -> tuple[keras.Model, dict[int, Any]]:
     """A copy of a sequential or functional model, some layers replaced.
 
     Reaches nested models, shared layers, and what wrappers and custom layers
     keep in their configuration. Names, `trainable` flags and sharing are
-    those of the model; weights are copied, except those of the layers that
-    are replaced. If the model is compiled, the copy is compiled alike, with a
-    new optimizer. A functional model of a class of its own becomes a plain
-    one.
+    those of the model; all state is copied, except that of the layers that
+    are replaced. Functions that the model was made or compiled with are the
+    copy's too: no file is written, so none need be registered. If the model is
+    compiled, the copy is compiled alike, with a new optimizer. A functional
+    model of a class of its own becomes a plain one.
 
     Args:
         model: The model; it is not changed.
         is_replaced: Whether a layer, which may not be built, is replaced.
-        replace: From such a layer to the new one.
+        replace: From such a layer and its configuration to the class and the
+            configuration of the new one.
         dropped: The `id` of layers to leave out. Each must be called once, in
             a graph, with one tensor.
 
@@ -58,14 +77,8 @@ def rebuild(
         ValueError: If the model has no graph, or has layers of the kinds out
             of reach.
     """
-    if not has_graph(model):
-        held = list(filter(is_replaced, find_layers(model, keras.layers.Layer)))
-        raise ValueError(
-            "`model` must be a sequential or a functional model: layers of "
-            "another cannot be replaced. Received: model="
-            f"{model.name}, of class {type(model).__name__}, with the layers "
-            f"{describe(held)}."
-        )
+    check_has_graph(model)
+    configurations = Configurations()
     copies: dict[int, Any] = {}
     stand_ins: set[int] = set()
 
@@ -83,12 +96,14 @@ def rebuild(
         if not isinstance(layer, keras.layers.Layer):  # an operation: x + y
             return type(layer).from_config(layer.get_config())
         if is_replaced(layer):
-            return replace(layer)
+            return configurations.make(
+                *replace(layer, configurations.of(layer))
+            )
         if has_graph(layer):
             return clone(layer)
         if any(map(is_replaced, find_layers(layer, keras.layers.Layer))):
-            return _rewritten(layer, is_replaced, replace)
-        return type(layer).from_config(layer.get_config())
+            return _rewritten(layer, is_replaced, replace, configurations)
+        return configurations.alike(layer)
 
     def call(layer: Any, *arguments: Any, **named: Any) -> Any:
         if id(layer) in stand_ins:
@@ -96,28 +111,24 @@ def rebuild(
         return layer(*arguments, **named)
 
     def clone(nested: keras.Model) -> keras.Model:
-        if not isinstance(nested, keras.Sequential):
-            if type(nested) is not _functional_class():
-                # Its constructor takes other arguments: clone its graph.
-                nested = keras.Model(
-                    nested.input, nested.output, name=nested.name
-                )
-            return keras.models.clone_model(
-                nested,
-                input_tensors=_new_inputs(nested),
-                clone_function=copy,
-                call_function=call,
-            )
-        new = keras.models.clone_model(nested, clone_function=copy)
-        if any(id(layer) in stand_ins for layer in new.layers):
-            kept = [each for each in new.layers if id(each) not in stand_ins]
-            inputs = keras.Input(
-                batch_shape=nested.inputs[0].shape,
-                dtype=nested.inputs[0].dtype,
-                name=nested.inputs[0].name,
-            )
-            new = keras.Sequential([inputs, *kept], name=nested.name)
-        return new
+        if isinstance(nested, keras.Sequential):
+            kept = [
+                new
+                for new in map(copy, nested.layers)
+                if id(new) not in stand_ins
+            ]
+            if hasattr(nested, "inputs"):
+                kept = [_new_inputs(nested, nested.inputs[0]), *kept]
+            return keras.Sequential(kept, name=nested.name)
+        # Its graph alone: the constructor of a class of its own may take other
+        # arguments, and what is compiled is cloned by names.
+        graph = keras.Model(nested.input, nested.output, name=nested.name)
+        return keras.models.clone_model(
+            graph,
+            input_tensors=_new_inputs(nested, nested.input),
+            clone_function=copy,
+            call_function=call,
+        )
 
     new_model = clone(model)
     copies[id(model)] = new_model
@@ -132,21 +143,21 @@ def rebuild(
     if missed:
         raise _out_of_reach(missed)
     _copy_state(model, is_replaced, dropped, copies)
-    if model.compiled:
-        # `clone_model` has done it, before it was known what trains.
-        new_model.compile_from_config(model.get_compile_config())
+    for each in find_layers(model, keras.Model):
+        # The last thing: now it is known what trains.
+        if each.compiled and id(each) in copies:
+            compile_alike(each, copies[id(each)])
     return new_model, copies
 
 
-def _new_inputs(model: keras.Model) -> Any:
-    """Inputs for a copy of a functional model.
+def _new_inputs(model: keras.Model, inputs: Any) -> Any:
+    """Inputs for a copy of a model.
 
     Of the same names: those that `clone_model` makes have their tensors'.
     """
     layers = {
         id(layer.output): layer
-        for layer in model.layers
-        if isinstance(layer, keras.layers.InputLayer)
+        for layer in find_layers(model, keras.layers.InputLayer)
     }
     return keras.tree.map_structure(
         lambda tensor: (
@@ -154,14 +165,15 @@ def _new_inputs(model: keras.Model) -> Any:
                 layers[id(tensor)].get_config()
             ).output
         ),
-        model.input,
+        inputs,
     )
 
 
 def _rewritten(
     layer: Any,
     is_replaced: Callable[[Any], bool],
-    replace: Callable[[Any], keras.layers.Layer],
+    replace: Replace,
+    configurations: Configurations,
 ) -> Any:
     """A layer that holds others, from its configuration with others."""
     held = list(filter(is_replaced, find_layers(layer, keras.layers.Layer)))
@@ -174,20 +186,20 @@ def _rewritten(
         if not isinstance(node, dict):
             return node
         if node.get("class_name") in names and "config" in node:
-            old = keras.saving.deserialize_keras_object(node)
+            old = configurations.read(node)
             if is_replaced(old):
                 # The rest of the node says how it was built and called.
-                new = keras.saving.serialize_keras_object(replace(old))
+                new = configurations.serialized(
+                    configurations.make(*replace(old, node["config"]))
+                )
                 new.pop("build_config", None)
                 replaced.append(old.name)
                 return {**node, **new}
         return {key: rewrite(value) for key, value in node.items()}
 
     try:
-        config = keras.saving.serialize_keras_object(layer)
-        config.pop("build_config", None)  # its call will build it
-        new = keras.saving.deserialize_keras_object(
-            rewrite(config), custom_objects={type(layer).__name__: type(layer)}
+        new = configurations.make(
+            type(layer), rewrite(configurations.of(layer))
         )
     except (NotImplementedError, TypeError) as error:
         raise _out_of_reach(held) from error
@@ -211,7 +223,7 @@ def _pair_contents(layer: Any, copies: dict[int, Any]) -> None:
         for each in (layer, copies[id(layer)])
     ]
     if len(inner[0]) != len(inner[1]):
-        raise _not_made_anew(layer)
+        raise not_made_anew(layer)
     for old, new in zip(*inner, strict=True):
         copies.setdefault(id(old), new)
 
@@ -228,29 +240,5 @@ def _copy_state(
             continue
         new = copies[id(layer)]
         new.trainable = layer.trainable
-        if is_replaced(layer) or not layer.built:
-            continue
-        olds, news = _own_variables(layer), _own_variables(new)
-        if [v.shape for v in olds] != [v.shape for v in news]:
-            raise _not_made_anew(layer)
-        for old, variable in zip(olds, news, strict=True):
-            # A copy: JAX gives the memory of a variable away.
-            variable.assign(graphs.to_numpy(old))
-
-
-def _not_made_anew(layer: Any) -> ValueError:
-    return ValueError(
-        "`model` must have layers that their configuration makes anew, with "
-        f"the same weights. Received: layer {layer.name} of class "
-        f"{type(layer).__name__}."
-    )
-
-
-def _own_variables(layer: Any) -> list[keras.Variable]:
-    """The variables of a layer that belong to no layer inside it."""
-    inner = {
-        id(variable)
-        for each in find_layers(layer, keras.layers.Layer)[1:]
-        for variable in each.variables
-    }
-    return [each for each in layer.variables if id(each) not in inner]
+        if not is_replaced(layer):
+            copy_state(layer, new)

@@ -12,10 +12,10 @@ from keras import ops, tree
 from keras_renorm import arguments, functional, graphs
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.observe import (
+    Told,
     Total,
     aligned_inputs,
     observed,
-    to_float64,
 )
 from keras_renorm.models.rebuild import describe
 from keras_renorm.models.statistics import (
@@ -104,6 +104,10 @@ def recalibrate(
     )
 
 
+class _OneElementError(ValueError):
+    """One pass cannot tell what most elements of a layer are."""
+
+
 class StatisticsPass:
     """Passes over data that gather the moments of a model's layers.
 
@@ -116,12 +120,12 @@ class StatisticsPass:
         check_no_keras_renorm(self.layers)
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []
-        self._moments: list[functional.Moments] = []
+        self._told = Told()
         # A graph for each way to normalize, made on the first batch. Partials
         # have no code of their own: TensorFlow counts traces by code, and would
         # warn when many models, or one model many times, are recalibrated.
         self._gather = {
-            by_batch: graphs.compiled(partial(self._gather_moments))
+            by_batch: graphs.compiled(partial(self._run_model))
             for by_batch in (True, False)
         }
 
@@ -136,17 +140,9 @@ class StatisticsPass:
         verbose: int | bool = True,
     ) -> None:
         """As `recalibrate`."""
-        if steps is not None:
-            steps = arguments.check_integer("steps", steps, minimum=1)
-        batch_size = arguments.check_integer("batch_size", batch_size, 1)
-        prior = arguments.check_number("prior_examples", prior_examples)
-        if not 0 <= prior < math.inf:
-            raise ValueError(
-                "`prior_examples` must be finite and not negative. Received: "
-                f"prior_examples={prior_examples}."
-            )
-        inputs = len(getattr(self.model, "inputs", None) or [None])
-        data = Batches(dataset, steps, batch_size, inputs)
+        data, prior = self.checked(
+            dataset, steps, layer_by_layer, prior_examples, batch_size
+        )
         before = {
             id(layer): tuple(
                 graphs.to_numpy(weight)
@@ -170,14 +166,16 @@ class StatisticsPass:
                 )
             )
 
-        if layer_by_layer is None:
-            layer_by_layer = prior > 0
-        if not layer_by_layer:
-            totals = self._totals(data, True, verbose)
-            for layer in self.layers:
-                assign(layer, *mixed(layer, totals[id(layer)]))
-            return
-        data.check_repeatable()
+        if not (prior > 0 if layer_by_layer is None else layer_by_layer):
+            try:
+                totals = self._totals(data, True, verbose)
+            except _OneElementError:
+                if layer_by_layer is not None or not data.is_repeatable:
+                    raise
+            else:
+                for layer in self.layers:
+                    assign(layer, *mixed(layer, totals[id(layer)]))
+                return
         try:
             done: set[int] = set()
             while len(done) < len(self.layers):
@@ -191,6 +189,31 @@ class StatisticsPass:
             for layer in self.layers:
                 assign(layer, *before[id(layer)])
             raise
+
+    def checked(
+        self,
+        dataset: Any,
+        steps: int | None,
+        layer_by_layer: bool | None = None,
+        prior_examples: float = 0.0,
+        batch_size: int = 32,
+    ) -> tuple[Batches, float]:
+        """The batches and the prior, if the arguments are those of `run`."""
+        if steps is not None:
+            steps = arguments.check_integer("steps", steps, minimum=1)
+        batch_size = arguments.check_integer("batch_size", batch_size, 1)
+        prior = arguments.check_number("prior_examples", prior_examples)
+        if not 0 <= prior < math.inf:
+            raise ValueError(
+                "`prior_examples` must be finite and not negative. Received: "
+                f"prior_examples={prior_examples}."
+            )
+        if layer_by_layer is not None:
+            arguments.check_boolean("layer_by_layer", layer_by_layer)
+        data = Batches(dataset, steps, batch_size, self.model)
+        if prior > 0 if layer_by_layer is None else layer_by_layer:
+            data.check_repeatable()
+        return data, prior
 
     def _totals(
         self,
@@ -215,14 +238,38 @@ class StatisticsPass:
         ):
             for x, _, _ in data:
                 examples = int(tree.flatten(x)[0].shape[0])
-                for layer, moments in self._moments_of(x, by_batch):
-                    totals[id(layer)].add(*moments)
-                for total in totals.values():
-                    total.examples += examples
+                _, calls = self._told.run(self._gather[by_batch], x)
+                skipped = set()
+                # One element normalized by itself is zero: what comes after
+                # it says nothing of the data.
+                is_lost = False
+                for layer, moments in calls:
+                    if is_lost:
+                        skipped.add(id(layer))
+                        totals[id(layer)].skipped += np.max(moments.count)
+                    else:
+                        totals[id(layer)].add(*moments)
+                    is_lost |= by_batch and np.max(moments.count) == 1
+                for at, total in totals.items():
+                    if at not in skipped:
+                        total.examples += examples
                 seen += 1
                 bar.update(seen, finalize=False)
         bar.update(seen, finalize=True)
         data.check_complete(seen)
+        lost = [
+            each
+            for each in self.layers
+            if totals[id(each)].skipped
+            and totals[id(each)].skipped >= totals[id(each)].count
+        ]
+        if lost:
+            raise _OneElementError(
+                "`dataset` must hold batches of two elements a channel or "
+                "more, or be read with layer_by_layer=True, which needs data "
+                "that can be read again. Received: one element a channel, "
+                f"normalized by itself, before {describe(lost)}."
+            )
         unseen = [each for each in self.layers if not totals[id(each)].count]
         if unseen:
             raise ValueError(
@@ -238,17 +285,9 @@ class StatisticsPass:
             )
         return totals
 
-    def _moments_of(self, x: Any, by_batch: bool) -> list[tuple[Any, Any]]:
-        """Runs a batch; each call of a layer, with the moments of its input."""
-        gathered = [
-            to_float64(moments) for moments in self._gather[by_batch](x)
-        ]
-        return list(zip(self._called, gathered, strict=True))
-
-    def _gather_moments(self, x: Any) -> list[functional.Moments]:
-        self._called, self._moments = [], []
-        self.model(x, training=False)
-        return list(self._moments)
+    def _run_model(self, x: Any) -> Any:
+        self._called = []
+        return self.model(x, training=False)
 
     def _hook(
         self, layer: Any, call: Callable[..., Any], by_batch: bool
@@ -256,23 +295,36 @@ class StatisticsPass:
         def hooked(
             inputs: Tensor, training: bool | None = None, mask: Any = None
         ) -> Tensor:
+            inputs = self._told.inputs(layer, inputs)
             values, axis, aligned = aligned_inputs(layer, inputs, mask)
             centered, moments = functional.centered_moments(
                 values, (axis,), aligned
             )
             self._called.append(layer)
-            self._moments.append(moments)
-            if not by_batch:
-                return call(inputs, training=False, mask=mask)
-            scale = ops.rsqrt(moments.variance + layer.epsilon)
-            if layer.gamma is not None:
-                scale = scale * ops.cast(layer.gamma, scale.dtype)
-            offset = layer.beta
-            if offset is not None:
-                offset = ops.cast(offset, scale.dtype)
-            outputs = functional.scale_and_offset(
-                centered, (axis,), scale, offset, aligned
-            )
-            return ops.cast(outputs, layer.compute_dtype)
+            if by_batch:
+                outputs = _normalized(layer, centered, axis, moments, aligned)
+            else:
+                outputs = call(inputs, training=False, mask=mask)
+            return self._told.tell(layer, moments, outputs)
 
         return hooked
+
+
+def _normalized(
+    layer: Any,
+    centered: Tensor,
+    axis: int,
+    moments: functional.Moments,
+    mask: Tensor | None,
+) -> Tensor:
+    """What batch normalization makes of a batch."""
+    scale = ops.rsqrt(moments.variance + layer.epsilon)
+    if layer.gamma is not None:
+        scale = scale * ops.cast(layer.gamma, scale.dtype)
+    offset = layer.beta
+    if offset is not None:
+        offset = ops.cast(offset, scale.dtype)
+    outputs = functional.scale_and_offset(
+        centered, (axis,), scale, offset, mask
+    )
+    return ops.cast(outputs, layer.compute_dtype)

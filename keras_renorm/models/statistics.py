@@ -8,7 +8,11 @@ import numpy as np
 
 from keras_renorm import graphs
 from keras_renorm.models.rebuild import describe
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.traversal import (
+    find_layers,
+    names_of,
+    unique_names,
+)
 
 Statistics = dict[str, np.ndarray]
 _NAMES = ("moving_mean", "moving_variance")
@@ -30,7 +34,10 @@ def get_statistics(model: keras.Model) -> Statistics:
     Returns:
         Arrays of shape `(channels,)` by name: `"<layer>/moving_mean"` and
         `"<layer>/moving_variance"`. Where several layers have one name (in
-        nested models), they are numbered in order: `"<layer>_1"`...
+        nested models), they are numbered in order, past numbers that are
+        names already: `"<layer>_1"`... Names that Keras gave are counted from
+        the model's first layer on (`"batch_normalization"`,
+        `"batch_normalization_1"`...), whatever else the session made.
 
     Raises:
         ValueError: If the model has no batch normalization, or is not built.
@@ -59,7 +66,7 @@ def set_statistics(
     Args:
         model: A built model with batch normalization, at any depth.
         statistics: What `get_statistics` returns, or a file of `np.savez`
-            with it.
+            with it. Names with the numbers of another session do, too.
 
     Raises:
         ValueError: If the model has no batch normalization, or is not built;
@@ -78,6 +85,7 @@ def set_statistics(
     [3.0, 3.0]
     """
     variables = _variables(model)
+    statistics = _renamed(statistics)
     missing = sorted(variables.keys() - set(statistics))
     unknown = sorted(set(statistics) - variables.keys())
     if missing or unknown:
@@ -105,20 +113,24 @@ def set_statistics(
 
 def _variables(model: keras.Model) -> dict[str, Any]:
     layers = statistics_layers(model)
-    variables = {}
-    seen: dict[str, int] = {}
-    for layer in layers:
-        count = seen.get(layer.name, 0)
-        seen[layer.name] = count + 1
-        name = layer.name if count == 0 else f"{layer.name}_{count}"
-        for kind in _NAMES:
-            variables[f"{name}/{kind}"] = getattr(layer, kind)
-    if len(variables) < len(_NAMES) * len(layers):
-        raise ValueError(
-            "`model` must have batch normalization of names that differ. "
-            f"Received: {describe(layers)}."
-        )
-    return variables
+    return {
+        f"{name}/{kind}": getattr(layer, kind)
+        for name, layer in zip(names_of(layers), layers, strict=True)
+        for kind in _NAMES
+    }
+
+
+def _renamed(
+    statistics: Mapping[str, np.ndarray],
+) -> Mapping[str, np.ndarray]:
+    """A bank by the names of `names_of`, which older banks may not have."""
+    parts = [key.rpartition("/") for key in statistics]
+    old = list(dict.fromkeys(layer for layer, _, _ in parts))
+    new = dict(zip(old, unique_names(old), strict=True))
+    return {
+        f"{new[layer]}{slash}{kind}": statistics[f"{layer}{slash}{kind}"]
+        for layer, slash, kind in parts
+    }
 
 
 def statistics_layers(model: keras.Model) -> list[Any]:

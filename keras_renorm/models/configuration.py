@@ -1,0 +1,165 @@
+"""Objects of the configuration of others, for copies within a process.
+
+A configuration is made for files: a function in it is a name. A copy needs no
+file, so what a name cannot bring back is handed on itself.
+"""
+
+import types
+import warnings
+from typing import Any
+
+import keras
+
+from keras_renorm.models.traversal import find_layers
+
+
+def config_of(owner: Any) -> dict[str, Any]:
+    """`get_config`, without the warning that a lambda in a file is unsafe."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*includes a `lambda`")
+        return dict(owner.get_config())
+
+
+class Configurations:
+    """Configurations whose functions can be read, by this object only."""
+
+    def __init__(self) -> None:
+        # Functions and classes, by the names that stand for them.
+        self._known: dict[str, Any] = {}
+
+    def of(self, owner: Any) -> dict[str, Any]:
+        """The configuration of a layer, an optimizer or a metric."""
+        config = config_of(owner)
+        self._learn_classes(owner)
+        return self._members(owner, config)
+
+    def serialized(self, layer: Any) -> dict[str, Any]:
+        """As `keras.saving.serialize_keras_object`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*includes a `lambda`")
+            node = keras.saving.serialize_keras_object(layer)
+        self._learn_classes(layer)
+        return {**node, "config": self._members(layer, node["config"])}
+
+    def make(self, kind: type, config: dict[str, Any]) -> Any:
+        """An object of a class, of such a configuration."""
+        with keras.saving.custom_object_scope(self._known):
+            return kind.from_config(config)  # type: ignore[attr-defined]
+
+    def read(self, node: dict[str, Any]) -> Any:
+        """As `keras.saving.deserialize_keras_object`."""
+        with keras.saving.custom_object_scope(self._known):
+            return keras.saving.deserialize_keras_object(node)
+
+    def alike(self, owner: Any) -> Any:
+        """A new object of the same class and configuration."""
+        return self.make(type(owner), self.of(owner))
+
+    def _learn_classes(self, owner: Any) -> None:
+        if isinstance(owner, keras.layers.Layer):
+            for layer in find_layers(owner, keras.layers.Layer):
+                if not _is_of_keras(type(layer)):
+                    self._known[type(layer).__name__] = type(layer)
+
+    def _members(self, owner: Any, config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        return {
+            name: self._replaced(node, _member(owner, name))
+            if isinstance(node, dict | list | tuple | str)
+            else node
+            for name, node in config.items()
+        }
+
+    def _replaced(self, node: Any, value: Any) -> Any:
+        """The node of a configuration, where `value` is what it is about."""
+        if isinstance(node, list | tuple):
+            if not isinstance(value, list | tuple):
+                return node
+            if len(value) != len(node):
+                # `layers` of a sequential model is without its input.
+                named = {getattr(each, "name", None): each for each in value}
+                value = [named.get(_name(each)) for each in node]
+            return type(node)(map(self._replaced, node, value))
+        if _must_be_kept(node, value):
+            return self._stand_in(value)
+        if not isinstance(node, dict):
+            return node
+        if "class_name" in node and "config" in node:
+            # How a model inside was compiled is no part of what it computes.
+            node = {k: v for k, v in node.items() if k != "compile_config"}
+            return {**node, "config": self._members(value, node["config"])}
+        if isinstance(value, dict):
+            return {
+                key: self._replaced(each, value.get(key))
+                for key, each in node.items()
+            }
+        return node
+
+    def _stand_in(self, value: Any) -> dict[str, Any]:
+        name = f"keras_renorm>kept {id(value)}"
+        self._known[name] = value  # which keeps the id its own
+        return {
+            "class_name": "function",
+            "config": name,
+            "module": "builtins",
+            "registered_name": name,
+        }
+
+
+def _is_of_keras(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).split(".")[0] == "keras"
+
+
+def _must_be_kept(node: Any, value: Any) -> bool:
+    """Whether a node stands for a function, or an object like one."""
+    if not callable(value) or isinstance(value, keras.layers.Layer | type):
+        return False
+    is_function = isinstance(value, types.FunctionType)
+    if _is_of_keras(value if is_function else type(value)):
+        # Keras finds its own functions by a plain name.
+        return is_function and isinstance(node, dict)
+    return True
+
+
+def _name(node: Any) -> Any:
+    """The name of the layer of a serialized node."""
+    config = node.get("config") if isinstance(node, dict) else None
+    return config.get("name", "") if isinstance(config, dict) else ""
+
+
+def _member(owner: Any, name: str) -> Any:
+    """What an object keeps of an argument of its constructor, if it matters."""
+    for each in (name, f"_{name}"):
+        try:
+            value = getattr(owner, each, None)
+        except Exception:  # a property that cannot be read yet
+            continue
+        if getattr(value, "__self__", None) is owner:  # its own method
+            continue
+        if (
+            callable(value)
+            or isinstance(value, list | tuple | dict)
+            or hasattr(value, "get_config")
+        ):
+            return value
+    return None
+
+
+def compile_alike(old: keras.Model, new: keras.Model) -> None:
+    """Compiles a model as another is, with an optimizer that begins anew."""
+    configurations = Configurations()
+    # `get_compile_config` has names only, and nothing public the functions.
+    given = dict(old._compile_config.config)
+
+    def anew(metric: Any) -> Any:
+        if isinstance(metric, keras.metrics.Metric):
+            return configurations.alike(metric)
+        return metric
+
+    for kind in ("metrics", "weighted_metrics"):
+        given[kind] = keras.tree.map_structure(anew, given[kind])
+    given["optimizer"] = configurations.alike(old.optimizer)
+    new.compile(**given)
+    if new.built:
+        new.optimizer.build(new.trainable_variables)

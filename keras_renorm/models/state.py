@@ -1,0 +1,83 @@
+"""The state of layers, which is more than their weights."""
+
+import tempfile
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm import graphs
+from keras_renorm.models.traversal import find_layers
+
+
+def copy_state(old: Any, new: Any) -> None:
+    """Gives a layer the state of another of its class.
+
+    What Keras saves of it, the same way; then what it does not save: the state
+    of random generators, and of a stateful recurrent layer. Of the layers
+    inside, nothing.
+
+    Raises:
+        ValueError: If the layers have not the same variables.
+    """
+    try:
+        new.load_own_variables(_saved(old))
+        copy_assets(old, new)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise not_made_anew(old) from error
+    pairs = [_own_variables(old), _own_variables(new)]
+    if getattr(old, "stateful", False) and hasattr(old, "states"):
+        pairs[0] += keras.tree.flatten(old.states)
+        pairs[1] += keras.tree.flatten(new.states)
+    if [v.shape for v in pairs[0]] != [v.shape for v in pairs[1]]:
+        raise not_made_anew(old)
+    for variable, copy in zip(*pairs, strict=True):
+        copy.assign(_to_numpy(variable))
+
+
+def reload(layer: Any) -> None:
+    """Lets a layer work out what follows from the weights that it was given.
+
+    `set_weights` does not; loading does.
+    """
+    layer.load_own_variables(_saved(layer))
+
+
+def _saved(layer: Any) -> dict[str, np.ndarray]:
+    store: dict[str, Any] = {}
+    layer.save_own_variables(store)
+    return {name: _to_numpy(value) for name, value in store.items()}
+
+
+def copy_assets(old: Any, new: Any) -> None:
+    """Copies what a layer keeps in files of its own: vocabularies."""
+    if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
+
+
+def not_made_anew(layer: Any) -> ValueError:
+    """The error for a layer whose copy has other variables."""
+    return ValueError(
+        "`model` must have layers that their configuration makes anew, with "
+        f"the same weights. Received: layer {layer.name} of class "
+        f"{type(layer).__name__}."
+    )
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    # A copy: JAX gives the memory of a variable away.
+    if isinstance(value, keras.Variable):
+        return graphs.to_numpy(value)
+    return np.array(value)
+
+
+def _own_variables(layer: Any) -> list[keras.Variable]:
+    """The variables of a layer that belong to no layer inside it."""
+    inner = {
+        id(variable)
+        for each in find_layers(layer, keras.layers.Layer)[1:]
+        for variable in each.variables
+    }
+    return [each for each in layer.variables if id(each) not in inner]
