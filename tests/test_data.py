@@ -57,7 +57,8 @@ def examples(rng, count=40):
 
 def labelled(x, y):
     """Inputs with labels, in the forms that `fit` knows."""
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     frame, labels = pandas.DataFrame(x), pandas.DataFrame(y, columns=["y"])
     one_hot = pandas.DataFrame(
         np.eye(4, dtype="float32")[np.arange(len(x)) % 4]
@@ -111,7 +112,8 @@ def test_comparisons_read_the_same_forms(form, rng):
 
 
 def test_a_series_is_a_column(rng):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     x = rng.normal(5.0, 2.0, 40).astype("float32")
     model = Subclassed()
     model(x[:, np.newaxis])
