@@ -301,6 +301,34 @@ def test_what_a_layer_knows_besides_its_weights_is_copied(function, name, rng):
     helpers.assert_close(helpers.to_numpy(function(model)(x)), expected, 1e-5)
 
 
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore:.*are not folded")
+@pytest.mark.parametrize("function", [convert, revert, fold])
+def test_an_adapted_feature_space_is_copied(function, rng):
+    import tensorflow as tf
+
+    features = {
+        "size": rng.normal(50.0, 9.0, 8).astype("float32"),
+        "colour": np.array(["red", "blue", "red", "green"] * 2),
+    }
+    space = keras.utils.FeatureSpace(
+        features={
+            "size": keras.utils.FeatureSpace.float_normalized(),
+            "colour": keras.utils.FeatureSpace.string_categorical(),
+        },
+        output_mode="concat",
+    )
+    space.adapt(tf.data.Dataset.from_tensor_slices(features).batch(4))
+    inputs = dict(space.get_inputs())
+    outputs = layers.Dense(3)(space.get_encoded_features())
+    model = keras.Model(inputs, KERAS()(outputs))
+    # As `fit` gives them: a column each.
+    x = {key: tf.constant(features[key][:, None]) for key in sorted(features)}
+    expected = helpers.to_numpy(model(x))
+    assert expected.std(axis=0).min() > 0
+    helpers.assert_close(function(model)(x), expected, 1e-5)
+
+
 def test_the_state_of_recurrent_layers_and_generators_is_copied(rng):
     model = keras.Sequential(
         [
