@@ -257,14 +257,14 @@ class Feedback(NamedTuple):
             step gives as the gradient of an accumulator is added to it; see
             `graphs.with_accumulators`.
         projection: Accumulator of its product with the normalized inputs.
-        mismatch: Moving average of how far batch statistics lie from the
-            moving ones.
+        agreement: Moving average of how alike the gradients of a batch's
+            examples are, from 0 to 1.
         momentum: Share of the accumulators that is kept.
     """
 
     mean: Tensor
     projection: Tensor
-    mismatch: Tensor
+    agreement: Tensor
     momentum: float
 
 
@@ -300,9 +300,9 @@ class Response(NamedTuple):
         d: Correction of the offset, or `None` for 0.
         moving_mean: The new moving mean.
         moving_variance: The new moving variance.
-        mismatch: With `State.feedback`, the new one.
-        held: With it, the share of the gradient, in terms of Algorithm 1's
-            scale, that is taken as if the statistics were constants.
+        held: With `State.feedback`, the share of the gradient, in terms of
+            Algorithm 1's scale, that is taken as if the statistics were
+            constants.
         rest: With it, the share that is Algorithm 1's own.
         probe: With it, a zero. Part of the loss, it tells the backward pass
             what the loss is multiplied by.
@@ -312,7 +312,6 @@ class Response(NamedTuple):
     d: Tensor | None
     moving_mean: Tensor
     moving_variance: Tensor
-    mismatch: Tensor | None = None
     held: Tensor | None = None
     rest: Tensor | None = None
     probe: Tensor | None = None

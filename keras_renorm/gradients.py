@@ -10,7 +10,7 @@ arXiv:1905.05894, section 3); to average what comes back where batches are
 small is also the idea of Yan et al. 2020, arXiv:2001.06838.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -20,11 +20,10 @@ from keras_renorm.functional import Moments, Response, State, Tensor
 # How much of the gradient is corrected at most. With all of it, the
 # statistics being held then, a U-Net trained with a constant rate diverged.
 HIGHEST_WEIGHT = 0.8
-# Half the highest weight at this mismatch. Its mean over steps is about 0.001
-# in a convolution with minibatches of 16 unlike images, and 0.3 with 16 of
-# one class.
-HALF_WEIGHT_MISMATCH = 0.03
-MISMATCH_MOMENTUM = 0.98
+# Half the highest weight at this agreement. That of b independent examples is
+# 1 / b at most.
+HALF_WEIGHT_AGREEMENT = 0.12
+AGREEMENT_MOMENTUM = 0.98
 # The correction is at its highest where r may be as large as in the paper.
 OPEN_R_MAX = 3.0
 
@@ -36,7 +35,7 @@ def respond(
     response = functional.respond(moments, state, total)
     if state.feedback is None:
         return response
-    weight, mismatch = measure(moments, state)
+    weight = weigh(state)
     # σ_B / (σ r) is 1 where r is not clipped.
     ratio = ops.sqrt(
         (moments.variance + state.epsilon)
@@ -44,51 +43,67 @@ def respond(
     )
     bound = ops.minimum(ratio / response.r, ops.ones_like(ratio))
     return response._replace(
-        mismatch=mismatch,
-        held=ops.stop_gradient(weight * bound),
-        rest=1.0 - weight,
+        held=ops.stop_gradient(weight * bound), rest=1.0 - weight
     )
 
 
-def measure(moments: Moments, state: State) -> tuple[Tensor, Tensor]:
-    """How much of a batch's gradient to correct, and the new mismatch.
+def weigh(state: State) -> Tensor:
+    """How much of a batch's gradient to correct.
 
-        mismatch = 0.98 mismatch
-                   + 0.02 (((μ_B − μ) / σ)² + log²(σ_B / σ))
-        weight   = 0.8 · min((r_max − 1) / 2, 1)
-                   · mismatch / (mismatch + 0.03)
+        weight = 0.8 · min((r_max − 1) / 2, 1) · a² / (a² + 0.12²)
 
-    The statistics of i.i.d. batches of many elements lie near the moving
-    ones; their means are good, and the gradient of Algorithm 1 is the better
-    one. A channel whose statistics are not finite keeps its mismatch.
+    with the agreement a of `observe`. Its inverse is the number of
+    independent examples that a batch is worth. The two means of many are
+    good, and the gradient of Algorithm 1 is the better one.
     """
     feedback: Any = state.feedback
     limits: Any = state.limits
-    r_max, _ = functional.current_limits(limits, feedback.mismatch.dtype)
-    variance = state.moving_variance + state.epsilon
-    distance = moments.mean - state.moving_mean
-    # log²(σ_B / σ) is a quarter of that of the variances.
-    log_ratio = ops.log((moments.variance + state.epsilon) / variance)
-    seen = ops.square(distance) / variance + ops.square(log_ratio) / 4.0
-    is_valid = ops.logical_and(ops.isfinite(seen), moments.count > 0)
-    mismatch = ops.where(
-        is_valid,
-        MISMATCH_MOMENTUM * feedback.mismatch
-        + (1.0 - MISMATCH_MOMENTUM) * seen,
-        feedback.mismatch,
-    )
+    r_max, _ = functional.current_limits(limits, feedback.agreement.dtype)
     opening = ops.minimum((r_max - 1.0) / (OPEN_R_MAX - 1.0), 1.0)
-    weight = HIGHEST_WEIGHT * opening * mismatch
-    weight = weight / (mismatch + HALF_WEIGHT_MISMATCH)
-    return ops.stop_gradient(weight), ops.stop_gradient(mismatch)
+    square = ops.square(feedback.agreement)
+    weight = HIGHEST_WEIGHT * opening * square
+    return ops.stop_gradient(weight / (square + HALF_WEIGHT_AGREEMENT**2))
+
+
+class Observation(NamedTuple):
+    """What a batch's gradient is made of, a value a channel.
+
+    All but `count` are sums over the examples that share moments.
+
+    Attributes:
+        offset: Σ dy.
+        scale: Σ dy x̂.
+        square: The sum of the squares of each example's Σ dy.
+        examples: How many examples have an element.
+    """
+
+    offset: Tensor
+    scale: Tensor
+    square: Tensor
+    examples: Tensor
+
+
+def observe_agreement(observation: Observation) -> Tensor:
+    """How alike the gradients of a batch's examples are, from 0 to 1.
+
+        (Σ_i s_i)² / (n Σ_i s_i²)
+
+    where s_i is the sum of the gradient over example i, of n. It is 1 where
+    all are the same, and 1/n in the mean where they are independent with a
+    mean of zero, however many elements an example has and whatever the loss
+    is multiplied by. NaN where no gradient arrives.
+    """
+    square = observation.square * ops.cast(
+        observation.examples, observation.square.dtype
+    )
+    return ops.square(observation.offset) / square
 
 
 def correct(
     moments: Moments,
     state: State,
     response: Response,
-    offset_mean: Tensor,
-    scale_mean: Tensor,
+    observation: Observation,
     scaling: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The corrected gradient, in the terms of the uncorrected one.
@@ -103,34 +118,39 @@ def correct(
         e₁ = e₁ + mean(u)
         dx = γ (w u min(1/σ, r/σ_B) + (1 − w) (Algorithm 1's, without γ))
 
-    where w is the weight of `measure`. The bounds: a control of gain above 1
+    where w is the weight of `weigh`. The bounds: a control of gain above 1
     oscillates, and r/σ_B explodes where r is clipped. As z is affine in x̂,
     this is the first formula with other means, and its scale times
     `response.held + response.rest`.
 
     The accumulators stay where what arrives is not finite or the batch has no
-    element.
+    element; the agreement also where no gradient arrives.
 
     Args:
         moments: Those of the batch.
         state: Of the layer, with `feedback`.
         response: What the forward pass made of both.
-        offset_mean: mean(dy), of all elements that share `moments`.
-        scale_mean: mean(dy x̂), the same.
+        observation: Of all elements that share `moments`.
         scaling: What the loss is multiplied by. Accumulators hold gradients
             of the loss itself, for a loss scale doubles and halves. 0 where
             it is not known, which counts as 1.
 
     Returns:
-        What takes the place of the two means, and the changes of e₁ and e₂.
+        What takes the place of the two means, and the changes of e₁, e₂ and
+        the agreement.
     """
     feedback: Any = state.feedback
     # Constants of a second derivative.
-    mean = ops.stop_gradient(feedback.mean)
-    earlier = ops.stop_gradient(feedback.projection)
+    mean, earlier, agreement = map(
+        ops.stop_gradient,
+        (feedback.mean, feedback.projection, feedback.agreement),
+    )
     gain = 1.0 - feedback.momentum
     scaling = ops.where(scaling == 0, ops.ones_like(scaling), scaling)
-    offset_mean, scale_mean = offset_mean / scaling, scale_mean / scaling
+    count = ops.cast(moments.count, observation.offset.dtype)
+    divisor = scaling * ops.maximum(count, ops.ones_like(count))
+    offset_mean = observation.offset / divisor
+    scale_mean = observation.scale / divisor
     r: Any = response.r
     d: Any = response.d
     stddev = ops.sqrt(moments.variance + state.epsilon)
@@ -142,9 +162,13 @@ def correct(
     forgotten = earlier * ops.minimum(gained, ops.ones_like(gained))
     valid = ops.isfinite(error + arrived + square)
     valid = ops.logical_and(valid, moments.count > 0)
+    learned = (1.0 - AGREEMENT_MOMENTUM) * (
+        observe_agreement(observation) - agreement
+    )
+    informed = ops.logical_and(valid, ops.isfinite(learned))
 
-    def where_valid(change: Tensor) -> Tensor:
-        return ops.where(valid, change, ops.zeros_like(change))
+    def where(condition: Tensor, change: Tensor) -> Tensor:
+        return ops.where(condition, change, ops.zeros_like(change))
 
     held: Any = response.held
     rest: Any = response.rest
@@ -155,4 +179,8 @@ def correct(
         / whole,
         scaling * (held * projection * r + rest * scale_mean) / whole,
     ]
-    return means, [where_valid(error), where_valid(arrived - forgotten)]
+    return means, [
+        where(valid, error),
+        where(valid, arrived - forgotten),
+        where(informed, learned),
+    ]

@@ -6,7 +6,7 @@ the numbers are the same to rounding whichever it is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras import backend, ops
@@ -210,6 +210,7 @@ def _matrix_batch(
     inputs: Tensor, state: State, pool: Pool
 ) -> tuple[Tensor, Response]:
     """`_plain_batch` with channels last, with fewer operations each way."""
+    shape = ops.shape(inputs)
     rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
     rows = tf.cast(rows, statistics_dtype(inputs.dtype))
 
@@ -230,7 +231,14 @@ def _matrix_batch(
             d_offset = tf.reduce_sum(upstream, axis=0)
             d_scale = tf.reduce_sum(upstream * centered, axis=0) * rsigma
             (offset_mean, scale_mean), changes = _taken_out(
-                d_offset, d_scale, others, moments, state, response, pool
+                d_offset,
+                d_scale,
+                _by_example(upstream, shape),
+                others,
+                moments,
+                state,
+                response,
+                pool,
             )
             d_x = _backward_scale(scale, response) * (
                 upstream - offset_mean - centered * (scale_mean * rsigma)
@@ -249,7 +257,11 @@ def _parameters(state: State) -> list[Tensor]:
     """What a step gives gradients of, beside the inputs."""
     values = [state.gamma, state.beta]
     if state.feedback is not None:
-        values += [state.feedback.mean, state.feedback.projection]
+        values += [
+            state.feedback.mean,
+            state.feedback.projection,
+            state.feedback.agreement,
+        ]
     return [value for value in values if value is not None]
 
 
@@ -278,6 +290,7 @@ def _parameter_gradients(
 def _taken_out(
     d_offset: Tensor,
     d_scale: Tensor,
+    by_example: Callable[[], tuple[Tensor, Tensor]],
     others: Sequence[Tensor],
     moments: Moments,
     state: State,
@@ -287,25 +300,49 @@ def _taken_out(
     """What the gradient of the inputs takes out of the one that arrives.
 
     The means, over all that share `moments`, of what was summed on a replica;
-    corrected, if that is asked for. `others` are the gradients that arrive
-    at what a step returns beside its outputs (`_moved`). Gradients of gamma
-    and beta remain the replica's own: the optimizer adds them up.
+    corrected, if that is asked for. `by_example` then gives the sums of each
+    example, `(examples, channels)`, and the number of examples that have an
+    element, a vector. `others` are the gradients that arrive at what a step
+    returns beside its outputs (`_moved`). Gradients of gamma and beta remain
+    the replica's own: the optimizer adds them up.
 
     Returns:
         What is taken out everywhere, and along x̂; and what to add to the
         accumulators.
     """
     sums = [d_offset, d_scale]
+    if state.feedback is not None:
+        parts, examples = by_example()
+        sums += [
+            tf.reduce_sum(tf.square(parts), axis=0),
+            tf.cast(examples, d_offset.dtype),
+        ]
     if pool.spans_replicas:
         sums = pooling.sum_over_replicas(sums)
+    if state.feedback is not None:
+        return gradients.correct(
+            moments, state, response, gradients.Observation(*sums), others[-1]
+        )
     count = tf.cast(moments.count, d_offset.dtype)
-    means = [value * (1 / tf.maximum(count, 1)) for value in sums]
-    if state.feedback is None:
-        return means, []
-    offset_mean, scale_mean = means
-    return gradients.correct(
-        moments, state, response, offset_mean, scale_mean, others[-1]
-    )
+    return [value * (1 / tf.maximum(count, 1)) for value in sums], []
+
+
+def _by_example(
+    values: Tensor, shape: Sequence[Any]
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Sums of each example, of values that were inputs of `shape` once.
+
+    Channels last, in the order of the inputs, none masked.
+    """
+
+    def sums() -> tuple[Tensor, Tensor]:
+        count, *others, channels = shape
+        # Not -1 elements an example: a batch may be empty.
+        view = tf.reshape(values, [count, math.prod(others), channels])
+        parts = view[:, 0] if not others else tf.reduce_sum(view, axis=1)
+        return parts, tf.reshape(count, [1])
+
+    return sums
 
 
 def _backward_scale(scale: Tensor | None, response: Response) -> Any:
@@ -319,8 +356,8 @@ def _backward_scale(scale: Tensor | None, response: Response) -> Any:
 def _moved(response: Response) -> list[Tensor]:
     """What a step returns beside its outputs; `_response` reads it."""
     moved = [response.moving_mean, response.moving_variance]
-    if response.mismatch is not None:
-        moved += [response.mismatch, tf.zeros([], response.mismatch.dtype)]
+    if response.held is not None:
+        moved.append(tf.zeros([], response.held.dtype))
     return moved
 
 
@@ -329,10 +366,7 @@ def _response(moved: list[Tensor]) -> Response:
     response = Response(
         None, None, tf.stop_gradient(mean), tf.stop_gradient(variance)
     )
-    if not rest:
-        return response
-    mismatch, probe = rest
-    return response._replace(mismatch=tf.stop_gradient(mismatch), probe=probe)
+    return response._replace(probe=rest[0]) if rest else response
 
 
 def _corrected_batch(
@@ -354,6 +388,21 @@ def _corrected_batch(
     def spread(values: Tensor) -> Tensor:
         return functional.spread(values, rank, kept)
 
+    def by_example(values: Tensor) -> tuple[Tensor, Tensor]:
+        # Examples lie on the first axis that is not the channels'.
+        first, *others = axes
+        sums = tf.reduce_sum(values, others)
+        sums = sums if first < axis else tf.transpose(sums)
+        if mask is None:
+            return sums, tf.shape(sums)[:1]
+        present = tf.reduce_any(mask, others)
+        present = present if first < axis else tf.transpose(present)
+        # A mask of size 1 stands for every example.
+        present = tf.broadcast_to(
+            present, [tf.shape(sums)[0], tf.shape(present)[1]]
+        )
+        return sums, tf.reduce_sum(tf.cast(present, sums.dtype), axis=0)
+
     @tf.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
         centered, moments = pooling.batch_moments(
@@ -373,7 +422,14 @@ def _corrected_batch(
             d_offset = tf.reduce_sum(upstream, axes)
             d_scale = tf.reduce_sum(upstream * normalized, axes)
             (offset_mean, scale_mean), changes = _taken_out(
-                d_offset, d_scale, others, moments, state, response, pool
+                d_offset,
+                d_scale,
+                lambda: by_example(upstream),
+                others,
+                moments,
+                state,
+                response,
+                pool,
             )
             d_x = spread(_backward_scale(scale, response)) * (
                 upstream - spread(offset_mean) - normalized * spread(scale_mean)
@@ -435,7 +491,14 @@ def _fused_batch(
                 # What the statistics add: scale / σ_B times the means of the
                 # upstream gradient and, along x̂, of its product with x̂.
                 (offset_mean, scale_mean), changes = _taken_out(
-                    d_offset, d_scale, others, moments, state, response, pool
+                    d_offset,
+                    d_scale,
+                    _by_example(upstream, view.shape),
+                    others,
+                    moments,
+                    state,
+                    response,
+                    pool,
                 )
                 factor = tf.math.rsqrt(variance + state.epsilon)
                 if backward_scale is not None:

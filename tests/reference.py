@@ -100,18 +100,27 @@ class CorrectedReference(Reference):
         self.gain = 1 - gradient_momentum
         self.gradient_mean = np.zeros(channels)
         self.gradient_projection = np.zeros(channels)
-        self.mismatch = np.ones(channels)
+        self.gradient_agreement = np.ones(channels)
 
-    def step(self, rows, upstream, r_max, d_max):
-        """`(outputs, d_rows, d_gamma, d_beta)`; all state moves."""
+    def step(self, rows, upstream, r_max, d_max, examples=None):
+        """`(outputs, d_rows, d_gamma, d_beta)`; all state moves.
+
+        `examples` is the number of the example that each row belongs to; by
+        default, each is one.
+        """
+        if examples is None:
+            examples = np.arange(len(rows))
         sigma_batch = np.sqrt(rows.var(axis=0) + self.epsilon)
         sigma = np.sqrt(self.moving_variance + self.epsilon)
-        distance = (rows.mean(axis=0) - self.moving_mean) / sigma
-        self.mismatch = 0.98 * self.mismatch + 0.02 * (
-            distance**2 + np.log(sigma_batch / sigma) ** 2
-        )
         opening = min((r_max - 1) / 2, 1)
-        weight = 0.8 * opening * self.mismatch / (self.mismatch + 0.03)
+        agreement = self.gradient_agreement
+        weight = 0.8 * opening * agreement**2 / (agreement**2 + 0.12**2)
+        sums = np.array(
+            [upstream[examples == i].sum(axis=0) for i in np.unique(examples)]
+        )
+        self.gradient_agreement = 0.98 * agreement + 0.02 * (
+            sums.sum(axis=0) ** 2 / (len(sums) * (sums**2).sum(axis=0))
+        )
         r, d = self.correction(rows, r_max, d_max)
         outputs = self.train(rows, r_max, d_max)
         z = (rows - rows.mean(axis=0)) / sigma_batch * r + d

@@ -55,16 +55,18 @@ class BatchRenormalization(BatchNormalization):
     means of the minibatch that the gradient of normalization takes out is
     replaced by what the minibatches before had in common, which two
     accumulators a channel hold (the control of Chiley et al. 2019, section
-    3). How much of it: 0.8 s / (s + 0.03), times (r_max - 1) / 2 up to 1,
-    where s, the weight `mismatch`, is a moving average of
-    ((batch_mean - moving_mean) / sigma)² + log²(sigma_B / sigma). So it acts
-    where batches differ from the moving statistics (small, of one class) and
-    hardly where they do not. It moves the accumulators where a gradient is
-    computed: each gradient of a persistent tape counts, and second
-    derivatives hold them constant. Gradients that are not finite do not
-    move them. Under a float16 policy the layer adds a zero to
-    `model.losses`, by which it sees the scale of the loss: a custom loop
-    with loss scaling must add `model.losses` to its loss. TensorFlow only.
+    3). How much of it: 0.8 a² / (a² + 0.12²), times (r_max - 1) / 2 up to 1,
+    where a, the weight `gradient_agreement`, says how alike the gradients of
+    a batch's examples are: a moving average of (Σ s)² / (n Σ s²), s being
+    the sum of the gradient over an example, of n. It is 1 for a batch of one
+    example, 1/n or less for n independent ones, and up to 1 for like ones.
+    So the correction acts where batches are small or of one class, and
+    hardly elsewhere. It moves the accumulators where a gradient is computed:
+    each gradient of a persistent tape counts, and second derivatives hold
+    them constant. Gradients that are not finite do not move them. Under a
+    float16 policy the layer adds a zero to `model.losses`, by which it sees
+    the scale of the loss: a custom loop with loss scaling must add
+    `model.losses` to its loss. TensorFlow only.
 
     **When, and with which settings.** Accuracies, batch normalization's
     first, are means of ten seeds on digits, each at its best rate. In
@@ -165,7 +167,7 @@ class BatchRenormalization(BatchNormalization):
         self.limit_steps: Any = None
         self.gradient_mean: Any = None
         self.gradient_projection: Any = None
-        self.mismatch: Any = None
+        self.gradient_agreement: Any = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Adds the weights `step`, `limit_values` and `limit_steps`.
@@ -195,7 +197,9 @@ class BatchRenormalization(BatchNormalization):
         )
         # All of the gradient is corrected until there is evidence that the
         # means of batches are good.
-        self.mismatch = self._add_statistic("mismatch", "ones", **weight)
+        self.gradient_agreement = self._add_statistic(
+            "gradient_agreement", "ones", **weight
+        )
 
     def _add_state(self, name: str, value: Any, dtype: str) -> keras.Variable:
         return self.add_weight(
@@ -277,20 +281,21 @@ class BatchRenormalization(BatchNormalization):
     ) -> tuple[Tensor, functional.Feedback | None]:
         if self.gradient_momentum is None:
             return inputs, None
-        inputs, mean, projection = graphs.with_accumulators(
-            inputs, [self.gradient_mean, self.gradient_projection], dtype
+        inputs, mean, projection, agreement = graphs.with_accumulators(
+            inputs,
+            [
+                self.gradient_mean,
+                self.gradient_projection,
+                self.gradient_agreement,
+            ],
+            dtype,
         )
         return inputs, functional.Feedback(
-            mean,
-            projection,
-            graphs.read(self.mismatch, dtype),
-            self.gradient_momentum,
+            mean, projection, agreement, self.gradient_momentum
         )
 
     def _end_step(self, response: functional.Response) -> None:
         self.step.assign_add(1)
-        if self.mismatch is not None:
-            self.mismatch.assign(response.mismatch)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, with the limits as they stand."""
