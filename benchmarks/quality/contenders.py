@@ -92,11 +92,16 @@ CONTENDERS = {
         _paper_shape,
         adapted=True,
     ),
-    # In no table yet: by `--run`.
     "renorm_corrected": Contender(
         "renorm., the gradient corrected too",
         _renorm(gradient_momentum=0.9),
         _paper_shape,
+    ),
+    "renorm_corrected_adapted": Contender(
+        "renorm., corrected, recalibrated first",
+        _renorm(gradient_momentum=0.9),
+        _paper_shape,
+        adapted=True,
     ),
     "renorm_open": Contender(
         "renorm., open from the first step",
@@ -171,7 +176,7 @@ CONTENDERS = {
                 LinearRamp(0.0, 5.0, begin, end),
             ),
         )
-        for begin, end in ((25, 190), (190, 1_500))
+        for begin, end in ((25, 190), (100, 500), (190, 1_500))
     },
     "renorm_adaptive": Contender(
         "limits adapt to 10 % clipped channels",

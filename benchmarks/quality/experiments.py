@@ -9,6 +9,7 @@ _SGD_RATES = (0.005, 0.015, 0.05, 0.15)
 _ADAM_RATES = (0.0003, 0.001, 0.003, 0.01)
 RATES = {
     "sgd": _SGD_RATES,
+    "sgd_constant": _SGD_RATES,
     "sgd_rest_0.1": _SGD_RATES,
     "adam": _ADAM_RATES,
     "adam_rest_10": _ADAM_RATES,
@@ -122,7 +123,7 @@ class Experiment(NamedTuple):
 
 # Regimes and contenders are many, and a training takes seconds: all meet
 # where much is at stake.
-_FEW = ("bn", "renorm", "group")
+_FEW = ("bn", "renorm", "renorm_corrected", "group")
 _SOME = (*_FEW, "renorm_frozen_late")
 _MAIN = (*_SOME, "keras_renorm", "layer")
 _ALL = (
@@ -225,8 +226,8 @@ def _ablation(name, task, regimes=("one_class", "iid_2"), quick=False):
 
 def _lengths(task, quick=False):
     contenders = (
-        *("renorm", "renorm_steps_190", "renorm_steps_1500"),
-        "renorm_momentum_0.95",
+        *("renorm", "renorm_steps_190", "renorm_steps_500"),
+        *("renorm_steps_1500", "renorm_momentum_0.95"),
     )
     lengths = (0.5, 1.0) if quick else (0.25, 0.5, 1.0, 2.0)
     return Experiment(
@@ -244,7 +245,10 @@ def _lengths(task, quick=False):
 
 
 def _optimizers(task, quick=False):
-    contenders = ("renorm", "group", "renorm_frozen_late", "bn")
+    contenders = (
+        *("renorm", "renorm_corrected", "group"),
+        *("renorm_frozen_late", "bn"),
+    )
     if quick:
         contenders = ("renorm",)
     return Experiment(
@@ -255,10 +259,33 @@ def _optimizers(task, quick=False):
             for contender in contenders
             for optimizer in RATES
             if optimizer in ("sgd", "adam")
-            or (contender in ("renorm", "group") and not quick)
+            or (
+                contender in ("renorm", "group")
+                and optimizer != "sgd_constant"
+                and not quick
+            )
         ),
         columns="optimizer",
     )
+
+
+def _deep():
+    """Networks of more layers, where errors of one are the next one's."""
+    return [
+        _regimes(
+            "cluttered_residual", dict.fromkeys(("one_class", "iid_2"), _FEW)
+        ),
+        Experiment(
+            "segments",
+            "Segmentation with minibatches of two, intersection over union",
+            tuple(
+                Cell("segments", "iid_2", contender, optimizer, length=0.5)
+                for contender in _SOME
+                for optimizer in ("sgd", "sgd_constant")
+            ),
+            columns="optimizer",
+        ),
+    ]
 
 
 def experiments(tasks, quick):
@@ -290,7 +317,8 @@ def experiments(tasks, quick):
             ("fine_tuning_4", "fine_tuning_2"),
             (
                 *("bn", "bn_frozen", "bn_adapted_frozen"),
-                *("renorm", "renorm_adapted", "renorm_open"),
+                *("renorm", "renorm_corrected", "renorm_adapted"),
+                *("renorm_corrected_adapted", "renorm_open"),
                 *("renorm_momentum_0.95", "keras_renorm", "group"),
             ),
         ),
@@ -304,11 +332,15 @@ def experiments(tasks, quick):
             experiment
             for task in dense
             for experiment in (
-                _regimes(task, dict.fromkeys(("iid_4", "iid_2"), _SOME)),
+                _regimes(
+                    task,
+                    dict.fromkeys(("one_class", "iid_4", "iid_2"), _SOME),
+                ),
                 _ablation("moments", task, ("one_class", "iid_4", "iid_2")),
             )
         ),
         _lengths(first),
         _ablation("limits", tasks[-1]),
         *(_regimes(task, _FEWER_CONTENDERS) for task in others),
+        *(_deep() if "cluttered" in tasks else []),
     ]

@@ -20,6 +20,7 @@ STANDARD_ERRORS = 3.0
 
 COLUMN_LABELS = {
     "sgd": "SGD",
+    "sgd_constant": "SGD, constant rate",
     "sgd_rest_0.1": "SGD, rest / 10",
     "adam": "Adam",
     "adam_rest_10": "Adam, rest x 10",

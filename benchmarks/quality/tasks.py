@@ -9,16 +9,20 @@ from sklearn.model_selection import train_test_split
 
 
 class Images(NamedTuple):
-    """Images from 0 to 1, shape `(n, height, width, colours)`, and labels."""
+    """Images from 0 to 1, shape `(n, height, width, colours)`, and labels.
+
+    A label a pixel, 0 or 1, where images are to be segmented.
+    """
 
     x: np.ndarray
     y: np.ndarray
 
 
 class Task(NamedTuple):
-    """A data set, split, and the strides of the three convolutions.
+    """A data set, split, and what learns it.
 
-    Without strides, the network is of dense layers.
+    `network` is an entry of `networks.NETWORKS`, and `strides` are those of
+    its three convolutions, or of its three stages.
 
     `shifted` is what another camera would make of the test images: less
     contrast, more light, noise. `shifted_train` are the training images seen
@@ -29,7 +33,13 @@ class Task(NamedTuple):
     test: Images
     shifted_train: Images
     shifted: Images
-    strides: tuple[int, int, int] | None
+    strides: tuple[int, int, int]
+    network: str = "convolutions"
+
+    @property
+    def is_segmentation(self):
+        """Whether each pixel has a label."""
+        return self.train.y.ndim > 1
 
 
 def load(name, split_seed):
@@ -67,7 +77,7 @@ def _digits(seed):
 @functools.lru_cache(2)
 def _digits_dense(seed):
     """The digits, for dense layers: an element a channel and example."""
-    return _digits(seed)._replace(strides=None)
+    return _digits(seed)._replace(network="dense")
 
 
 @functools.lru_cache(2)
@@ -78,16 +88,46 @@ def _cluttered(seed):
     that no training image shows.
     """
     rng = np.random.default_rng([seed, 2])
-    train, test = _split_digits(seed)
-    return _task(
-        _clutter(train, 4_000, rng), _clutter(test, 1_000, rng), (1, 2, 2), seed
+    train, test = (
+        _clutter(digits, count, rng)[0]
+        for digits, count in zip(
+            _split_digits(seed), (4_000, 1_000), strict=True
+        )
     )
+    return _task(train, test, (1, 2, 2), seed)
+
+
+@functools.lru_cache(2)
+def _cluttered_residual(seed):
+    """The same, for a residual network of 15 convolutions."""
+    return _cluttered(seed)._replace(network="residual")
+
+
+@functools.lru_cache(2)
+def _segments(seed):
+    """The same with 16x16 pixels: which belong to the digit?
+
+    2,000 + 400 images.
+    """
+    rng = np.random.default_rng([seed, 5])
+    train, test = (
+        Images(images.x, segments)
+        for images, segments in (
+            _clutter(digits, count, rng, size=16)
+            for digits, count in zip(
+                _split_digits(seed), (2_000, 400), strict=True
+            )
+        )
+    )
+    return _task(train, test, (1, 2, 2), seed)._replace(network="unet")
 
 
 def _clutter(digits, count, rng, size=10):
+    """Images, and which of their pixels show the digit."""
     x = np.zeros((count, size, size, 1), "float32")
+    segments = np.zeros((count, size, size), "int32")
     rows = rng.integers(len(digits.x), size=count)
-    for image, row in zip(x, rows, strict=True):
+    for image, segment, row in zip(x, segments, rows, strict=True):
         # A piece of 4x4 pixels, anywhere.
         piece = digits.x[rng.integers(len(digits.x))]
         top, left = rng.integers(5, size=2)
@@ -106,8 +146,9 @@ def _clutter(digits, count, rng, size=10):
         top, left = rng.integers(size - 7, size=2)
         place = image[top : top + 8, left : left + 8]
         np.maximum(place, digit * rng.uniform(0.7, 1.0), out=place)
+        segment[top : top + 8, left : left + 8] = digit[..., 0] > 0.3
         image += rng.normal(0, 0.05, image.shape) + rng.uniform(0, 0.3)
-    return Images(x, digits.y[rows])
+    return Images(x, digits.y[rows]), segments
 
 
 @functools.lru_cache(1)
@@ -137,6 +178,8 @@ _LOADERS = {
     "digits": _digits,
     "digits_dense": _digits_dense,
     "cluttered": _cluttered,
+    "cluttered_residual": _cluttered_residual,
+    "segments": _segments,
     "cifar10": _cifar10,
 }
 NAMES = tuple(_LOADERS)

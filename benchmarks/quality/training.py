@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import batches
 import keras
+import networks
 import numpy as np
 import rest
 import tasks
@@ -19,6 +20,8 @@ from keras_renorm.callbacks import RenormScheduler
 EPOCHS = 10  # how often accuracy is measured on the way
 OPTIMIZERS = {
     "sgd": functools.partial(keras.optimizers.SGD, momentum=0.9),
+    # At a rate that does not decay.
+    "sgd_constant": functools.partial(keras.optimizers.SGD, momentum=0.9),
     "sgd_rest_0.1": functools.partial(rest.SGD, rest=0.1, momentum=0.9),
     "adam": keras.optimizers.Adam,
     "adam_rest_10": functools.partial(rest.Adam, rest=10.0),
@@ -95,26 +98,22 @@ def _is_batch_normalization(contender):
 
 
 def make_model(contender, task, steps):
-    """Three convolutions, or dense layers, each normalized; ten classes."""
-    task = tasks.load(task, 0)
-    stack = [keras.Input(task.train.x.shape[1:])]
-    if task.strides is None:
-        stack.append(layers.Flatten())
-    for index, filters in enumerate((16, 32, 64)):
-        if task.strides is None:
-            layer = layers.Dense(4 * filters, use_bias=False)
-        else:
-            layer = layers.Conv2D(
-                filters,
-                3,
-                strides=task.strides[index],
-                padding="same",
-                use_bias=False,
-            )
-        stack += [layer, CONTENDERS[contender].layer(steps), layers.ReLU()]
-    if task.strides is not None:
-        stack.append(layers.GlobalAveragePooling2D())
-    return keras.Sequential([*stack, layers.Dense(10)])
+    """The network of a task, normalized by a contender."""
+    return networks.make(
+        tasks.load(task, 0), lambda: CONTENDERS[contender].layer(steps)
+    )
+
+
+def _score(is_segmentation):
+    """What a test measures, under the name of accuracy.
+
+    Of segments, intersection over union with the pixels of the digit.
+    """
+    if not is_segmentation:
+        return keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+    return keras.metrics.IoU(
+        2, target_class_ids=[1], sparse_y_pred=False, name="accuracy"
+    )
 
 
 def layer_weights(model):
@@ -208,6 +207,13 @@ class _Cosine(keras.optimizers.schedules.CosineDecay):
         return self.rate * super().__call__(step)
 
 
+class _Constant(_Cosine):
+    """No decay."""
+
+    def __call__(self, step):
+        return tf.identity(self.rate)
+
+
 class Trainer:
     """A network and an optimizer, compiled once for many rates and seeds.
 
@@ -224,14 +230,15 @@ class Trainer:
         self.model = make_model(contender, task, steps)
         if frozen:
             keras_renorm.freeze_statistics(self.model)
-        self.schedule = _Cosine(steps)
+        decay = _Constant if optimizer == "sgd_constant" else _Cosine
+        self.schedule = decay(steps)
         self.optimizer = OPTIMIZERS[optimizer](self.schedule)
         self.optimizer.build(self.model.trainable_variables)
         self.steps_per_epoch = steps // epochs
         self.model.compile(
             self.optimizer,
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
+            metrics=[_score(tasks.load(task, 0).is_segmentation)],
             # Steps this small cost less than going back to Python.
             steps_per_execution=self.steps_per_epoch,
         )
@@ -304,5 +311,6 @@ def _recalibrated(model, images, test):
 
 def accuracy(model, images):
     """Share of the images that are classified right, in inference."""
-    logits = model(images.x, training=False)
-    return float(np.mean(np.argmax(logits, axis=-1) == images.y))
+    score = _score(images.y.ndim > 1)
+    score.update_state(images.y, model(images.x, training=False))
+    return float(score.result())
