@@ -198,6 +198,38 @@ def ioffe2017(
     return _PAPER_R_MAX.scale_steps(factor), _PAPER_D_MAX.scale_steps(factor)
 
 
+def default_limits(momentum: float) -> tuple[LinearRamp, LinearRamp]:
+    """The limits of a layer that is given none: `(r_max, d_max)`.
+
+    r and d measure a batch against the moving statistics, which begin at 0
+    and 1 and need some steps to mean anything. With n = 1 / (1 - momentum),
+    that is how many steps they remember, the limits are closed (r_max = 1,
+    d_max = 0, plain batch normalization) for n steps, when 63 % of the
+    beginning is forgotten, and open to the paper's 3 and 5 at step 5 n, when
+    99 % is.
+
+    Args:
+        momentum: Share of the old moving statistics kept at each step, in
+            [0, 1]. With 1 they never move, and limits never open.
+
+    Returns:
+        Two `LinearRamp`s, for `r_max` and for `d_max`.
+
+    Example:
+
+    >>> r_max, d_max = default_limits(momentum=0.99)
+    >>> r_max
+    LinearRamp(initial_value=1.0, final_value=3.0, begin_step=100, end_step=500)
+    """
+    if momentum == 1:
+        return LinearRamp(1.0, 1.0, 0, 0), LinearRamp(0.0, 0.0, 0, 0)
+    begin_step = round(1 / (1 - momentum))
+    return (
+        LinearRamp(1.0, _PAPER_R_MAX.final_value, begin_step, 5 * begin_step),
+        LinearRamp(0.0, _PAPER_D_MAX.final_value, begin_step, 5 * begin_step),
+    )
+
+
 def limit(name: str, value: Any, minimum: float) -> LinearRamp:
     """The ramp that `value`, a ramp or a number, gives the limit `name`.
 

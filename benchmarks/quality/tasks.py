@@ -105,7 +105,7 @@ def _cluttered_residual(seed):
 
 @functools.lru_cache(2)
 def _segments(seed):
-    """The same with 16x16 pixels: which belong to the digit?
+    """The same with 16x16 pixels, and which of them show the digit.
 
     2,000 + 400 images.
     """

@@ -1,7 +1,7 @@
 """Batch renormalization."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -11,8 +11,6 @@ from keras_renorm import arguments, functional, graphs, schedules
 from keras_renorm.functional import Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
-
-_R_MAX, _D_MAX = schedules.ioffe2017()
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
@@ -47,8 +45,9 @@ class BatchRenormalization(BatchNormalization):
     a step counts two). Their numbers live in weights and are evaluated in the
     graph: `layer.r_max = 2.0`, or a `LinearRamp`, takes effect at once in a
     model that is compiled and training, and is saved with the model.
-    `keras_renorm.callbacks.RenormScheduler` scales the default, made for runs
-    of about 130,000 steps, to the length of a run.
+    The default opens them as soon as the moving statistics know the data.
+    `keras_renorm.callbacks.RenormScheduler` scales the paper's ramps, made
+    for runs of about 130,000 steps, to the length of a run instead.
 
     **The corrected gradient.** Algorithm 1 corrects what goes forward. With a
     `gradient_momentum`, what comes back is corrected too: most of the two
@@ -101,11 +100,13 @@ class BatchRenormalization(BatchNormalization):
         epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
         r_max: Largest correction of the scale, >= 1; the smallest is
             `1 / r_max`. A number or a `LinearRamp`; `inf` does not clip.
-            Defaults to the paper's ramp, 1 to 3 over steps 5,000 to 40,000.
-            Reading it gives a `LinearRamp`.
+            "auto" (default) is 1 for n = 1 / (1 - momentum) steps and goes
+            to 3 at step 5 n (`schedules.default_limits`): with momentum
+            0.99, from step 100 to 500. `schedules.ioffe2017()` is the
+            paper's. Reading it gives a `LinearRamp`.
         d_max: Largest correction of the offset, >= 0, in standard
             deviations. A number or a `LinearRamp`; `inf` does not clip.
-            Defaults to the paper's ramp, 0 to 5 over steps 5,000 to 25,000.
+            "auto" (default) is 0 for n steps and goes to 5 at step 5 n.
         gradient_momentum: Share of the accumulators kept at each step, in
             [0, 1); 0.9 is a good value. `None` (default) is the gradient of
             Algorithm 1. Not together with `virtual_batch_size`.
@@ -142,14 +143,19 @@ class BatchRenormalization(BatchNormalization):
         momentum: float = 0.99,
         epsilon: float = 1e-3,
         *,
-        r_max: float | LinearRamp = _R_MAX,
-        d_max: float | LinearRamp = _D_MAX,
+        r_max: float | LinearRamp | Literal["auto"] = "auto",
+        d_max: float | LinearRamp | Literal["auto"] = "auto",
         gradient_momentum: float | None = None,
         **batch_normalization_arguments: Any,
     ) -> None:
-        ramps = (
-            schedules.limit("r_max", r_max, 1),
-            schedules.limit("d_max", d_max, 0),
+        ramps = tuple(
+            value
+            if isinstance(value, str) and value == "auto"
+            else schedules.limit(name, value, minimum)
+            for name, value, minimum in (
+                ("r_max", r_max, 1),
+                ("d_max", d_max, 0),
+            )
         )
         if gradient_momentum is not None:
             gradient_momentum = _check_gradient_momentum(
@@ -161,7 +167,11 @@ class BatchRenormalization(BatchNormalization):
         )
         self.gradient_momentum = gradient_momentum
         # What `build` puts into the weights; they rule from then on.
-        self._initial_ramps: tuple[LinearRamp, ...] = ramps
+        defaults = schedules.default_limits(self.momentum)
+        self._initial_ramps: tuple[LinearRamp, ...] = tuple(
+            default if ramp == "auto" else ramp
+            for ramp, default in zip(ramps, defaults, strict=True)
+        )
         self.step: Any = None
         self.limit_values: Any = None
         self.limit_steps: Any = None
