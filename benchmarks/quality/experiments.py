@@ -272,8 +272,14 @@ def _optimizers(task, quick=False):
 def _deep():
     """Networks of more layers, where errors of one are the next one's."""
     return [
-        _regimes(
-            "cluttered_residual", dict.fromkeys(("one_class", "iid_2"), _FEW)
+        Experiment(
+            "regimes_cluttered_residual",
+            "Does it help a residual network of 15 convolutions? (cluttered)",
+            tuple(
+                Cell("cluttered_residual", regime, contender, length=0.5)
+                for regime in ("one_class", "iid_2")
+                for contender in _FEW
+            ),
         ),
         Experiment(
             "segments",
