@@ -439,6 +439,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("name", NAMES)
 def test_keras_applications(name, rng):
@@ -481,6 +482,7 @@ def hub_backbone(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore")  # keras-hub's own
 @pytest.mark.parametrize("name", ["resnet", "resnet v2", "efficientnet"])

@@ -660,6 +660,7 @@ def test_many_splits_are_one_device(strategy, **case):
     check_split(strategy, **case)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(REPLICAS != 2, reason="this is the other process")
 def test_four_replicas():
     command = [sys.executable, "-m", "pytest", "-qx", "-pno:cacheprovider"]

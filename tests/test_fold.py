@@ -185,6 +185,7 @@ def test_a_nested_sequential_model_folds(rng):
         fold(folded)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore:.*are not folded")
 @pytest.mark.parametrize(
