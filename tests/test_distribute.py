@@ -126,8 +126,10 @@ def assert_parity(
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("is_masked", [False, True], ids=["", "mask"])
-@pytest.mark.parametrize("axis", [-1, 1])
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("axis", [-1, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def test_synchronized_replicas_equal_one_device_with_all_examples(
     kind, split, is_masked, axis, dtype, strategy, rng
 ):
@@ -158,6 +160,7 @@ def test_synchronized_replicas_equal_one_device_with_all_examples(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_masks_of_channels_are_synchronized(kind, split, strategy, rng):
@@ -183,6 +186,7 @@ def test_masks_of_channels_are_synchronized(kind, split, strategy, rng):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize(
