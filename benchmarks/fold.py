@@ -66,7 +66,7 @@ def main():
                 label: inference_of(network, images)
                 for label, network in networks.items()
             },
-            5 if options.quick else 20,
+            1 if options.quick else 20,
         )
         results[f"{name}, batch {size}"] = timing.ratios(times, BASELINE)
     table = Table("network", "Keras, ms", title="Inference in a graph")

@@ -93,7 +93,7 @@ def main():
             functions[f"{label}, synchronized"] = step_of(
                 strategy, kind, inputs, upstream, synchronized=True
             )
-        times = timing.interleaved(functions, 5 if options.quick else 30)
+        times = timing.interleaved(functions, 1 if options.quick else 30)
         results[name] = timing.ratios(times, BASELINE)
     table = Table("shape", "Keras BN, ms", title="A step on two replicas")
     for label in list(results[names[0]])[1:]:

@@ -481,7 +481,7 @@ def main():
                 "label": label,
                 "shape": shape,
                 "ratios": run_case(
-                    mode, dtype, shape, what, 1.5 if options.quick else 2
+                    mode, dtype, shape, what, 0.3 if options.quick else 2
                 ),
             }
             results["cases"].append(row)

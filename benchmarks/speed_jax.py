@@ -148,7 +148,7 @@ def main():
             name = f"{what}, {dtype}, {label}"
             progress.update(task, description=f"{name:<45}")
             row = {"what": what, "dtype": dtype, "label": label}
-            seconds = 0.5 if options.quick else 2
+            seconds = 0.2 if options.quick else 2
             row |= run_case(SHAPES[label], dtype, what, length, seconds)
             rows.append(row)
             progress.advance(task)

@@ -1,5 +1,6 @@
 """Settings that must stand before a backend starts."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -25,12 +26,24 @@ if keras.backend.backend() == "tensorflow":
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "exhaustive" not in config.option.markexpr:
+        drawn = [item for item in items if "exhaustive" in item.keywords]
+        items[:] = [item for item in items if item not in drawn]
+        config.hook.pytest_deselected(items=drawn)
     for item in items:
         for backend in ("tensorflow", "jax"):
             if backend in item.keywords and keras.backend.backend() != backend:
                 skip = pytest.mark.skip(reason=f"for Keras's {backend} backend")
                 item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    # Every test ends with a collection of garbage (`clear_session`), and what
+    # is imported is none: looking through it took most of the time of most
+    # tests.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

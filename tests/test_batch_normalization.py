@@ -464,6 +464,7 @@ def test_dtypes_of_a_policy(kind, policy, statistics, outputs):
             assert weight.dtype == statistics, weight.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float16", "bfloat16", "mixed_bfloat16"])
 def test_constant_mean_reads_back_under_16_bits(policy):
     layer = keras_renorm.BatchNormalization(dtype=policy)
@@ -588,6 +589,7 @@ def test_a_count_of_partly_known_sizes(known, rng):
         assert count(inputs, column.reshape(6, 1, 1)).numpy() == 20
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.parametrize(
     "kind",

@@ -180,6 +180,7 @@ def test_keras_layers_with_renorm(rng):
     assert layer.current_limits() == (np.inf, np.inf)
 
 
+@pytest.mark.slow
 def test_a_reverted_model_loads_without_keras_renorm(rng, tmp_path):
     model = networks.randomize(networks.wrapped(BatchRenormalization), rng)
     x = networks.data_of(model, rng)
@@ -373,7 +374,14 @@ def halves(shape, dtype=None):
 
 
 @pytest.mark.filterwarnings("ignore:.*are not folded")
-@pytest.mark.parametrize("function", [convert, revert, fold])
+@pytest.mark.parametrize(
+    "function",
+    [
+        convert,
+        pytest.param(revert, marks=pytest.mark.slow),
+        pytest.param(fold, marks=pytest.mark.slow),
+    ],
+)
 def test_functions_that_no_file_could_name_are_the_copys_too(function, rng):
     class Share(keras.metrics.Mean):
         def update_state(self, y, outputs, sample_weight=None):
@@ -439,6 +447,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("name", NAMES)
 def test_keras_applications(name, rng):
@@ -481,6 +490,7 @@ def hub_backbone(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore")  # keras-hub's own
 @pytest.mark.parametrize("name", ["resnet", "resnet v2", "efficientnet"])

@@ -255,6 +255,7 @@ def test_masked_elements_are_dropped(wrapper, axis, hidden, rng):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("shape", [(4, 3), (32, 40, 40, 3)])
 @pytest.mark.parametrize("where", ["inputs", "upstream"])
@@ -376,6 +377,7 @@ def by_tape(rng, wrapper):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train",
     [

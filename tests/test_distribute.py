@@ -126,8 +126,10 @@ def assert_parity(
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("is_masked", [False, True], ids=["", "mask"])
-@pytest.mark.parametrize("axis", [-1, 1])
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("axis", [-1, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def test_synchronized_replicas_equal_one_device_with_all_examples(
     kind, split, is_masked, axis, dtype, strategy, rng
 ):
@@ -158,6 +160,7 @@ def test_synchronized_replicas_equal_one_device_with_all_examples(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_masks_of_channels_are_synchronized(kind, split, strategy, rng):
@@ -183,6 +186,7 @@ def test_masks_of_channels_are_synchronized(kind, split, strategy, rng):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize(
@@ -258,6 +262,7 @@ def test_the_pooled_variance_of_large_means(sizes, ratio, strategy, rng):
     assert np.abs(actual - normalized).max() < ratio * 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(3,), (96, 96, 3)], ids=["small", "fused"])
 @pytest.mark.parametrize("value", [1e4, 10000.7, 1e7, -3.3e5])
 def test_constant_channels_are_exact(sizes, value, strategy):
@@ -275,6 +280,7 @@ def test_constant_channels_are_exact(sizes, value, strategy):
     assert np.all(variance == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("is_masked", [False, True], ids=["", "mask"])
 def test_gradients_of_constant_channels(dtype, is_masked, strategy, rng):
@@ -326,6 +332,7 @@ def test_second_derivatives(strategy, rng):
     helpers.assert_close(actual, expected, 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("sizes", [(4,), (64, 64, 8)], ids=["small", "fused"])
 def test_one_all_reduce_each_way(kind, sizes, strategy, rng, monkeypatch):
@@ -406,6 +413,7 @@ def data_of(rng, examples):
     return x, rng.normal(size=(examples, 2)).astype("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("left_over", ["fewer", "one"])
 def test_fit_on_replicas_equals_fit_on_one_device(
@@ -663,6 +671,7 @@ def test_many_splits_are_one_device(strategy, **case):
     check_split(strategy, **case)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(REPLICAS != 2, reason="this is the other process")
 def test_four_replicas():
     command = [sys.executable, "-m", "pytest", "-qx", "-pno:cacheprovider"]

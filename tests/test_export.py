@@ -9,7 +9,7 @@ import pytest
 from keras_renorm import BatchNormalization, convert, fold, revert
 from tests import helpers, networks
 
-pytestmark = pytest.mark.tensorflow
+pytestmark = [pytest.mark.slow, pytest.mark.tensorflow]
 
 FORMS = {
     "converted": convert,

@@ -57,9 +57,15 @@ def randomize(model, rng):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize(
-    "kind", [layers.BatchNormalization, BatchRenormalization]
+    "kind",
+    [
+        pytest.param(layers.BatchNormalization, marks=pytest.mark.slow),
+        BatchRenormalization,
+    ],
 )
-@pytest.mark.parametrize("is_functional", [False, True])
+@pytest.mark.parametrize(
+    "is_functional", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_outputs_are_the_same(name, use_bias, kind, is_functional, rng):
     sizes, layer = LAYERS[name]
     stack = [
@@ -185,6 +191,7 @@ def test_a_nested_sequential_model_folds(rng):
         fold(folded)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore:.*are not folded")
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def test_float32_steps_equal_the_reference(mode, shape, axis, rng):
         check(actual, layer, reference, inputs, upstream, axis, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 @pytest.mark.parametrize(
@@ -210,6 +211,7 @@ def test_a_nan_stays_in_its_channel(mode, shape, rng):
         assert np.all(old[others] != new[others])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
 @pytest.mark.parametrize(
@@ -234,6 +236,7 @@ def test_variance_at_large_means(mode, kind, mean, stddev, tolerance, rng):
         assert error <= 4 * np.spacing(np.float32(mean)) / stddev + 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [1e4, 10000.7, 1e7, -3.3e5, 0.0])
 def test_constant_channels_give_beta(mode, value, rng):
@@ -248,6 +251,7 @@ def test_constant_channels_give_beta(mode, value, rng):
     assert np.abs(outputs.numpy()[..., 0]).max() <= 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
@@ -281,6 +285,7 @@ def test_inference_and_frozen_steps(mode, frozen, shape, axis, rng):
         helpers.assert_close(mine, value, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_second_derivatives_equal_those_of_the_plain_path(mode, shape, rng):
@@ -466,6 +471,7 @@ def test_eager_layers_can_be_freed(rng):
     assert reference() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

@@ -119,6 +119,7 @@ def test_the_layer_is_as_it_was(rng, tf_keras):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MobileNetV2", "MobileNetV3Small"])
 def test_networks_of_tf_keras_applications(name, rng, tf_keras):
     model = getattr(tf_keras.applications, name)(

@@ -13,7 +13,7 @@ import pytest
 
 from tests import helpers
 
-pytestmark = pytest.mark.tensorflow
+pytestmark = [pytest.mark.slow, pytest.mark.tensorflow]
 ROOT = Path(__file__).parents[1]
 
 

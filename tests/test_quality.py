@@ -17,6 +17,7 @@ from tests.reference import Reference
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.tensorflow,
     pytest.mark.skipif(not FOLDER.exists(), reason="without the benchmarks"),
 ]

@@ -147,6 +147,7 @@ def test_tensorflow_checkpoints(trained, tmp_path):
     assert_same_weights(again, trained)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_a_new_process_ends_the_same(trained, tmp_path):
     x, _ = resumed_run.data()
     exports = keras.backend.backend() == "tensorflow"

@@ -16,6 +16,7 @@ from keras import layers
 from keras_renorm.diagnostics import ActivationNoise
 from keras_renorm.schedules import LinearRamp
 
+pytestmark = pytest.mark.slow
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 
 

@@ -127,6 +127,7 @@ networks_by_seed = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @both
 @seeds
 def test_a_healthy_network(network, seed):
@@ -148,6 +149,7 @@ def test_a_healthy_network(network, seed):
     ) in str(report)
 
 
+@pytest.mark.slow
 def test_outputs_that_differ_where_nothing_says_whether_it_matters():
     model, _ = healthy(convolutional, 0)
     data = [x for x, _ in shuffled(50, 16, 48)]
@@ -200,6 +202,7 @@ def test_losses_that_differ_though_no_layer_is_far_off(rng):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "seed", "momentum", "steps"),
     [
@@ -224,6 +227,7 @@ def test_averages_that_have_not_arrived(network, seed, momentum, steps):
     assert causes(discrepancy(model, data, verbose=False)) == []
 
 
+@pytest.mark.slow
 @networks_by_seed
 def test_averages_of_other_weights(network, seed):
     """Weights that moved fast: only a reference tells it from a domain."""
@@ -249,6 +253,7 @@ DOMAINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "seed", "change"),
     [
@@ -272,6 +277,7 @@ def test_another_domain(network, seed, change):
     assert "prior_examples" in report.verdicts[0].remedy
 
 
+@pytest.mark.slow
 @networks_by_seed
 def test_batches_too_small(network, seed):
     model = trained(network, seed, shuffled(seed, 2, 400))
@@ -291,6 +297,7 @@ def test_batches_too_small(network, seed):
         assert "convert" not in remedy
 
 
+@pytest.mark.slow
 @networks_by_seed
 def test_batches_of_one_class(network, seed):
     model = trained(network, seed, one_class_each(seed, 16, 300), momentum=0.98)
@@ -300,12 +307,14 @@ def test_batches_of_one_class(network, seed):
     assert "Shuffle" in report.verdicts[0].remedy
 
 
+@pytest.mark.slow
 def test_sorted_data():
     model = trained(convolutional, 0, sorted_by_class(32) * 4, momentum=0.95)
     report = discrepancy(model, sorted_by_class(32), verbose=False)
     assert causes(report)[0] == "batches not i.i.d."
 
 
+@pytest.mark.slow
 def test_renormalization_that_corrects_and_one_that_does_not():
     batches = shuffled(0, 2, 400)
     model = trained(
@@ -325,6 +334,7 @@ def test_renormalization_that_corrects_and_one_that_does_not():
     assert "now r_max=1 and d_max=0" in verdict.remedy
 
 
+@pytest.mark.slow
 @networks_by_seed
 def test_statistics_never_trained(network, seed):
     model = trained(
@@ -339,6 +349,7 @@ def test_statistics_never_trained(network, seed):
     assert report.verdicts[0].layers == ("bn1", "bn2")
 
 
+@pytest.mark.slow
 @networks_by_seed
 def test_constant_channels(network, seed):
     model, data = healthy(network, seed)
@@ -353,6 +364,7 @@ def test_constant_channels(network, seed):
     assert report.verdicts[0].layers == ("bn1",)
 
 
+@pytest.mark.slow
 @networks_by_seed
 def test_one_layer_only(network, seed):
     model, data = healthy(network, seed)
