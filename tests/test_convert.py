@@ -545,9 +545,10 @@ def test_what_is_out_of_reach_is_named():
 
     with raises(
         ValueError,
-        "^`model` must be a sequential or a functional model: layers of "
-        "another cannot be replaced. Received: model=subclassed, of class "
-        "Subclassed, with the layers own_bn.$",
+        r"^`model` must be a sequential or a functional model: of another no "
+        r"copy with other layers can be made \(`keras_renorm.convert` changes "
+        r"any with in_place=True\). Received: model=subclassed, of class "
+        r"Subclassed, with the layers own_bn.$",
     ):
         convert(Subclassed())
 
