@@ -7,6 +7,7 @@ from keras_renorm.models.convert import convert, revert
 from keras_renorm.models.fold import fold
 from keras_renorm.models.freeze import freeze_statistics, unfreeze_statistics
 from keras_renorm.models.recalibrate import recalibrate
+from keras_renorm.models.replacing import replacing
 from keras_renorm.models.statistics import get_statistics, set_statistics
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "freeze_statistics",
     "get_statistics",
     "recalibrate",
+    "replacing",
     "revert",
     "schedules",
     "set_statistics",

@@ -16,7 +16,7 @@ from keras_renorm import (
     fold,
     revert,
 )
-from keras_renorm.schedules import LinearRamp
+from keras_renorm.schedules import LinearRamp, default_limits
 from tests import helpers, networks
 
 KERAS = layers.BatchNormalization
@@ -555,9 +555,10 @@ def test_what_is_out_of_reach_is_named():
 
     with raises(
         ValueError,
-        "^`model` must be a sequential or a functional model: layers of "
-        "another cannot be replaced. Received: model=subclassed, of class "
-        "Subclassed, with the layers own_bn.$",
+        r"^`model` must be a sequential or a functional model: of another no "
+        r"copy with other layers can be made \(`keras_renorm.convert` changes "
+        r"any with in_place=True\). Received: model=subclassed, of class "
+        r"Subclassed, with the layers own_bn.$",
     ):
         convert(Subclassed())
 
@@ -576,3 +577,27 @@ def test_what_is_out_of_reach_is_named():
     special = keras.Sequential([keras.Input((4,)), Special(name="mine")])
     with raises(ValueError, "Received: mine of class Special.$"):
         convert(special)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "kind", [keras.layers.BatchNormalization, BatchNormalization]
+)
+def test_limits_are_open_where_statistics_are_trained(kind, in_place, rng):
+    model = keras.Sequential([keras.Input((3,)), kind(), kind(name="new")])
+    model.layers[0].moving_mean.assign([1.0, 2.0, 3.0])
+    converted = convert(model, in_place=in_place)
+    trained, new = converted.layers
+    assert (trained.r_max, trained.d_max) == (3.0, 5.0)
+    assert (new.r_max, new.d_max) == default_limits(0.99)
+
+
+def test_limits_that_are_given_stay():
+    model = keras.Sequential([keras.Input((3,)), BatchNormalization()])
+    model.layers[0].moving_mean.assign([1.0, 2.0, 3.0])
+    (layer,) = convert(model, d_max=2.0).layers
+    assert (layer.r_max, layer.d_max) == (3.0, 2.0)
+    (layer,) = convert(model, d_max=LinearRamp(0.0, 2.0, 3, 7)).layers
+    assert layer.d_max == LinearRamp(0.0, 2.0, 3, 7)
+    again = convert(convert(model, r_max=1.5, d_max=0.5), momentum=0.9)
+    assert (again.layers[0].r_max, again.layers[0].d_max) == (1.5, 0.5)

@@ -114,6 +114,25 @@ def test_the_layer_is_as_it_was(rng, tf_keras):
             helpers.to_numpy(getattr(new, name)), getattr(old, name).numpy()
         )
     assert convert(model, r_max=1.5).get_layer("bn").r_max == 1.5
+
+
+def test_limits_are_open_where_statistics_are_trained(rng, tf_keras):
+    model = tf_keras.Sequential(
+        [
+            tf_keras.layers.Input((3,)),
+            tf_keras.layers.BatchNormalization(name="trained"),
+            tf_keras.layers.BatchNormalization(name="new"),
+        ]
+    )
+    model.get_layer("trained").moving_mean.assign([1.0, 2.0, 3.0])
+    converted = convert(model)
+    assert converted.get_layer("trained").r_max == 3.0
+    assert converted.get_layer("trained").d_max == 5.0
+    assert converted.get_layer("new").r_max.begin_step == 100
+
+
+def test_reverted_it_is_keras_3(rng, tf_keras):
+    model = randomized(sequential(tf_keras), rng)
     assert type(revert(model).get_layer("bn")) is (
         keras.layers.BatchNormalization
     )

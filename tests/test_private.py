@@ -13,6 +13,9 @@ CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 USED = {
     ("kernels.py", "_get_control_flow_context"),
     ("models/configuration.py", "_compile_config"),
+    ("models/in_place.py", "_track_variable"),
+    ("models/in_place.py", "_tracker"),
+    ("models/in_place.py", "_untrack_variable"),
     ("models/legacy.py", "_flatten_layers"),
     ("models/legacy.py", "_nodes_by_depth"),
     ("models/traversal.py", "_flatten_layers"),

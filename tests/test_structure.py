@@ -108,6 +108,7 @@ def test_public_names_have_an_example():
         keras_renorm.freeze_statistics,
         keras_renorm.unfreeze_statistics,
         keras_renorm.recalibrate,
+        keras_renorm.replacing,
         keras_renorm.get_statistics,
         keras_renorm.set_statistics,
         keras_renorm.diagnostics.loss_along_gradient,

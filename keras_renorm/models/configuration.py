@@ -79,7 +79,7 @@ class Configurations:
             if len(value) != len(node):
                 # `layers` of a sequential model is without its input.
                 named = {getattr(each, "name", None): each for each in value}
-                value = [named.get(_name(each)) for each in node]
+                value = [named.get(name_in(each)) for each in node]
             return type(node)(map(self._replaced, node, value))
         if _must_be_kept(node, value):
             return self._stand_in(value)
@@ -122,8 +122,8 @@ def _must_be_kept(node: Any, value: Any) -> bool:
     return True
 
 
-def _name(node: Any) -> Any:
-    """The name of the layer of a serialized node."""
+def name_in(node: Any) -> Any:
+    """The name of the layer of a serialized node; empty for another."""
     config = node.get("config") if isinstance(node, dict) else None
     return config.get("name", "") if isinstance(config, dict) else ""
 

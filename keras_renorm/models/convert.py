@@ -1,66 +1,104 @@
 """From Keras's batch normalization to ours, and back."""
 
-import inspect
 from typing import Any
 
 import keras
 
-from keras_renorm import graphs
+from keras_renorm import arguments, graphs, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models import legacy
+from keras_renorm.models.in_place import replace_in_place
 from keras_renorm.models.rebuild import describe, rebuild
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.translation import (
+    KERAS,
+    arguments_of,
+    check_class,
+    copy_weights,
+)
+from keras_renorm.models.traversal import Choice, choose_layers
 
-KERAS = keras.layers.BatchNormalization
-# Weights that are arguments too.
-_GIVEN = {"limit_values", "limit_steps"}
+# What a layer that stays the same object cannot change.
+_FIXED = ("axis", "center", "dtype", "name", "scale", "trainable")
 
 
 def convert(
     model: Any,
     to: type[BatchNormalization] = BatchRenormalization,
+    *,
+    layers: Choice = None,
+    in_place: bool = False,
     **layer_arguments: Any,
 ) -> keras.Model:
-    """A copy of a model with our layers for all batch normalization in it.
+    """A model with our layers for the batch normalization in it.
 
-    The copy infers what the model infers. It has the model's weights, layer
-    names, `trainable` flags and shared layers. If the model is compiled, the
-    copy is compiled alike, with an optimizer that begins anew; what
-    `optimizer.exclude_from_weight_decay` left out has to be left out again.
-    State besides weights (vocabularies, a stateful layer's, random
-    generators') is copied, and functions need not be registered. `model` is not
-    changed. A functional model of a class of its own (keras-hub's backbones)
-    becomes a plain functional model.
+    It infers what the model infers, with the model's weights, layer names,
+    `trainable` flags and shared layers. There are two ways.
 
-    Batch normalization of Keras and of this package is found in sequential,
-    functional and nested models, in wrappers such as `TimeDistributed`, and in
-    custom layers whose `get_config` holds it.
+    **A copy** (the default), of a sequential or functional model; `model` is
+    not changed. Batch normalization is found in nested models, in wrappers such
+    as `TimeDistributed`, and in custom layers whose `get_config` holds it. If
+    the model is compiled, the copy is compiled alike, with an optimizer that
+    begins anew; what `optimizer.exclude_from_weight_decay` left out has to be
+    left out again. State besides weights (vocabularies, a stateful layer's,
+    random generators') is copied, and functions need not be registered. A
+    functional model of a class of its own becomes a plain functional model.
+
+    **In place**, of any built model: subclassed, with custom layers that make
+    their normalization themselves, a backbone of keras-hub. All batch
+    normalization that Keras knows of is reached: in attributes, lists and
+    dicts, in wrappers, recurrent cells, nested models. The model and its layers
+    stay the objects that they are: a layer turns into one of class `to`. Its
+    gamma and beta stay the same variables, so that the optimizer goes on with
+    the state that it has; its other weights are new ones. `fit`, `evaluate` and
+    `predict` of the model, and of models in it, are traced anew. What else was
+    traced before is not: your own `tf.function` or `jax.jit`, another model
+    that holds this one (compile that again).
+
+    **Save and load** a model that was changed in place: `save_weights`, and
+    `load_weights` into one made and converted the same way, always works. Where
+    the layers are in the configuration of the model (sequential, functional), a
+    `.keras` file has them. The file of a class that makes its own layers says
+    only how to make the model: load it in `replacing(to, ...)`, with the same
+    arguments, or make the model, convert it in place and load weights. `revert`
+    it before, and the file is one of Keras's layers again.
 
     A model of tf_keras (Keras 2) becomes one of Keras 3, not compiled. It may
     hold layers that Keras 3 has too, and sums and products; the statistics of
     its renormalization come along.
 
     Args:
-        model: A built sequential or functional model.
+        model: A model, built; for a copy sequential or functional.
         to: The class to convert to: `BatchRenormalization` (default) or
             `BatchNormalization`.
+        layers: Which layers: a function of a layer that returns whether to
+            convert it, a layer or its name, or a list of such. A block or a
+            nested model stands for all batch normalization in it. Defaults to
+            `None`, for all. The others stay what they are.
+        in_place: Whether to change `model` instead of making a copy. Defaults
+            to `False`.
         **layer_arguments: Arguments for each new layer, in place of the old
             layer's: `momentum=0.95`, `r_max=2.0`, `frozen_statistics=True`...
             Without them a new layer has what the old one has: a Keras layer
             with `renorm=True` hands on its `renorm_clipping` as limits; a
-            layer of `to`, everything, step counter included.
+            layer of `to`, everything, step counter included. Limits that none
+            gives are open at once (r_max 3, d_max 5) where the statistics are
+            trained, and the ramp of a new layer where they are not. In place
+            not `axis`, `center`, `scale`, `dtype`, `name`, `trainable`.
 
     Returns:
-        A new model.
+        A new model; `model` where `in_place`.
 
     Raises:
         TypeError: If `model` is no model, `to` is neither class, or an
-            argument is of the wrong kind.
-        ValueError: If the model is neither sequential nor functional, has no
-            batch normalization, has some out of reach (created inside a custom
-            layer) or of a class of its own; if one of tf_keras has what Keras
-            3 lacks; if an argument is out of range.
+            argument is of the wrong kind, or cannot change in place.
+        ValueError: If the model has no batch normalization, or some of a class
+            of its own; if `layers` chooses none, or what the model has not. For
+            a copy, if the model is neither sequential nor functional, or has
+            some out of reach (created inside a custom layer). In place, if
+            layers are not built. If a model of tf_keras has what Keras 3 lacks,
+            or is to be changed in place or in part; if an argument is out of
+            range. Nothing has changed then.
 
     Example:
 
@@ -70,35 +108,56 @@ def convert(
     >>> converted = convert(model, momentum=0.95)
     >>> converted.layers[0].momentum
     0.95
+
+    A subclassed model, in place:
+
+    >>> class Net(keras.Model):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.norms = [keras.layers.BatchNormalization(name="stem"),
+    ...                       keras.layers.BatchNormalization(name="late")]
+    ...
+    ...     def call(self, x, training=None):
+    ...         for norm in self.norms:
+    ...             x = norm(x, training=training)
+    ...         return x
+    >>> net = Net()
+    >>> _ = net(np.ones((8, 4)))
+    >>> convert(net, layers="late", in_place=True) is net
+    True
+    >>> [type(norm).__name__ for norm in net.norms]
+    ['BatchNormalization', 'BatchRenormalization']
     """
-    if to not in (BatchNormalization, BatchRenormalization):
-        raise TypeError(
-            "`to` must be keras_renorm.BatchNormalization or "
-            f"keras_renorm.BatchRenormalization. Received: to={to!r}."
-        )
-    return _with_layers(model, to, layer_arguments)
+    check_class(to)
+    return _with_layers(model, to, layer_arguments, layers, in_place)
 
 
-def revert(model: Any) -> keras.Model:
-    """A copy of a model with Keras's `BatchNormalization` for our layers.
+def revert(
+    model: Any, *, layers: Choice = None, in_place: bool = False
+) -> keras.Model:
+    """A model with Keras's `BatchNormalization` for our layers.
 
-    The copy infers what the model infers, and bit for bit what the Keras model
-    did that `model` was converted from. It needs no `keras_renorm` to load. It
-    has the model's weights, names, `trainable` flags and shared layers. If the
-    model is compiled, the copy is compiled alike, with an optimizer that begins
-    anew, as `convert`. `model` is not changed.
+    It infers what the model infers, and bit for bit what the Keras model did
+    that `model` was converted from. It needs no `keras_renorm` to load. As
+    `convert` it makes a copy, or changes any built model in place, with the
+    same weights, names, `trainable` flags, shared layers and compilation. In
+    place the optimizer keeps its state; that of a copy begins anew.
 
     What Keras's layer lacks is dropped: limits and step counter, virtual
-    batches, `frozen_statistics`. To train the copy with statistics that stand,
-    set its layers' `trainable` to `False`, which holds gamma and beta as well.
+    batches, `frozen_statistics`. To train it with statistics that stand, set
+    its layers' `trainable` to `False`, which holds gamma and beta as well.
 
     Args:
-        model: A sequential or functional model.
+        model: A model, for a copy sequential or functional.
+        layers: Which layers, as for `convert`. Defaults to `None`, for all.
+        in_place: Whether to change `model` instead of making a copy. Defaults
+            to `False`.
 
     Returns:
-        A new model.
+        A new model; `model` where `in_place`.
 
     Raises:
+        TypeError: As `convert`.
         ValueError: As `convert`.
 
     Example:
@@ -107,30 +166,53 @@ def revert(model: Any) -> keras.Model:
     >>> type(revert(model).layers[0]) is keras.layers.BatchNormalization
     True
     """
-    return _with_layers(model, KERAS, {})
+    return _with_layers(model, KERAS, {}, layers, in_place)
 
 
 def _with_layers(
-    model: keras.Model, to: Any, layer_arguments: dict[str, Any]
+    model: keras.Model,
+    to: Any,
+    layer_arguments: dict[str, Any],
+    layers: Choice,
+    in_place: bool,
 ) -> keras.Model:
     if to is not KERAS:
         to(**layer_arguments)  # raises before anything is built
+    if arguments.check_boolean("in_place", in_place):
+        for name in _FIXED:
+            if name in layer_arguments:
+                raise TypeError(
+                    f"`{name}` must not be given where in_place=True: layers "
+                    "keep theirs. Received: "
+                    f"{name}={layer_arguments[name]!r}."
+                )
     if legacy.is_tf_keras(model):
-        return legacy.translate(
-            model,
-            lambda config: to.from_config(
-                {**_arguments_of(config, to), **layer_arguments}
-            ),
-        )
-    layers = find_layers(model, KERAS)
-    if not layers:
+        if in_place or layers is not None:
+            raise ValueError(
+                "`model` must be of Keras 3 to be changed in place, or in "
+                "part; of tf_keras a whole copy can be made. Received: "
+                f"in_place={in_place}, layers={layers!r}."
+            )
+        made = []
+
+        def make(config: dict[str, Any]) -> Any:
+            given = {**arguments_of(config, to), **layer_arguments}
+            made.append((to.from_config(given), given))
+            return made[-1][0]
+
+        new_model = legacy.translate(model, make)
+        for layer, given in made:
+            _open_limits(layer, given)
+        return new_model
+    chosen = choose_layers(model, layers)
+    if not chosen:
         raise ValueError(
             "`model` must have a batch normalization layer. Received: "
             f"model={model.name}, which has none."
         )
     foreign = [
         layer
-        for layer in layers
+        for layer in chosen
         if type(layer) not in (KERAS, BatchNormalization, BatchRenormalization)
     ]
     if foreign:
@@ -143,55 +225,36 @@ def _with_layers(
     def replace(
         layer: Any, config: dict[str, Any]
     ) -> tuple[type, dict[str, Any]]:
-        return to, {**_arguments_of(config, to), **layer_arguments}
+        return to, {**arguments_of(config, to), **layer_arguments}
 
-    new_model, copies = rebuild(
-        model, lambda layer: isinstance(layer, KERAS), replace
-    )
-    for layer in layers:
+    def hand_on(layer: Any, new: Any) -> None:
+        copy_weights(layer, new)
+        given = {**arguments_of(layer.get_config(), to), **layer_arguments}
+        _open_limits(new, given)
+
+    if in_place:
+        replace_in_place(model, chosen, replace, hand_on)
+        return model
+    new_model, copies = rebuild(model, chosen, replace)
+    for layer in chosen:
         if layer.built:
-            _copy_weights(layer, copies[id(layer)])
+            hand_on(layer, copies[id(layer)])
     return new_model
 
 
-def _arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
-    """Of the configuration of a layer, what one of class `to` takes."""
-    accepted = {"name", "dtype"}.union(
-        *(
-            inspect.signature(each.__init__).parameters  # type: ignore[misc]
-            for each in to.__mro__[: to.__mro__.index(KERAS) + 1]
-        )
-    )
-    arguments = {
-        name: value
-        for name, value in config.items()
-        if name in accepted and not name.startswith("renorm")
-    }
-    if to is KERAS and keras.backend.backend() != "tensorflow":
-        arguments["synchronized"] = False  # True is refused there
-    if to is BatchRenormalization and config.get("renorm"):
-        arguments |= _limits_of_clipping(config["renorm_clipping"])
-    return arguments
+def _open_limits(layer: Any, given: dict[str, Any]) -> None:
+    """Opens limits that nobody gave, where the statistics know the data.
 
-
-def _limits_of_clipping(clipping: dict[str, float] | None) -> dict[str, float]:
-    """Keras's `renorm_clipping` as r_max and d_max; absent is no limit."""
-    clipping = clipping or {}
-    lowest, highest = clipping.get("rmin"), clipping.get("rmax")
-    candidates = [float("inf") if highest is None else highest]
-    if lowest:
-        candidates.append(1 / lowest)
-    d_max = clipping.get("dmax")
-    # The narrower of the two, where they are not each other's inverse.
-    return {
-        "r_max": max(1.0, min(candidates)),
-        "d_max": float("inf") if d_max is None else d_max,
-    }
-
-
-def _copy_weights(old: Any, new: Any) -> None:
-    """Copies the weights that both have; what is an argument came as one."""
-    weights = {weight.name: weight for weight in new.weights}
-    for weight in old.weights:
-        if weight.name in weights.keys() - _GIVEN:
-            weights[weight.name].assign(graphs.to_numpy(weight))
+    The ramp of a new layer waits for that. Statistics are new where they are
+    0 and 1.
+    """
+    if not isinstance(layer, BatchRenormalization):
+        return
+    mean = graphs.to_numpy(layer.moving_mean)
+    variance = graphs.to_numpy(layer.moving_variance)
+    if not mean.any() and (variance == 1).all():
+        return
+    ramps = schedules.default_limits(layer.momentum)
+    for name, ramp in zip(("r_max", "d_max"), ramps, strict=True):
+        if name not in given:
+            setattr(layer, name, ramp.final_value)

@@ -13,6 +13,7 @@ from keras_renorm import arguments, graphs
 from keras_renorm.models.configuration import config_of
 from keras_renorm.models.rebuild import check_has_graph, has_graph, rebuild
 from keras_renorm.models.statistics import statistics_layers
+from keras_renorm.models.traversal import Choice
 
 # The kernel that makes the outputs, and the axis of it that counts them. A
 # depthwise kernel has two: inputs, and outputs for each.
@@ -36,7 +37,7 @@ class _Pair(NamedTuple):
     normalization: Any
 
 
-def fold(model: keras.Model) -> keras.Model:
+def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     """A copy of a model, for inference, without the normalization it can lose.
 
     Batch normalization right after a Dense, Conv1D, Conv2D, Conv3D (or their
@@ -53,16 +54,21 @@ def fold(model: keras.Model) -> keras.Model:
     Args:
         model: A built sequential or functional model with batch normalization
             of Keras or of this package.
+        layers: Which layers: a function of a layer that returns whether it is
+            meant, a layer or its name, or a list of such. A block or a nested
+            model stands for all batch normalization in it. Defaults to `None`,
+            for all.
 
     Returns:
         A new model. The normalization that remains in it infers as before.
 
     Raises:
         ValueError: If the model is neither sequential nor functional, is not
-            built, or has no batch normalization.
+            built, or has no batch normalization; if `layers` chooses none, or
+            what the model has not.
 
     Warns:
-        UserWarning: What was not folded, and why: another layer, an
+        UserWarning: What of `layers` was not folded, and why: another layer, an
             activation or a branch stands between, a layer is shared, or the
             normalization is inside a wrapper.
 
@@ -75,16 +81,17 @@ def fold(model: keras.Model) -> keras.Model:
     ['Dense']
     """
     check_has_graph(arguments.check_model(model))
-    statistics_layers(model)  # raises if there is none, or it is not built
+    normalizations = statistics_layers(model, layers)
     if any("layers" not in config_of(graph) for graph in _graphs_of(model)):
         # A class of its own, which does not tell its graph: a plain copy does.
-        model, _ = rebuild(
-            model, lambda layer: False, lambda layer, config: (layer, config)
+        model, copies = rebuild(
+            model, [], lambda layer, config: (layer, config)
         )
-    normalizations = statistics_layers(model)
+        normalizations = [copies[id(each)] for each in normalizations]
+    chosen = {id(each) for each in normalizations}
     pairs, reasons = _find_pairs(model)
+    pairs = [pair for pair in pairs if id(pair.normalization) in chosen]
     folded = {id(pair.normalization) for pair in pairs}
-    before = {id(pair.before): pair for pair in pairs}
 
     def replace(
         layer: Any, config: dict[str, Any]
@@ -92,7 +99,7 @@ def fold(model: keras.Model) -> keras.Model:
         return type(layer), {**config, "use_bias": True}
 
     new_model, copies = rebuild(
-        model, lambda layer: id(layer) in before, replace, folded
+        model, [pair.before for pair in pairs], replace, folded
     )
     for pair in pairs:
         _write_folded(pair, copies[id(pair.before)])

@@ -7,10 +7,10 @@ import keras
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.models.rebuild import describe
 from keras_renorm.models.statistics import is_untrained
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.traversal import Choice, choose_layers
 
 
-def freeze_statistics(model: keras.Model) -> None:
+def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
     """Lets a model train with the moving statistics that it has.
 
     Sets `frozen_statistics` of all our layers in the model, in place: they
@@ -20,10 +20,15 @@ def freeze_statistics(model: keras.Model) -> None:
 
     Args:
         model: A model with layers of this package, at any depth.
+        layers: Which layers: a function of a layer that returns whether it is
+            meant, a layer or its name, or a list of such. A block or a nested
+            model stands for all batch normalization in it. Defaults to `None`,
+            for all.
 
     Raises:
-        ValueError: If the model has none, or has Keras's batch normalization
-            too, which cannot do this (`convert` the model).
+        ValueError: If the model has none, or Keras's batch normalization is
+            among `layers`, which cannot do this (`convert` the model); if
+            `layers` chooses none, or what the model has not.
 
     Warns:
         UserWarning: If statistics are as they were made, mean 0 and variance
@@ -38,13 +43,13 @@ def freeze_statistics(model: keras.Model) -> None:
     >>> bool(ops.all(model(x, training=True) == model(x, training=False)))
     True
     """
-    layers = normalization_layers(model)
-    warn_of_untrained(layers)
-    for layer in layers:
+    chosen = normalization_layers(model, layers)
+    warn_of_untrained(chosen)
+    for layer in chosen:
         layer.frozen_statistics = True
 
 
-def unfreeze_statistics(model: keras.Model) -> None:
+def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
     """Lets the statistics of a model move again: the inverse.
 
     In place; takes effect when the model is compiled next. Ends what
@@ -52,6 +57,7 @@ def unfreeze_statistics(model: keras.Model) -> None:
 
     Args:
         model: A model with layers of this package, at any depth.
+        layers: Which layers, as for `freeze_statistics`.
 
     Raises:
         ValueError: As `freeze_statistics`.
@@ -64,8 +70,18 @@ def unfreeze_statistics(model: keras.Model) -> None:
     >>> unfreeze_statistics(model)
     >>> model.layers[0].frozen_statistics
     False
+
+    Of a frozen backbone, the last few layers:
+
+    >>> backbone = keras.Sequential([keras.Input((4,))])
+    >>> for _ in range(3):
+    ...     backbone.add(keras.layers.Dense(4))
+    ...     backbone.add(BatchNormalization(frozen_statistics=True))
+    >>> unfreeze_statistics(backbone, layers=backbone.layers[-3:])
+    >>> [layer.frozen_statistics for layer in backbone.layers[1::2]]
+    [True, False, False]
     """
-    for layer in normalization_layers(model):
+    for layer in normalization_layers(model, layers):
         layer.frozen_statistics = False
         layer.hold_statistics(False)
 
@@ -82,13 +98,15 @@ def warn_of_untrained(layers: list[BatchNormalization]) -> None:
         )
 
 
-def normalization_layers(model: keras.Model) -> list[BatchNormalization]:
+def normalization_layers(
+    model: keras.Model, layers: Choice = None
+) -> list[BatchNormalization]:
     """The layers that can be frozen; an error if there are others, or none."""
-    layers = find_layers(model, keras.layers.BatchNormalization)
+    chosen = choose_layers(model, layers)
     others = [
-        layer for layer in layers if not isinstance(layer, BatchNormalization)
+        layer for layer in chosen if not isinstance(layer, BatchNormalization)
     ]
-    if others or not layers:
+    if others or not chosen:
         what = (
             f"Keras's own layers {describe(others)}"
             if others
@@ -99,4 +117,4 @@ def normalization_layers(model: keras.Model) -> list[BatchNormalization]:
             f"`keras_renorm.convert` makes it. Received: model={model.name}, "
             f"which has {what}."
         )
-    return layers
+    return chosen

@@ -1,12 +1,17 @@
 """A copy of a model with other layers in the place of some."""
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import keras
 
-from keras_renorm.models.configuration import Configurations, compile_alike
+from keras_renorm.models.configuration import (
+    Configurations,
+    compile_alike,
+    name_in,
+)
+from keras_renorm.models.replacing import as_asked
 from keras_renorm.models.state import copy_state, not_made_anew
 from keras_renorm.models.traversal import find_layers
 
@@ -32,8 +37,9 @@ def check_has_graph(model: Any) -> None:
     held = find_layers(model, keras.layers.BatchNormalization)
     layers = f", with the layers {describe(held)}" if held else ""
     raise ValueError(
-        "`model` must be a sequential or a functional model: layers of "
-        "another cannot be replaced. Received: model="
+        "`model` must be a sequential or a functional model: of another no "
+        "copy with other layers can be made (`keras_renorm.convert` changes "
+        "any with in_place=True). Received: model="
         f"{model.name}, of class {type(model).__name__}{layers}."
     )
 
@@ -47,7 +53,7 @@ def _functional_class() -> type:
 
 def rebuild(
     model: keras.Model,
-    is_replaced: Callable[[Any], bool],
+    layers: Iterable[Any],
     replace: Replace,
     dropped: Collection[int] = (),
 ) -> tuple[keras.Model, dict[int, Any]]:
@@ -63,7 +69,7 @@ def rebuild(
 
     Args:
         model: The model; it is not changed.
-        is_replaced: Whether a layer, which may not be built, is replaced.
+        layers: The layers of the model that are replaced.
         replace: From such a layer and its configuration to the class and the
             configuration of the new one.
         dropped: The `id` of layers to leave out. Each must be called once, in
@@ -78,6 +84,17 @@ def rebuild(
             of reach.
     """
     check_has_graph(model)
+    with as_asked():
+        return _rebuild(model, list(layers), replace, dropped)
+
+
+def _rebuild(
+    model: keras.Model,
+    layers: Sequence[Any],
+    replace: Replace,
+    dropped: Collection[int],
+) -> tuple[keras.Model, dict[int, Any]]:
+    replaced = {id(layer) for layer in layers}
     configurations = Configurations()
     copies: dict[int, Any] = {}
     stand_ins: set[int] = set()
@@ -95,14 +112,14 @@ def rebuild(
             return new
         if not isinstance(layer, keras.layers.Layer):  # an operation: x + y
             return type(layer).from_config(layer.get_config())
-        if is_replaced(layer):
+        if id(layer) in replaced:
             return configurations.make(
                 *replace(layer, configurations.of(layer))
             )
         if has_graph(layer):
             return clone(layer)
-        if any(map(is_replaced, find_layers(layer, keras.layers.Layer))):
-            return _rewritten(layer, is_replaced, replace, configurations)
+        if any(id(each) in replaced for each in _inside(layer)):
+            return _rewritten(layer, replaced, replace, configurations)
         return configurations.alike(layer)
 
     def call(layer: Any, *arguments: Any, **named: Any) -> Any:
@@ -135,14 +152,10 @@ def rebuild(
     for layer in find_layers(model, keras.layers.Layer):
         if id(layer) in copies and not has_graph(layer):
             _pair_contents(layer, copies)
-    missed = [
-        layer
-        for layer in find_layers(model, keras.layers.Layer)
-        if is_replaced(layer) and id(layer) not in copies
-    ]
+    missed = [layer for layer in layers if id(layer) not in copies]
     if missed:
         raise _out_of_reach(missed)
-    _copy_state(model, is_replaced, dropped, copies)
+    _copy_state(model, replaced, dropped, copies)
     for each in find_layers(model, keras.Model):
         # The last thing: now it is known what trains.
         if each.compiled and id(each) in copies:
@@ -169,32 +182,46 @@ def _new_inputs(model: keras.Model, inputs: Any) -> Any:
     )
 
 
+def _inside(layer: Any) -> list[Any]:
+    """The layers that a layer holds, at any depth."""
+    return find_layers(layer, keras.layers.Layer)[1:]
+
+
 def _rewritten(
     layer: Any,
-    is_replaced: Callable[[Any], bool],
+    replaced: Collection[int],
     replace: Replace,
     configurations: Configurations,
 ) -> Any:
     """A layer that holds others, from its configuration with others."""
-    held = list(filter(is_replaced, find_layers(layer, keras.layers.Layer)))
-    names = {type(each).__name__ for each in held}
-    replaced: list[str] = []
+    held = [each for each in _inside(layer) if id(each) in replaced]
+    # In a configuration a layer is known by its class and its name.
+    wanted = {(type(each).__name__, each.name) for each in held}
+    kept = {
+        (type(each).__name__, each.name)
+        for each in _inside(layer)
+        if id(each) not in replaced
+    }
+    if wanted & kept:
+        raise _out_of_reach(held)
+    found: list[tuple[str, str]] = []
 
     def rewrite(node: Any) -> Any:
         if isinstance(node, list | tuple):
             return type(node)(map(rewrite, node))
         if not isinstance(node, dict):
             return node
-        if node.get("class_name") in names and "config" in node:
-            old = configurations.read(node)
-            if is_replaced(old):
-                # The rest of the node says how it was built and called.
-                new = configurations.serialized(
-                    configurations.make(*replace(old, node["config"]))
+        key = (node.get("class_name"), name_in(node))
+        if key in wanted:
+            # The rest of the node says how it was built and called.
+            new = configurations.serialized(
+                configurations.make(
+                    *replace(configurations.read(node), node["config"])
                 )
-                new.pop("build_config", None)
-                replaced.append(old.name)
-                return {**node, **new}
+            )
+            new.pop("build_config", None)
+            found.append(key)
+            return {**node, **new}
         return {key: rewrite(value) for key, value in node.items()}
 
     try:
@@ -203,7 +230,7 @@ def _rewritten(
         )
     except (NotImplementedError, TypeError) as error:
         raise _out_of_reach(held) from error
-    if len(replaced) < len(held):
+    if len(found) < len(held):
         raise _out_of_reach(held)
     return new
 
@@ -211,17 +238,16 @@ def _rewritten(
 def _out_of_reach(layers: Sequence[Any]) -> ValueError:
     return ValueError(
         "`model` must hold its batch normalization where it can be replaced: "
-        "in its graph, or in what its layers' `get_config` returns. Received: "
+        "in its graph, or, each under a name of its own, in what its layers' "
+        "`get_config` returns. `keras_renorm.convert` reaches the others with "
+        "in_place=True. Received: "
         f"a model with these inside custom layers: {describe(layers)}."
     )
 
 
 def _pair_contents(layer: Any, copies: dict[int, Any]) -> None:
     """Finds the copies of the layers inside a wrapper or custom layer."""
-    inner = [
-        find_layers(each, keras.layers.Layer)[1:]
-        for each in (layer, copies[id(layer)])
-    ]
+    inner = [_inside(each) for each in (layer, copies[id(layer)])]
     if len(inner[0]) != len(inner[1]):
         raise not_made_anew(layer)
     for old, new in zip(*inner, strict=True):
@@ -230,7 +256,7 @@ def _pair_contents(layer: Any, copies: dict[int, Any]) -> None:
 
 def _copy_state(
     model: keras.Model,
-    is_replaced: Callable[[Any], bool],
+    replaced: Collection[int],
     dropped: Collection[int],
     copies: dict[int, Any],
 ) -> None:
@@ -240,5 +266,5 @@ def _copy_state(
             continue
         new = copies[id(layer)]
         new.trainable = layer.trainable
-        if not is_replaced(layer):
+        if id(layer) not in replaced:
             copy_state(layer, new)

@@ -22,6 +22,7 @@ from keras_renorm.models.statistics import (
     check_no_keras_renorm,
     statistics_layers,
 )
+from keras_renorm.models.traversal import Choice
 
 Tensor = Any
 
@@ -31,6 +32,7 @@ def recalibrate(
     dataset: Any,
     steps: int | None = None,
     *,
+    layers: Choice = None,
     layer_by_layer: bool | None = None,
     prior_examples: float = 0.0,
     batch_size: int = 32,
@@ -77,6 +79,10 @@ def recalibrate(
             the latter; a list of arrays is the inputs of a model with as
             many, or else batches, but never inputs and labels.
         steps: Number of batches, or `None` (default) for all.
+        layers: Which layers: a function of a layer that returns whether it is
+            meant, a layer or its name, or a list of such. A block or a nested
+            model stands for all batch normalization in it. Defaults to `None`,
+            for all. The others infer, with the statistics that they have.
         layer_by_layer: Whether to make a pass for each layer. The dataset must
             be one that can be read again. `None` (default): where there are
             `prior_examples`, so that each layer is measured behind layers that
@@ -92,7 +98,8 @@ def recalibrate(
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of range; if the model has no batch
             normalization, or is not built, or has Keras layers with
-            `renorm=True` (`convert` them); if the dataset is empty, holds
+            `renorm=True` (`convert` them); if `layers` chooses none, or what
+            the model has not; if the dataset is empty, holds
             fewer than `steps` batches, never ends without `steps`, does not
             fit the model's inputs or a layer's channels, is a list of inputs
             and labels, does not reach a layer, or makes statistics that are
@@ -111,7 +118,7 @@ def recalibrate(
         Wu and Johnson 2021, arXiv:2105.07576, section 3. Schneider et al.
         2020, arXiv:2006.16971, section 3.1.
     """
-    StatisticsPass(model).run(
+    StatisticsPass(model, layers).run(
         dataset,
         steps,
         layer_by_layer=layer_by_layer,
@@ -131,9 +138,9 @@ class StatisticsPass:
     Kept by a callback, so that the graph is traced once.
     """
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, layers: Choice = None) -> None:
         self.model = model
-        self.layers = statistics_layers(model)
+        self.layers = statistics_layers(model, layers)
         check_no_keras_renorm(self.layers)
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []

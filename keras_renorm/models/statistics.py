@@ -9,7 +9,8 @@ import numpy as np
 from keras_renorm import graphs
 from keras_renorm.models.rebuild import describe
 from keras_renorm.models.traversal import (
-    find_layers,
+    Choice,
+    choose_layers,
     names_of,
     unique_names,
 )
@@ -133,22 +134,22 @@ def _renamed(
     }
 
 
-def statistics_layers(model: keras.Model) -> list[Any]:
-    """The batch normalization of a model, all of it built."""
-    layers = find_layers(model, keras.layers.BatchNormalization)
-    if not layers:
+def statistics_layers(model: keras.Model, layers: Choice = None) -> list[Any]:
+    """The batch normalization of a model, or some of it; all of that built."""
+    chosen = choose_layers(model, layers)
+    if not chosen:
         raise ValueError(
             "`model` must have a batch normalization layer. Received: "
             f"model={model.name}, which has none."
         )
-    unbuilt = [layer for layer in layers if not layer.built]
+    unbuilt = [layer for layer in chosen if not layer.built]
     if unbuilt:
         raise ValueError(
             "`model` must be built: call it on data, or give it an `Input`. "
             f"Received: model={model.name}, with the layers "
             f"{describe(unbuilt)} not built."
         )
-    return layers
+    return chosen
 
 
 def is_untrained(layer: Any) -> bool:

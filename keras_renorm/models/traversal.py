@@ -2,12 +2,22 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import keras
 
 from keras_renorm import arguments
 
 Layer = TypeVar("Layer")
+# Which layers a function of a model is about; `None` for all.
+Choice: TypeAlias = (
+    str
+    | keras.layers.Layer
+    | Callable[[Any], bool]
+    | Iterable[str | keras.layers.Layer]
+    | None
+)
 
 # A name that Keras gives: it counts the layers of a class in a session.
 _GIVEN = re.compile(r"(batch_normalization|batch_renormalization)(?:_(\d+))?")
@@ -31,6 +41,99 @@ def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
         if isinstance(layer, kind):
             found[id(layer)] = layer
     return list(found.values())
+
+
+def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
+    """The batch normalization of a model, Keras's and ours, or some of it.
+
+    The one place that says what an argument `layers` means.
+
+    Args:
+        model: A model.
+        layers: `None` (default) for all; a function of a layer that says
+            whether it is meant; a layer of the model, or its name, or a list
+            of such. A layer that holds others (a block, a nested model) stands
+            for all batch normalization in it. Names are those of the layers,
+            or those that reports and `get_statistics` give them.
+
+    Returns:
+        The layers, in the order of the model, each once. May be empty only
+        where `layers` is `None`.
+
+    Raises:
+        TypeError: If `model` is not of Keras, or `layers` of no such kind.
+        ValueError: If a name or a layer is not the model's, a name is that of
+            two layers, or none is chosen.
+    """
+    normalization = find_layers(model, keras.layers.BatchNormalization)
+    if layers is None:
+        return normalization
+    is_one = isinstance(layers, str | keras.layers.Layer)
+    if not is_one and callable(layers):
+        chosen = {id(each) for each in normalization if layers(each)}
+    else:
+        chosen = {
+            id(each)
+            for layer in _named(model, [layers] if is_one else layers)
+            for each in find_layers(layer, keras.layers.BatchNormalization)
+        }
+    if not chosen:
+        raise ValueError(
+            "`layers` must choose batch normalization. Received: "
+            f"layers={layers!r}, which chooses none of the "
+            f"{len(normalization)} layers of model={model.name}."
+        )
+    return [each for each in normalization if id(each) in chosen]
+
+
+def _named(model: Any, layers: Any) -> list[Any]:
+    """The layers of a model that names, or layers themselves, stand for."""
+    layers = list(layers) if isinstance(layers, Iterable) else layers
+    if not isinstance(layers, list) or not all(
+        isinstance(each, str | keras.layers.Layer) for each in layers
+    ):
+        raise TypeError(
+            "`layers` must be a function of a layer, a layer, a name, or a "
+            f"list of layers and names. Received: layers={layers!r}."
+        )
+    held = find_layers(model, keras.layers.Layer)
+    normalization = find_layers(model, keras.layers.BatchNormalization)
+    named: dict[str, dict[int, Any]] = {}
+    for name, layer in itertools.chain(
+        ((layer.name, layer) for layer in held),
+        zip(names_of(normalization), normalization, strict=True),
+    ):
+        named.setdefault(name, {})[id(layer)] = layer
+    known = {id(layer) for layer in held}
+    unknown = [
+        each if isinstance(each, str) else each.name
+        for each in layers
+        if (
+            each not in named
+            if isinstance(each, str)
+            else id(each) not in known
+        )
+    ]
+    if unknown:
+        raise ValueError(
+            f"`layers` must be layers of the model. Received: {unknown}, which "
+            f"model={model.name} has not."
+        )
+    ambiguous = [
+        each
+        for each in layers
+        if isinstance(each, str) and len(named[each]) > 1
+    ]
+    if ambiguous:
+        raise ValueError(
+            "`layers` must say which: choose by the layers themselves, or by "
+            f"a function. Received: {ambiguous}, each the name of several "
+            f"layers of model={model.name}."
+        )
+    return [
+        next(iter(named[each].values())) if isinstance(each, str) else each
+        for each in layers
+    ]
 
 
 def names_of(layers: Iterable[Any]) -> list[str]:

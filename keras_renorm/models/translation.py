@@ -1,0 +1,76 @@
+"""What one class of batch normalization is of another: arguments, weights."""
+
+import inspect
+from typing import Any
+
+import keras
+
+from keras_renorm import graphs
+from keras_renorm.layers.batch_normalization import BatchNormalization
+from keras_renorm.layers.batch_renormalization import BatchRenormalization
+
+KERAS = keras.layers.BatchNormalization
+# Weights that are arguments too.
+_GIVEN = {"limit_values", "limit_steps"}
+
+
+def check_class(to: Any) -> None:
+    """Raises if `to` is no class of this package."""
+    if to not in (BatchNormalization, BatchRenormalization):
+        raise TypeError(
+            "`to` must be keras_renorm.BatchNormalization or "
+            f"keras_renorm.BatchRenormalization. Received: to={to!r}."
+        )
+
+
+def arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
+    """Of the configuration of a layer, what one of class `to` takes."""
+    accepted = {"name", "dtype"}.union(
+        *(
+            inspect.signature(each.__init__).parameters  # type: ignore[misc]
+            for each in to.__mro__[: to.__mro__.index(KERAS) + 1]
+        )
+    )
+    arguments = {
+        name: value
+        for name, value in without_renorm(config, to).items()
+        if name in accepted
+    }
+    if to is KERAS and keras.backend.backend() != "tensorflow":
+        arguments["synchronized"] = False  # True is refused there
+    return arguments
+
+
+def without_renorm(config: dict[str, Any], to: type) -> dict[str, Any]:
+    """Arguments with limits in the place of Keras's `renorm*`."""
+    arguments = {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("renorm")
+    }
+    if to is BatchRenormalization and config.get("renorm"):
+        arguments |= _limits_of_clipping(config.get("renorm_clipping"))
+    return arguments
+
+
+def _limits_of_clipping(clipping: dict[str, float] | None) -> dict[str, float]:
+    """Keras's `renorm_clipping` as r_max and d_max; absent is no limit."""
+    clipping = clipping or {}
+    lowest, highest = clipping.get("rmin"), clipping.get("rmax")
+    candidates = [float("inf") if highest is None else highest]
+    if lowest:
+        candidates.append(1 / lowest)
+    d_max = clipping.get("dmax")
+    # The narrower of the two, where they are not each other's inverse.
+    return {
+        "r_max": max(1.0, min(candidates)),
+        "d_max": float("inf") if d_max is None else d_max,
+    }
+
+
+def copy_weights(old: Any, new: Any) -> None:
+    """Copies the weights that both have; what is an argument came as one."""
+    weights = {weight.name: weight for weight in new.weights}
+    for weight in old.weights:
+        if weight.name in weights.keys() - _GIVEN:
+            weights[weight.name].assign(graphs.to_numpy(weight))
