@@ -121,6 +121,6 @@ def test_copies_have_all_that_their_class_takes(kind, given, to):
     for name in expected.keys() & got.keys():
         assert got[name] == expected[name], name
     # What the other class has no word for is at its default.
-    default = config_of(to())
+    default = config_of(to(momentum=got["momentum"]))
     for name in got.keys() - expected.keys():
         assert got[name] == default[name], name

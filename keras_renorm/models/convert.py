@@ -3,6 +3,8 @@
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_renorm import arguments, graphs, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
@@ -246,13 +248,20 @@ def _open_limits(layer: Any, given: dict[str, Any]) -> None:
     """Opens limits that nobody gave, where the statistics know the data.
 
     The ramp of a new layer waits for that. Statistics are new where they are
-    0 and 1.
+    as they were made.
     """
     if not isinstance(layer, BatchRenormalization):
         return
-    mean = graphs.to_numpy(layer.moving_mean)
-    variance = graphs.to_numpy(layer.moving_variance)
-    if not mean.any() and (variance == 1).all():
+    if all(
+        np.array_equal(
+            graphs.to_numpy(weight),
+            ops.convert_to_numpy(initializer(weight.shape, weight.dtype)),
+        )
+        for weight, initializer in (
+            (layer.moving_mean, layer.moving_mean_initializer),
+            (layer.moving_variance, layer.moving_variance_initializer),
+        )
+    ):
         return
     ramps = schedules.default_limits(layer.momentum)
     for name, ramp in zip(("r_max", "d_max"), ramps, strict=True):
