@@ -107,11 +107,11 @@ def _cluttered_residual(seed):
 def _segments(seed):
     """The same with 16x16 pixels, and which of them show the digit.
 
-    2,000 + 400 images.
+    Each image is lit by a lamp of its own. 2,000 + 400 images.
     """
     rng = np.random.default_rng([seed, 5])
     train, test = (
-        Images(images.x, segments)
+        Images(_lit(images.x, rng), segments)
         for images, segments in (
             _clutter(digits, count, rng, size=16)
             for digits, count in zip(
@@ -120,6 +120,13 @@ def _segments(seed):
         )
     )
     return _task(train, test, (1, 2, 2), seed)._replace(network="unet")
+
+
+def _lit(x, rng):
+    """Images of other contrast and brightness, each of its own."""
+    contrast = np.exp(rng.normal(0, 0.7, (len(x), 1, 1, 1)))
+    light = rng.normal(0, 0.7, (len(x), 1, 1, 1))
+    return (contrast * x + light).astype("float32")
 
 
 def _clutter(digits, count, rng, size=10):
