@@ -279,7 +279,14 @@ def preprocessing(name, rng):
         "Hashing",
     ],
 )
-@pytest.mark.parametrize("function", [convert, revert, fold])
+@pytest.mark.parametrize(
+    "function",
+    [
+        convert,
+        pytest.param(revert, marks=pytest.mark.slow),
+        pytest.param(fold, marks=pytest.mark.slow),
+    ],
+)
 def test_what_a_layer_knows_besides_its_weights_is_copied(function, name, rng):
     import tensorflow as tf
 

@@ -453,6 +453,7 @@ def test_fit_on_replicas_equals_fit_on_one_device(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_synchronized", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("sizes", [(4,), (48, 48, 8)], ids=["small", "fused"])
@@ -658,6 +659,7 @@ SPLIT = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=20, derandomize=True, deadline=None, database=None)
 @given(**SPLIT)
 def test_any_split_is_one_device(strategy, **case):

@@ -168,6 +168,7 @@ def test_a_failed_run_can_be_unfrozen_by_hand(data):
     assert [int(value["step"]) for value in fit(model, data, [], 1)] == [8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("frequency", ["epoch", 3])
 @pytest.mark.parametrize("is_first", [False, True])
@@ -288,6 +289,7 @@ class Losses(keras.callbacks.Callback):
         logs["loss"] = self.losses[epoch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "message"),
     [

@@ -307,6 +307,7 @@ def test_inference_mode_uses_moving_statistics(rng):
     assert abs(training.initial_loss - line.initial_loss) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_training_mode_is_the_default(function, rng):
     batch = batch_of(rng)

@@ -80,7 +80,13 @@ def randomized(model, rng):
     return model
 
 
-@pytest.mark.parametrize("to", [BatchNormalization, BatchRenormalization])
+@pytest.mark.parametrize(
+    "to",
+    [
+        pytest.param(BatchNormalization, marks=pytest.mark.slow),
+        BatchRenormalization,
+    ],
+)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_inference_is_the_same(network, to, rng, tf_keras):
     model = randomized(network(tf_keras), rng)

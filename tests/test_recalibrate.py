@@ -495,6 +495,7 @@ def trained(callbacks, validation):
     return x, y, history.history
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 def test_one_model_many_times_gives_no_warning_of_traces(rng, caplog):
     import tensorflow as tf
