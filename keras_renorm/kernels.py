@@ -429,7 +429,7 @@ def _fused_batch(
                     x,
                     backward_scale,
                     state.epsilon,
-                    (mean, variance, normalized[-1]),
+                    (mean, variance, reserves[-1]),
                     is_training=False,
                 )
                 # What the statistics add: scale / σ_B times the means of the
