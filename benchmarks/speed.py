@@ -51,7 +51,7 @@ SHAPES = {
 LARGE = list(SHAPES)[:3]
 BASELINE = "Keras 3 BN"
 CLIPPING = {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
-OURS = ("our BN", "our renorm")
+OURS = ("our BN", "our renorm", "our renorm, corrected")
 
 
 def contenders(dtype):
@@ -64,6 +64,9 @@ def contenders(dtype):
         )
     layers["our BN"] = keras_renorm.BatchNormalization(dtype=policy)
     layers["our renorm"] = keras_renorm.BatchRenormalization(dtype=policy)
+    layers["our renorm, corrected"] = keras_renorm.BatchRenormalization(
+        gradient_momentum=0.9, dtype=policy
+    )
     if tf_keras is not None:
         layers["Keras 2 BN"] = tf_keras.layers.BatchNormalization(dtype=policy)
         layers["Keras 2 renorm"] = tf_keras.layers.BatchNormalization(
@@ -85,9 +88,10 @@ def operation(layer, what):
             else weight
             for weight in layer.trainable_variables
         ]
-        return tape.gradient(
+        # All of it, for a graph computes what is asked for and nothing else.
+        return outputs, tape.gradient(
             outputs, [inputs, *weights], output_gradients=upstream
-        )[0]
+        )
 
     def forward(inputs, upstream):
         return layer(inputs, training=True)
@@ -359,6 +363,7 @@ COLORS = {
     "Keras 3 renorm": "#cccccc",
     "our BN": "#56b4e9",
     "our renorm": "#0072b2",
+    "our renorm, corrected": "#009e73",
     "Keras 2 BN": "#e69f00",
     "Keras 2 renorm": "#f5d48b",
 }

@@ -22,7 +22,9 @@ LARGE_MEAN = 30.0
 class FusedView:
     """Inputs in one of the two layouts of the fused operators, uncopied.
 
-    Channels last are `(batch, 1, rows, channels)`, and `(1, 1, batch,
+    Images with channels last are themselves: what TensorFlow's optimizer
+    joins to other operations must have no change of shape between. Other
+    channels last are `(batch, 1, rows, channels)`, and `(1, 1, batch,
     channels)` without other axes; channels on any other axis are `(before,
     channels, 1, after)`.
     """
@@ -40,19 +42,30 @@ class FusedView:
             images = self.shape[0] if axis > 1 else 1
             rows = math.prod(self.shape[1:axis]) if axis > 1 else before
             view = (images, 1, rows, self.channels)
+            if len(self.shape) == 4:
+                view = self.shape
             self.vector_shape: tuple[int, ...] = (self.channels,)
         else:
             self.data_format = "NCHW"
             view = (before, self.channels, 1, after)
             self.vector_shape = (self.channels, 1, 1)
-        self.inputs = tf.reshape(inputs, view)
+        self.view = view
+        self.inputs = self.of(inputs)
         # Elements a channel: a number, or where unknown a tensor.
         self.count = before * after
         if not isinstance(self.count, int):
             self.count = tf.cast(self.count, tf.float32)
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """A tensor of the shape of the inputs in the operators' layout."""
+        if self.view is self.shape:
+            return tensor
+        return tf.reshape(tensor, self.view)
+
     def restore(self, outputs: Tensor) -> Tensor:
         """`outputs` of the operators in the shape of the inputs."""
+        if self.view is self.shape:
+            return outputs
         return tf.reshape(outputs, self.shape)
 
     def first(self) -> Tensor:

@@ -16,43 +16,14 @@ elif backend.backend() == "jax":
 Tensor = Any
 
 
-# So many graphs of one kind of arguments are made for exact sizes; then one
-# for all sizes.
-EXACT_GRAPHS = 3
-
-
-class _Graphs:
-    """The graphs of a function for one kind of arguments.
-
-    Attributes:
-        exact: By the sizes of the arguments' axes.
-        pattern: Of the one that others share: its sizes, `None` for any.
-        general: That graph.
-    """
-
-    def __init__(self) -> None:
-        self.exact: dict[Any, Any] = {}
-        self.pattern: Any = None
-        self.general: Any = None
-
-    def find(self, sizes: Any, trace: Callable[[Any], Any]) -> Any:
-        """The graph for these sizes; `trace(pattern)` makes one."""
-        if sizes in self.exact:
-            return self.exact[sizes]
-        if len(self.exact) < EXACT_GRAPHS:
-            self.exact[sizes] = trace(sizes)
-            return self.exact[sizes]
-        seen = [*self.exact] if self.pattern is None else [self.pattern]
-        pattern = tuple(
-            tuple(
-                lengths[0] if len(set(lengths)) == 1 else None
-                for lengths in zip(*shapes, strict=True)
-            )
-            for shapes in zip(sizes, *seen, strict=True)
-        )
-        if pattern != self.pattern:
-            self.general, self.pattern = trace(pattern), pattern
-        return self.general
+def runs_as_one_graph() -> bool:
+    """Whether `as_one_graph` makes a graph here and now."""
+    return (
+        backend.backend() == "tensorflow"
+        and tf.executing_eagerly()
+        and not tf.distribute.has_strategy()
+        and not tf.config.functions_run_eagerly()
+    )
 
 
 def as_one_graph(function: Any) -> Any:
@@ -61,27 +32,22 @@ def as_one_graph(function: Any) -> Any:
     In eager mode each operation on a vector costs its dispatch, and a step
     has some fifty of them. A graph is made once for each kind of arguments,
     and all callers share it; so the arguments must be all that the function
-    reads. (Not by `tf.function` itself, which warns where graphs are made
-    one after the other, as those of a network's layers are.) Under a
-    distribution strategy, and on other backends, it is the function itself.
+    reads. It is for any sizes: a network has tens of them, and to make a graph
+    takes as long as hundreds of calls. (Not by `tf.function` itself, which
+    warns where graphs are made one after the other.) Under a distribution
+    strategy, and on other backends, it is the function itself.
     """
-    if backend.backend() != "tensorflow":
-        return function
-    kinds: dict[Any, _Graphs] = {}
+    graphs: dict[Any, Any] = {}
 
     @functools.wraps(function)
     def called(*arguments: Any) -> Any:
-        if (
-            not tf.executing_eagerly()
-            or tf.distribute.has_strategy()
-            or tf.config.functions_run_eagerly()
-        ):
+        if not runs_as_one_graph():
             return function(*arguments)
         leaves = tf.nest.flatten(arguments)
         at = [i for i, leaf in enumerate(leaves) if tf.is_tensor(leaf)]
         tensors = [leaves[index] for index in at]
 
-        def trace(pattern: Any) -> Any:
+        def trace() -> Any:
             constants = list(leaves)
             for index in at:
                 constants[index] = None  # or the graph would keep the tensors
@@ -94,8 +60,8 @@ def as_one_graph(function: Any) -> Any:
 
             form = tf.nest.pack_sequence_as(arguments, [None] * len(leaves))
             specs = [
-                tf.TensorSpec(shape, tensor.dtype)
-                for shape, tensor in zip(pattern, tensors, strict=True)
+                tf.TensorSpec(_sizes(tensor), tensor.dtype)
+                for tensor in tensors
             ]
             # The device of whoever comes first must not be that of all.
             with tf.device(None):
@@ -103,22 +69,20 @@ def as_one_graph(function: Any) -> Any:
                     on_tensors, autograph=False
                 ).get_concrete_function(*specs)
 
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         kind = tuple(
-            (leaf.dtype, *_form(leaf.shape)) if tf.is_tensor(leaf) else leaf
+            (leaf.dtype, *_sizes(leaf)) if tf.is_tensor(leaf) else leaf
             for leaf in leaves
         )
-        graph = kinds.setdefault(kind, _Graphs()).find(shapes, trace)
-        return graph(*tensors)
+        if kind not in graphs:
+            graphs[kind] = trace()
+        return graphs[kind](*tensors)
 
     return called
 
 
-def _form(shape: Any) -> tuple[Any, ...]:
-    """What of a shape a graph is made for: vectors whole, which axes are 1."""
-    if len(shape) < 2:
-        return tuple(shape)
-    return tuple(size == 1 for size in shape)
+def _sizes(tensor: Tensor) -> tuple[int | None, ...]:
+    """What a graph knows of a shape: its rank, and which axes are 1."""
+    return tuple(1 if size == 1 else None for size in tensor.shape)
 
 
 def compiled(function: Any) -> Any:

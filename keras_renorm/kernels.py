@@ -29,6 +29,11 @@ SMALL_ELEMENTS = 100_000
 # stands in for it.
 ASSUMED_BATCH_SIZE = 32
 
+# Operations after which the fused operator infers fastest: TensorFlow's
+# optimizer joins it, and the activation, to a convolution without bias; and an
+# argument of a graph cannot be written over.
+JOINED = ("Conv2D", "Placeholder")
+
 
 def statistics_dtype(dtype: Any) -> str:
     """The type that statistics are computed and stored in: float32 at least."""
@@ -43,10 +48,16 @@ def choose(
     mask: Tensor | None,
     pool: Pool = ALONE,
     is_corrected: bool = False,
+    is_moving: bool = False,
 ) -> str:
-    """Which computation: "fused", "matrix" or "plain".
+    """Which computation: "fused", "affine", "matrix" or "plain".
 
     - "fused": TensorFlow's fused operators, near the bandwidth limit.
+    - "affine": x a + b, with moving statistics (`is_moving`) in a graph.
+      TensorFlow writes both passes over what the operation before wrote, and
+      joins the second with a residual network's sum; the fused operator
+      writes to new memory, and in networks that takes longer. Not in 16
+      bits, which that operator reads as they are, nor after `JOINED`.
     - "matrix": plain operations on a `(rows, channels)` view. Under XLA,
       where the fused training operator computes E[x²] - E[x]² and 4-D
       reductions are slow; for small tensors in a graph.
@@ -74,8 +85,11 @@ def choose(
     is_sum = is_corrected or pool.spans_replicas
     if is_sum and not (is_last and inputs.dtype == tf.float32):
         return "matrix" if is_last else "plain"
-    if tf.executing_eagerly():  # under a strategy: one operator, one dispatch
-        return "fused"
+    if tf.executing_eagerly() and (is_moving or not graphs.runs_as_one_graph()):
+        return "fused"  # one operator, one dispatch
+    if is_moving and is_last:
+        is_joined = inputs.op.type in JOINED or inputs.dtype != tf.float32
+        return "fused" if is_joined else "affine"
     sizes = [ASSUMED_BATCH_SIZE if n is None else n for n in inputs.shape]
     if math.prod(sizes) >= SMALL_ELEMENTS:
         return "fused"
@@ -100,7 +114,6 @@ def _is_compiled_by_xla(inputs: Tensor) -> bool:
     return False
 
 
-@graphs.as_one_graph
 def normalize_by_batch(
     inputs: Tensor,
     axis: int,
@@ -123,20 +136,28 @@ def normalize_by_batch(
         the statistics, and the new moving statistics, which carry no
         gradient.
     """
-    # A graph for several shapes does not know it.
-    inputs = graphs.with_size(inputs, axis, state.moving_mean.shape[0])
-    is_corrected = state.feedback is not None
-    path = choose(inputs, axis, mask, pool, is_corrected)
+    path = choose(inputs, axis, mask, pool, state.feedback is not None)
+    return _batch_step(path, inputs, axis, mask, state, pool)
+
+
+@graphs.as_one_graph
+def _batch_step(
+    path: str,
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    state: State,
+    pool: Pool,
+) -> tuple[Tensor, Response]:
     if path == "fused":
         return _fused_batch(inputs, axis, state, pool)
     if path == "matrix":
         return _matrix_batch(inputs, state, pool)
-    if is_corrected:
+    if state.feedback is not None:
         return _corrected_batch(inputs, axis, mask, state, pool)
     return _plain_batch(inputs, axis, mask, state, pool)
 
 
-@graphs.as_one_graph
 def normalize_by_moving_statistics(
     inputs: Tensor, axis: int, mask: Tensor | None, state: State
 ) -> Tensor:
@@ -144,8 +165,15 @@ def normalize_by_moving_statistics(
 
     γ (x − μ) / σ + β, with the arguments of `normalize_by_batch`.
     """
-    inputs = graphs.with_size(inputs, axis, state.moving_mean.shape[0])
-    if choose(inputs, axis, mask) == "fused":
+    path = choose(inputs, axis, mask, is_moving=True)
+    return _moving_step(path, inputs, axis, mask, state)
+
+
+@graphs.as_one_graph
+def _moving_step(
+    path: str, inputs: Tensor, axis: int, mask: Tensor | None, state: State
+) -> Tensor:
+    if path == "fused":
         view = FusedView(inputs, axis)
         outputs, *_ = view.normalize(
             state.gamma,
@@ -155,6 +183,8 @@ def normalize_by_moving_statistics(
             variance=state.moving_variance,
         )
         return view.restore(outputs)
+    if path == "affine":
+        return _affine(inputs, axis, state)
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
     rank = len(inputs.shape)
     centered = inputs - functional.spread(state.moving_mean, rank, (axis,))
@@ -164,6 +194,43 @@ def normalize_by_moving_statistics(
     return functional.scale_and_offset(
         centered, (axis,), scale, state.beta, mask
     )
+
+
+def _affine(inputs: Tensor, axis: int, state: State) -> Tensor:
+    """An inference step as x a + b, a = γ/σ and b = β − μ a; channels last.
+
+    Three roundings of the size of μ/σ, where the inputs come with one. Its
+    gradient is that of the fused operator, which has none of them.
+    """
+    scale = tf.math.rsqrt(state.moving_variance + state.epsilon)
+    if state.gamma is not None:
+        scale = scale * state.gamma
+    offset = -state.moving_mean * scale
+    if state.beta is not None:
+        offset = state.beta + offset
+
+    @tf.custom_gradient
+    def step(x: Tensor, *_: Tensor) -> Any:
+        def gradient(upstream: Tensor) -> tuple[Tensor, ...]:
+            view = FusedView(x, axis)
+            d_x, d_gamma, d_beta = view.gradient(
+                view.of(upstream),
+                view.inputs,
+                state.gamma,
+                state.epsilon,
+                (state.moving_mean, state.moving_variance, scale),
+                is_training=False,
+            )
+            gradients = [view.restore(d_x)]
+            if state.gamma is not None:
+                gradients.append(d_gamma)
+            if state.beta is not None:
+                gradients.append(d_beta)
+            return tuple(gradients)
+
+        return x * scale + offset, gradient
+
+    return step(inputs, *_parameters(state))
 
 
 def _renormalized(
@@ -211,7 +278,7 @@ def _matrix_batch(
 ) -> tuple[Tensor, Response]:
     """`_plain_batch` with channels last, with fewer operations each way."""
     shape = ops.shape(inputs)
-    rows = tf.reshape(inputs, [-1, inputs.shape[-1]])
+    rows = tf.reshape(inputs, [-1, shape[-1]])
     rows = tf.cast(rows, statistics_dtype(inputs.dtype))
 
     @tf.custom_gradient
@@ -489,7 +556,7 @@ def _fused_batch(
                     x,
                     backward_scale,
                     state.epsilon,
-                    (mean, variance, normalized[-1]),
+                    (mean, variance, reserves[-1]),
                     is_training=False,
                 )
                 # What the statistics add: scale / σ_B times the means of the

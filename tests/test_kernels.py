@@ -351,6 +351,118 @@ def test_what_is_chosen(rng):
     assert kernels.choose(inputs, 3, mask) == "plain"
 
 
+def test_what_is_chosen_with_moving_statistics():
+    """By the operation that made the inputs; see `kernels.choose`."""
+    chosen = {}
+
+    def record(before, shape=(4, 6, 6, 3), dtype="float32", axis=3, **options):
+        @tf.function(input_signature=[tf.TensorSpec(shape, dtype)], **options)
+        def traced(inputs):
+            chosen["path"] = kernels.choose(
+                before(inputs), axis, None, is_moving=True
+            )
+            return inputs
+
+        traced.get_concrete_function()
+        return chosen["path"]
+
+    def convolved(inputs):
+        filters = tf.zeros((1, 1, 3, 3), inputs.dtype)
+        return tf.nn.conv2d(inputs, filters, 1, "VALID")
+
+    for batch in (4, 400, None):
+        shape = (batch, 6, 6, 3)
+        assert record(tf.identity, shape) == "affine"
+        assert record(convolved, shape) == "fused"
+        assert record(lambda x: x, shape) == "fused"
+        assert record(tf.identity, shape, "bfloat16") == "fused"
+        assert record(tf.identity, shape, "float64") == "plain"
+    assert record(tf.identity, jit_compile=True) == "matrix"
+    assert record(tf.identity, axis=1) == "plain"
+    assert record(tf.identity, (400, 6, 6, 30), axis=1) == "fused"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("before", ["convolution", "another", "argument"])
+@pytest.mark.parametrize("sizes", [(4, 5, 5), (4,), (4, 5), (4, 2, 3, 2)])
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("center", [True, False])
+def test_inference_after_any_operation(
+    before, frozen, sizes, scale, center, rng
+):
+    shape = (*sizes, 6)
+    layer = BatchRenormalization(
+        frozen_statistics=frozen, scale=scale, center=center
+    )
+    layer.build(shape)
+    helpers.randomize(layer, rng)
+    inputs = helpers.inputs_of(rng, shape)
+    upstream = rng.normal(size=shape).astype("float32")
+
+    def infer(inputs, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            x = inputs
+            if before == "convolution":
+                if len(shape) != 4:
+                    x = tf.reshape(x, (-1, 1, 1, 6))
+                x = tf.nn.conv2d(x, tf.eye(6)[None, None], 1, "VALID")
+                x = x if len(shape) == 4 else tf.reshape(x, shape)
+            elif before == "another":
+                x = tf.identity(x)
+            outputs = layer(x, training=frozen)
+        weights = [weight.value for weight in layer.trainable_variables]
+        return outputs, *tape.gradient(
+            outputs, [inputs, *weights], output_gradients=upstream
+        )
+
+    actual = tf.function(infer)(tf.constant(inputs), tf.constant(upstream))
+    rows = inputs.reshape(-1, 6).astype("float64")
+    d_rows = upstream.reshape(-1, 6).astype("float64")
+    mean, variance = (
+        value.astype("float64") for value in helpers.statistics(layer)
+    )
+    sigma = np.sqrt(variance + layer.epsilon)
+    gamma = helpers.to_numpy(layer.gamma) if scale else np.ones(6)
+    beta = helpers.to_numpy(layer.beta) if center else np.zeros(6)
+    normalized = (rows - mean) / sigma
+    expected = [
+        (normalized * gamma + beta).reshape(shape),
+        (d_rows * gamma / sigma).reshape(shape),
+    ]
+    if scale:
+        expected.append((d_rows * normalized).sum(axis=0))
+    if center:
+        expected.append(d_rows.sum(axis=0))
+    for mine, value in zip(actual, expected, strict=True):
+        helpers.assert_close(mine, value, 2e-5)
+
+
+@pytest.mark.parametrize(("mean", "stddev"), [(100.0, 0.1), (1e4, 1.0)])
+def test_inference_at_large_means(mean, stddev, rng):
+    shape = (32, 6, 6, 4)
+    inputs = (mean + stddev * rng.normal(size=shape)).astype("float32")
+    layer = BatchNormalization(epsilon=1e-12)
+    layer.build(shape)
+    layer.moving_mean.assign(np.full(4, mean))
+    layer.moving_variance.assign(np.full(4, stddev**2))
+
+    @tf.function
+    def infer(x):
+        with tf.GradientTape() as tape:
+            outputs = layer(tf.identity(x))
+        return outputs, tape.gradient(outputs, layer.gamma.value)
+
+    outputs, d_gamma = infer(tf.constant(inputs))
+    moving_mean, variance = helpers.statistics(layer)
+    expected = (inputs.astype("float64") - moving_mean) / np.sqrt(variance)
+    error = np.abs(outputs.numpy() - expected).max()
+    # A float32 of the size of the mean has no more digits.
+    assert error <= 2 * np.spacing(np.float32(mean)) / stddev
+    # The gradient has them all: its sum is of what is left of the mean.
+    helpers.assert_close(d_gamma, expected.sum(axis=(0, 1, 2)), 1e-4)
+
+
 def operations(function, *arguments):
     graph = function.get_concrete_function(*arguments).graph
     names = {node.op for node in graph.as_graph_def().node}
@@ -522,7 +634,7 @@ def test_layers_share_a_graph_and_nothing_else(rng):
     assert sorted(calls) == [0, 1]
 
 
-def test_many_sizes_end_in_one_graph(rng):
+def test_a_graph_is_for_all_sizes(rng):
     seen = []
 
     @graphs.as_one_graph
@@ -530,9 +642,36 @@ def test_many_sizes_end_in_one_graph(rng):
         seen.append(tuple(inputs.shape))
         return ops.sum(inputs, axis=0) * vector
 
-    for size in range(2, 10):
-        inputs = helpers.inputs_of(rng, (size, 3))
+    for rows, columns in [(2, 3), (3, 3), (4, 5), (1, 3), (1, 7)]:
+        inputs = helpers.inputs_of(rng, (rows, columns))
         helpers.assert_close(
-            total(tf.constant(inputs), tf.ones(3)), inputs.sum(axis=0), 1e-5
+            total(tf.constant(inputs), tf.ones(columns)),
+            inputs.sum(axis=0),
+            1e-5,
         )
-    assert seen == [(2, 3), (3, 3), (4, 3), (None, 3)]
+    # One that is 1 may be broadcast, and is known.
+    assert seen == [(None, None), (1, None)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        BatchNormalization,
+        BatchRenormalization,
+        functools.partial(BatchRenormalization, gradient_momentum=0.9),
+    ],
+)
+def test_layers_of_a_network_share_their_graph(kind, monkeypatch, rng):
+    # A kind of layer, an epsilon, that no other test has left a graph of.
+    made = []
+    trace = tf.function
+
+    def counted(*arguments, **options):
+        made.append(arguments)
+        return trace(*arguments, **options)
+
+    monkeypatch.setattr("tensorflow.function", counted)
+    for channels in (3, 5, 8):
+        inputs = tf.constant(helpers.inputs_of(rng, (4, 6, 6, channels)))
+        kind(epsilon=0.0123)(inputs, training=True)
+    assert len(made) == 1
