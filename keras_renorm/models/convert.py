@@ -165,8 +165,7 @@ def _arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
     arguments = {
         name: value
         for name, value in config.items()
-        if name in accepted - {"trainable"}  # set with its model's
-        and not name.startswith("renorm")
+        if name in accepted and not name.startswith("renorm")
     }
     if to is KERAS and keras.backend.backend() != "tensorflow":
         arguments["synchronized"] = False  # True is refused there
