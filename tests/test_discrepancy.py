@@ -1,5 +1,6 @@
 """What training and inference do differently: figures and unchanged models."""
 
+import dataclasses
 import math
 import sys
 
@@ -564,26 +565,86 @@ def trained_report(rng):
     return discrepancy(model, (x, x @ np.ones((3, 4))), verbose=False)
 
 
-def test_the_report_as_text_and_rows(rng, monkeypatch):
+def test_the_report_as_text(rng):
     report = trained_report(rng)
     text = str(report)
-    assert "┃" in text
+    assert max(map(len, text.splitlines())) <= 79
+    unwrapped = " ".join(text.split())
+    at = 0
     for part in (
         "network: training and inference",
-        f"{report.layers[1].gap:.2f}",
-        f"loss: {report.training['loss']:.4g} in training mode, "
-        f"{report.inference['loss']:.4g} in inference",
         "1. Statistics never trained",
         report.verdicts[0].reason,
-        report.verdicts[0].remedy,
+        f"Remedy: {report.verdicts[0].remedy}",
+        f"loss: {report.training['loss']:.4g} in training mode, "
+        f"{report.inference['loss']:.4g} in inference",
+        "layer r 5-95 % d 5-95 % beyond J gap shift noise F",
+        f"{report.layers[1].gap:.2f}",
+        "r, d: scale and offset",
     ):
-        assert part in text
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    plain = str(report)
-    assert "┃" not in plain
-    for part in ("first", "second", f"{report.layers[1].gap:.2f}", "gap"):
-        assert part in plain
-    rows = report.rows
+        at = unwrapped.index(part, at)
+    assert "layers with the largest gap" not in text
+    assert repr(report) == (
+        "<Report of network, 2 layers: statistics never trained>"
+    )
+
+
+def test_the_worst_layers_are_printed_and_all_are_in_the_table(rng):
+    report = trained_report(rng)
+    layer = report.layers[0]._replace(
+        r=(0.0, -1234.0, 1.0, 1e9, 2.0),
+        d=(0.0, -1234.0, 0.0, 56.7, 0.0),
+        beyond=1.0,
+        jeffreys=float("inf"),
+        shift=float("nan"),
+        batch_noise=12.34,
+        f=-5e3,
+    )
+    gaps = (0.1, 0.7, float("nan"), 0.3, 0.6, 0.2, 0.4)
+    report = dataclasses.replace(
+        report,
+        layers=[
+            layer._replace(name=f"a_model/with_a_long_name/{at}", gap=gap)
+            for at, gap in enumerate(gaps)
+        ],
+    )
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 79
+    at = lines.index("The 5 layers with the largest gap:")
+    assert [line.split()[0][-2:] for line in lines[at + 2 : at + 7]] == [
+        "/2",
+        "/1",
+        "/4",
+        "/6",
+        "/3",
+    ]
+    assert "<-999 >999" in lines[at + 2]
+    assert "<-999 57" in lines[at + 2]
+    assert lines[-1] == "All 7 layers: `print(report.table())`."
+    head, *rows = report.table().splitlines()
+    assert head.split()[-2:] == ["F", "constant"]
+    assert [row.split()[0] for row in rows] == [
+        f"a_model/with_a_long_name/{at}" for at in range(7)
+    ]
+    assert {row.split()[-1] for row in rows} == {"0/3"}
+
+
+def test_the_report_in_a_notebook(rng):
+    report = trained_report(rng)
+    report = dataclasses.replace(report, model="a<b")
+    text = report._repr_html_()
+    assert "a&lt;b: training and inference" in text
+    assert "<li><b>statistics never trained</b>: " in text
+    for layer in report.layers:
+        assert f"<tr><td>{layer.name}</td>" in text
+    assert "No discrepancy" not in text
+    healthy = dataclasses.replace(report, verdicts=[])
+    assert "<p>No discrepancy worth acting on.</p>" in healthy._repr_html_()
+    assert "<li>" not in healthy._repr_html_()
+
+
+def test_the_report_as_rows(rng):
+    rows = trained_report(rng).rows
     assert [row["layer"] for row in rows] == ["first", "second"]
     assert rows[0]["causes"] == "statistics never trained"
     assert all(np.ndim(value) == 0 for row in rows for value in row.values())

@@ -743,7 +743,7 @@ def test_plots(function, rng):
     from matplotlib import pyplot
 
     _, ax = pyplot.subplots()
-    assert result.plot(ax) is ax
+    assert result.plot(ax) is ax.figure
     drawn = [line.get_ydata() for line in ax.lines]
     if function is internal_covariate_shift:
         assert [text.get_text() for text in ax.get_xticklabels()] == [
@@ -756,7 +756,7 @@ def test_plots(function, rng):
         np.testing.assert_array_equal(
             ax.lines[0].get_xdata(), result.step_sizes
         )
-    assert result.plot() is not ax
+    assert result.plot() is not ax.figure
     pyplot.close("all")
 
 

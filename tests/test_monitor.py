@@ -414,3 +414,35 @@ def test_errors():
         model = network(layers.BatchNormalization, renorm=True)
         with pytest.raises(ValueError, match="Received: layers first, second"):
             fit(model, [RenormMonitor()])
+
+
+def test_rows_are_drawn():
+    rows = [
+        {
+            "step": step,
+            "layer": name,
+            "gap": 0.1 * step,
+            "r": 1.5,
+            "d": 0.2,
+            **({"r_max": 2.0, "d_max": 1.0} if name == "renorm" else {}),
+        }
+        for step in (1, 3)
+        for name in ("bn", "renorm")
+    ]
+    monitor = RenormMonitor()
+    monitor.rows = rows
+    figure = monitor.plot()
+    gap, r, d = figure.axes
+    drawn = [
+        [(*line.get_xdata(), *line.get_ydata()) for line in ax.lines]
+        for ax in (gap, r, d)
+    ]
+    assert drawn == [
+        [(1, 3, 0.1, 0.1 * 3)] * 2,
+        [(1, 3, 1.5, 1.5), (1, 3, 1.5, 1.5), (1, 3, 2, 2)],
+        [(1, 3, 0.2, 0.2), (1, 3, 0.2, 0.2), (1, 3, 1, 1)],
+    ]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["bn", "renorm"]
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.close("all")

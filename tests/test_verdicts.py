@@ -140,13 +140,13 @@ def test_a_healthy_network(network, seed):
         data = shuffled(seed + 50, size, 768 // size)
         report = discrepancy(model, data, verbose=False)
         assert causes(report) == []
-        assert str(report).endswith("No discrepancy worth acting on.")
+        assert "\nNo discrepancy worth acting on.\n" in str(report)
     # Which is not all that is said: outputs do differ.
     assert 0.25 < report.gap < 0.5
     assert (
         f"Outputs differ by {report.gap:.2f} of their size, as the noise of "
         "batches makes them; loss and metrics do not."
-    ) in str(report)
+    ) in " ".join(str(report).split())
 
 
 @pytest.mark.slow
@@ -540,12 +540,6 @@ def test_what_is_advised_is_what_the_benchmark_found():
                         assert (
                             rival["mean"] <= taken["mean"] + taken["spread"]
                         ), (row.where, other + late)
-
-
-def test_the_readme_has_the_table_of_advice():
-    readme = (ROOT / "README.md").read_text()
-    for row in advice.ROWS:
-        assert f"\n| {row.where} | {row.take} |\n" in readme
 
 
 class Subclassed(keras.Model):

@@ -385,7 +385,12 @@ axes.set(
 axes.axhline(0.1, color="black", lw=0.8, ls=":")
 axes.text(total_steps, 0.085, "chance", ha="right", va="top", fontsize=9)
 axes.grid(axis="y", alpha=0.3)
-axes.legend(title="mean at the end", loc="lower right", bbox_to_anchor=(1, 0.1))
+axes.legend(
+    title="mean at the end",
+    loc="upper center",
+    bbox_to_anchor=(0.5, -0.13),
+    ncols=3,
+)
 
 axes = figure.add_subplot(grid[2, 1])
 every_step = np.arange(total_steps + 1)

@@ -321,7 +321,9 @@ for place, name in zip(axes, KINDS, strict=False):
     place.set(title=name, xlabel="epoch")
     place.sharey(axes[0])
 axes[0].set_ylabel("moving mean of one channel")
-axes[0].legend(loc="lower left")
+figure.legend(
+    *axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3
+)
 for at, name in enumerate(KINDS):
     values = all_seeds(accuracies, name)
     axes[3].barh(at, values.mean(), color="#bbbbbb")

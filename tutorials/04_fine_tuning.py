@@ -419,10 +419,14 @@ for at, recipe in enumerate(RECIPES):
             color=COLORS[recipe],
         )
 centers = [(len(RECIPES) - 1) / 2, len(RECIPES) + 1 + (len(RECIPES) - 1) / 2]
-left.set(title="Validation accuracy, a dot for each seed", ylim=(0, 1.02))
+left.set(
+    title="A dot for each seed", ylabel="validation accuracy", ylim=(0, 1.02)
+)
 left.set_xticks(centers, [f"{order} minibatches" for order in ORDERS])
-left.legend(loc="lower center", fontsize=9, ncols=2)
-right.set(title="What moved (one class)")
+left.legend(
+    loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=9, ncols=2
+)
+right.set(title="What moved (one class)", ylabel="distance")
 right.set_xticks(centers, ["moving means,\nin stddev", "gamma"])
 picture = args.output / "fine_tuning.png"
 figure.savefig(picture, dpi=150)

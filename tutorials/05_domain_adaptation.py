@@ -428,7 +428,10 @@ for column, target in enumerate(TARGETS):
     axes.set(title=f"Accuracy on {target}", xlabel="target images", ylim=(0, 1))
     axes.grid(axis="y", alpha=0.3)
     if not column:
-        axes.legend(loc="lower right")
+        axes.set_ylabel("accuracy")
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside lower left", ncols=4
+        )
 
 axes = figure.add_subplot(grid[-1, -1])
 near = TARGETS[0]
@@ -439,7 +442,11 @@ for at, prior in enumerate((None, *PRIORS)):
 axes.set_xticks(
     range(len(PRIORS) + 1), ["not\nadapted", *(f"prior\n{n}" for n in PRIORS)]
 )
-axes.set(title=f"{near}, adapted to one class:\non that class", ylim=(0, 1))
+axes.set(
+    title=f"{near}, adapted to one class",
+    ylabel="accuracy on that class",
+    ylim=(0, 1),
+)
 picture = args.output / "domain_adaptation.png"
 figure.savefig(picture, dpi=150)
 console.print(f"The picture is in {picture}")

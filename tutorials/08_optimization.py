@@ -653,9 +653,9 @@ COLORS = dict(zip(KINDS, ("#d55e00", "#0072b2", "#009e73"), strict=True))
 plt.rcParams.update(
     {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 )
-figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
-(training, variation, change, smoothness) = axes[0]
-(shift, first_steps, accuracy, batch_noise) = axes[1]
+figure, axes = plt.subplots(4, 2, figsize=(11, 14), layout="constrained")
+(training, variation, change, smoothness) = axes[:2].flat
+(shift, first_steps, accuracy, batch_noise) = axes[2:].flat
 vgg_steps = (args.steps or NETWORKS["VGG"][1]) // POINTS
 at_points = vgg_steps * np.arange(POINTS)
 for kind, color in COLORS.items():
@@ -675,16 +675,17 @@ for kind, color in COLORS.items():
         place.fill_between(
             at_points, low, high, color=color, alpha=0.35, label=kind
         )
-for place, title in (
-    (training, "Training loss"),
-    (variation, "Loss along the gradient"),
-    (change, "Change of the gradient"),
-    (smoothness, "Change over distance"),
-    (shift, "Internal covariate shift"),
+for place, title, label in (
+    (training, f"Training, learning rate {MEASURED_RATE:g}", "loss"),
+    (variation, "Loss along the gradient", "loss"),
+    (change, "Change of the gradient", "ℓ2"),
+    (smoothness, "Change over distance", "ℓ2 over ℓ2"),
+    (shift, "Internal covariate shift", "ℓ2"),
 ):
-    place.set(title=title, xlabel="step", yscale="log")
-training.set_ylabel(f"learning rate {MEASURED_RATE:g}")
-training.legend()
+    place.set(title=title, xlabel="step", ylabel=label, yscale="log")
+figure.legend(
+    *training.get_legend_handles_labels(), loc="outside upper center", ncols=3
+)
 
 for kind in KINDS[:2]:
     for seed in range(args.seeds):
@@ -703,14 +704,16 @@ first_steps.set(
     yscale="log",
 )
 accuracy.set(
-    title="Validation accuracy at the end",
+    title="Validation at the end",
     xlabel="learning rate",
+    ylabel="accuracy",
     xscale="log",
     ylim=(0, 1.02),
 )
 batch_noise.set(
-    title="Variance of the gradient, times B",
+    title="Noise of the gradient",
     xlabel="batch size B",
+    ylabel="variance, times B",
     xscale="log",
     yscale="log",
 )

@@ -532,7 +532,7 @@ for trials, style, label in (
         label=label,
     )
 panels[0].set(xlabel="trial", ylabel="last accuracy", title="The search")
-panels[0].legend()
+panels[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
 panels[1].barh(list(importances)[::-1], list(importances.values())[::-1])
 panels[1].set(xlabel="share of the variance", title="Importance (fANOVA)")
 rows = [f"{name} {value:.3g}" for name, value, _ in sensitivity]

@@ -17,6 +17,8 @@ from matplotlib import pyplot as plt
 # A difference counts from this many standard errors on: with some forty
 # differences in the tables, one in twenty of chance is not enough.
 STANDARD_ERRORS = 3.0
+# Where the colours of a table change.
+POINTS_BELOW = (0, 0.5, 1, 2, 5, 10, 20)
 
 COLUMN_LABELS = {
     "sgd": "SGD",
@@ -397,28 +399,74 @@ def _label_rows(axis, labels):
 
 
 def _draw_values(experiment, figures, plan, path):
-    """A panel a regime: every seed a dot, the mean a bar."""
+    """A table in colours: how far each is below the best of its column."""
     columns, grid = _columns(experiment, plan), _grid(experiment)
-    figure, axes = _panels(len(columns), len(grid))
-    for axis, (name, title) in zip(axes, columns.items(), strict=False):
-        for row, (label, cells) in enumerate(grid.items()):
+    means = np.array(
+        [
+            [
+                figures[cells[name]]["mean"] if name in cells else np.nan
+                for name in columns
+            ]
+            for cells in grid.values()
+        ]
+    )
+    points_below = 100 * (np.nanmax(means, axis=0) - means)
+    figure, axis = plt.subplots(
+        figsize=(4.2 + 0.95 * len(columns), 1.6 + 0.42 * len(grid)),
+        layout="constrained",
+    )
+    colors = plt.get_cmap("Blues_r", len(POINTS_BELOW))
+    image = axis.pcolormesh(
+        np.ma.masked_invalid(points_below),
+        cmap=colors,
+        norm=mpl.colors.BoundaryNorm(POINTS_BELOW, colors.N, extend="max"),
+        edgecolors="white",
+        linewidth=1.5,
+    )
+    for row, cells in enumerate(grid.values()):
+        for column, name in enumerate(columns):
             if name not in cells:
                 continue
-            entry = figures[cells[name]]
-            color = "C0" if "renorm" in label.lower() else "C7"
-            axis.plot(
-                entry["values"],
-                [row] * len(entry["values"]),
-                "o",
-                color=color,
-                alpha=0.35,
-                markersize=5,
+            entry, below = figures[cells[name]], points_below[row, column]
+            is_best = below == 0
+            axis.text(
+                column + 0.5,
+                row + 0.5,
+                f"{entry['mean']:.3f}\n± {entry['spread']:.3f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                linespacing=1.0,
+                color="white" if below < POINTS_BELOW[3] else "black",
+                weight="bold" if is_best else "normal",
             )
-            axis.plot(entry["mean"], row, "|", color=color, markersize=16)
-        axis.set_title(title)
-        axis.set_xlabel("accuracy")
-        _label_rows(axis, list(grid))
-    figure.suptitle(experiment.question)
+            if is_best:
+                axis.add_patch(
+                    mpl.patches.Rectangle(
+                        (column, row), 1, 1, fill=False, ec="C1", lw=2.5
+                    )
+                )
+    axis.set_yticks(np.arange(len(grid)) + 0.5, list(grid))
+    axis.set_xticks(np.arange(len(columns)) + 0.5, columns.values())
+    axis.xaxis.tick_top()
+    if max(map(len, columns.values())) > 11:
+        axis.tick_params(axis="x", labelrotation=20)
+    axis.tick_params(length=0)
+    axis.set_facecolor("#eeeeee")
+    axis.spines[:].set_visible(False)
+    axis.set_ylim(len(grid) + 0.05, -0.05)
+    axis.set_xlim(-0.03, len(columns) + 0.03)
+    figure.colorbar(
+        image,
+        label="points below the best of the column",
+        aspect=25,
+        format="%g",
+    )
+    figure.suptitle(
+        f"{experiment.question}\nAccuracy, mean ± standard deviation of "
+        "seeds;\nframed: the best of the column; grey: not run",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -10,6 +10,7 @@ import numpy as np
 from keras_renorm import arguments
 from keras_renorm.callbacks.sharing import SharesData
 from keras_renorm.diagnostics.comparison import Comparison
+from keras_renorm.diagnostics.curves import draw_probes
 from keras_renorm.diagnostics.probe import (
     LayerState,
     figures_of,
@@ -85,7 +86,8 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
             well. Defaults to `False`.
 
     Attributes:
-        rows: A dict for each probe and layer, for `pandas.DataFrame`.
+        rows: A dict for each probe and layer, for `pandas.DataFrame`;
+            `plot()` draws them.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong kind or out of
@@ -199,6 +201,17 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self._warn_of_limits()
         if self._writer is not None:
             self._writer.flush()
+
+    def plot(self) -> Any:
+        """Draws the rows: gap, r and d of each layer over the steps.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: Without matplotlib.
+        """
+        return draw_probes(self.rows)
 
     def _find_layers(self) -> None:
         self._layers = statistics_layers(self.model)

@@ -1,5 +1,9 @@
-"""Results of the landscape functions: arrays, and a picture of them."""
+"""Results of the landscape functions: arrays, and a picture of them.
 
+Each `plot` returns the figure, as that of a `Report` does.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +33,7 @@ class LossAlongGradient:
             return self.values / np.float64(self.initial_loss)
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the loss against the step size; returns the axes."""
+        """Draws the loss against the step size; returns the figure."""
         ax = axes(ax)
         ax.plot(self.step_sizes, self.values, marker=".")
         ax.axhline(self.initial_loss, color="gray", linestyle=":")
@@ -51,7 +55,7 @@ class GradientPredictiveness:
     gradient_norm: float
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the distance against the step size; returns the axes."""
+        """Draws the distance against the step size; returns the figure."""
         ax = axes(ax)
         ax.plot(self.step_sizes, self.values, marker=".")
         return labeled(ax, "ℓ2 change of the gradient")
@@ -77,7 +81,7 @@ class EffectiveSmoothness:
         return float(np.max(self.values))
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the values and their maximum; returns the axes."""
+        """Draws the values and their maximum; returns the figure."""
         ax = axes(ax)
         ax.plot(self.step_sizes, self.values, marker=".")
         ax.axhline(self.maximum, color="gray", linestyle=":")
@@ -102,7 +106,7 @@ class InternalCovariateShift:
     cosines: np.ndarray
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the shift of each layer, a line a step size."""
+        """Draws the shift of each layer; returns the figure."""
         ax = axes(ax)
         places = np.arange(len(self.layers))
         for step_size, values in zip(self.step_sizes, self.values, strict=True):
@@ -110,25 +114,55 @@ class InternalCovariateShift:
         ax.set_xticks(places, self.layers, rotation=90)
         ax.set_ylabel("ℓ2 change of the layer's gradient")
         ax.legend(title="step size")
-        return ax
+        return ax.figure
+
+
+def draw_probes(rows: Sequence[dict[str, Any]]) -> Any:
+    """Draws what `RenormMonitor` wrote down; returns the figure.
+
+    A line a layer: the gap, r and d over the steps. Limits are dotted.
+    """
+    figure, panels = _pyplot().subplots(
+        3, 1, figsize=(8, 8), sharex=True, layout="constrained"
+    )
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    for name in names:
+        probes = [row for row in rows if row["layer"] == name]
+        steps = [row["step"] for row in probes]
+        for ax, key in zip(panels, ("gap", "r", "d"), strict=True):
+            (line,) = ax.plot(
+                steps, [row[key] for row in probes], marker=".", label=name
+            )
+            limits = [row.get(f"{key}_max") for row in probes]
+            if None not in limits:
+                ax.plot(steps, limits, ":", color=line.get_color())
+    labels = ("gap", "max(r, 1/r), 95 % quantile", "|d|, 95 % quantile")
+    for ax, label in zip(panels, labels, strict=True):
+        ax.set_ylabel(label)
+    panels[-1].set_xlabel("step")
+    handles, _ = panels[0].get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure
 
 
 def axes(ax: Any) -> Any:
     """The given axes, or new ones."""
-    if ax is not None:
-        return ax
+    return _pyplot().subplots()[1] if ax is None else ax
+
+
+def _pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
             "`plot` needs matplotlib: pip install keras-renorm[tutorials]"
         ) from error
-    return pyplot.subplots()[1]
+    return pyplot
 
 
 def labeled(ax: Any, label: str) -> Any:
-    """Axes over step sizes, which are compared by their ratios."""
+    """The figure of axes over step sizes, compared by their ratios."""
     ax.set_xscale("log")
     ax.set_xlabel("step size")
     ax.set_ylabel(label)
-    return ax
+    return ax.figure

@@ -1,7 +1,9 @@
 """What `discrepancy` returns."""
 
-import io
+import html
 import math
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +11,27 @@ from keras_renorm.diagnostics.measurement import Measurement
 from keras_renorm.diagnostics.verdict import VISIBLE, Verdict
 
 HEALTHY = "No discrepancy worth acting on."
-WIDTH = 100
+# Of what is printed: columns, and layers in its table.
+WIDTH = 79
+WORST = 5
+# Heads of the table that is printed, and of the others.
+SHOWN = ("r 5-95 %", "d 5-95 %", "beyond", "J", "gap", "shift", "noise", "F")
+LEGEND = (
+    "r, d: scale and offset of a batch against the moving statistics. "
+    "beyond: share of r and d outside the limits. J: divergence of the two "
+    "distributions. gap: how far training outputs are from what is served, of "
+    "their size. shift: how far moving statistics are from those of the data, "
+    "in standard deviations. noise: the gap that the size of batches makes. "
+    "F: 1 where batches are random draws."
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What training and inference do differently, and why.
 
-    `print` it for a table and the verdicts.
+    `print` it for the verdicts, loss and metrics, and the layers whose
+    outputs differ most; `table()` has all layers.
 
     Attributes:
         model: Name of the model.
@@ -49,73 +64,71 @@ class Report:
             for layer in self.layers
         ]
 
+    def __repr__(self) -> str:
+        causes = ", ".join(each.cause for each in self.verdicts) or HEALTHY
+        return f"<Report of {self.model}, {len(self.layers)} layers: {causes}>"
+
     def __str__(self) -> str:
-        lines = [self._table(), *self._model_lines(), ""]
-        if not self.verdicts:
-            if self.gap > VISIBLE:  # there is a verdict without scores
-                lines.append(
-                    f"Outputs differ by {_short(self.gap)} of their size, as "
-                    "the noise of batches makes them; loss and metrics do not."
-                )
-            lines.append(HEALTHY)
+        lines = [f"{self.model}: training and inference", ""]
         for at, verdict in enumerate(self.verdicts, start=1):
-            lines += [
-                f"{at}. {verdict.cause[0].upper()}{verdict.cause[1:]}",
-                f"   {verdict.reason}",
-                f"   Remedy: {verdict.remedy}",
-            ]
+            lines.append(f"{at}. {verdict.cause[0].upper()}{verdict.cause[1:]}")
+            lines += _wrapped(verdict.reason, "   ")
+            lines += _wrapped(f"Remedy: {verdict.remedy}", "   ")
+        if not self.verdicts:
+            lines.append(HEALTHY)
+        lines.append("")
+        for line in self._model_lines():
+            lines += _wrapped(line)
+        worst = sorted(self.layers, key=_gap, reverse=True)[:WORST]
+        if len(worst) < len(self.layers):
+            lines += ["", f"The {WORST} layers with the largest gap:"]
+        else:
+            lines.append("")
+        lines += [_columns(_cells(worst, SHOWN), WIDTH), *_wrapped(LEGEND)]
+        if len(worst) < len(self.layers):
+            lines.append(
+                f"All {len(self.layers)} layers: `print(report.table())`."
+            )
         return "\n".join(lines)
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        heads = ["layer", "r 5-95 %", "d 5-95 %", "beyond", "J", "gap"]
-        heads += ["shift", "noise", "F", "constant"]
-        rows = [
+    def _repr_html_(self) -> str:
+        """The same for notebooks, with all layers."""
+        head, *rows = _cells(self.layers)
+        verdicts = "".join(
+            f"<li><b>{html.escape(verdict.cause)}</b>: "
+            f"{html.escape(verdict.reason)}<br>Remedy: "
+            f"{html.escape(verdict.remedy)}</li>"
+            for verdict in self.verdicts
+        )
+        lines = [HEALTHY] if not self.verdicts else []
+        return "".join(
             [
-                layer.name,
-                f"{_short(layer.r[1])} {_short(layer.r[3])}",
-                f"{_short(layer.d[1])} {_short(layer.d[3])}",
-                f"{layer.beyond:.0%}",
-                _short(layer.jeffreys),
-                _short(layer.gap),
-                _short(layer.shift),
-                _short(layer.batch_noise),
-                _short(layer.f),
-                f"{len(layer.constant_channels)}/{layer.channels}",
+                f"<h4>{html.escape(self.model)}: training and inference</h4>",
+                f"<ol>{verdicts}</ol>" if verdicts else "",
+                *(
+                    f"<p>{html.escape(line)}</p>"
+                    for line in [*lines, *self._model_lines()]
+                ),
+                f"<table><tr>{_html_cells('th', head)}</tr>",
+                *(f"<tr>{_html_cells('td', row)}</tr>" for row in rows),
+                f"</table><p>{html.escape(LEGEND)}</p>",
             ]
-            for layer in self.layers
-        ]
-        return heads, rows
+        )
 
-    def _table(self) -> str:
-        heads, rows = self._cells()
-        title = f"{self.model}: training and inference"
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:  # plain columns do
-            columns = zip(heads, *rows, strict=True)
-            widths = [max(map(len, column)) for column in columns]
-            return "\n".join(
-                "  ".join(
-                    cell.ljust(width)
-                    for cell, width in zip(line, widths, strict=True)
-                ).rstrip()
-                for line in [heads, *rows]
-            )
-        table = Table(title=title)
-        table.add_column(heads[0], overflow="fold")
-        for head in heads[1:]:
-            table.add_column(head, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        text = io.StringIO()
-        Console(file=text, width=WIDTH).print(table)
-        return text.getvalue().rstrip()
+    def table(self) -> str:
+        """All layers, a line each, as wide as it takes; for `print`."""
+        return _columns(_cells(self.layers))
 
     def _model_lines(self) -> list[str]:
         lines = [
             f"Outputs of the model differ by {_short(self.gap)} of their size."
         ]
+        if not self.verdicts and self.gap > VISIBLE:
+            # There is a verdict without scores.
+            lines = [
+                f"Outputs differ by {_short(self.gap)} of their size, as the "
+                "noise of batches makes them; loss and metrics do not."
+            ]
         for name, value in self.training.items():
             served = self.inference.get(name, math.nan)
             lines.append(
@@ -176,7 +189,74 @@ class Report:
         return figure
 
 
+def _gap(layer: Measurement) -> float:
+    """The gap; what is not a number is the largest."""
+    return math.inf if math.isnan(layer.gap) else layer.gap
+
+
+def _cells(
+    layers: Sequence[Measurement], heads: Sequence[str] | None = None
+) -> list[list[str]]:
+    """The lines of a table, the first its heads; of some columns, or of all."""
+    lines = [
+        {
+            "r 5-95 %": f"{_short(layer.r[1])} {_short(layer.r[3])}",
+            "d 5-95 %": f"{_short(layer.d[1])} {_short(layer.d[3])}",
+            "beyond": f"{layer.beyond:.0%}",
+            "J": _short(layer.jeffreys),
+            "gap": _short(layer.gap),
+            "shift": _short(layer.shift),
+            "noise": _short(layer.batch_noise),
+            "F": _short(layer.f),
+            "constant": f"{len(layer.constant_channels)}/{layer.channels}",
+        }
+        for layer in layers
+    ]
+    heads = list(lines[0]) if heads is None else list(heads)
+    return [
+        ["layer", *heads],
+        *(
+            [layer.name, *(line[head] for head in heads)]
+            for layer, line in zip(layers, lines, strict=True)
+        ),
+    ]
+
+
+def _columns(lines: list[list[str]], width: int | None = None) -> str:
+    """Cells one below the other; long names lose their beginning."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if width is not None:
+        others = sum(widths[1:]) + 2 * len(widths[1:])
+        widths[0] = min(widths[0], width - others)
+    return "\n".join(
+        "  ".join(
+            [
+                _end_of(name, widths[0]).ljust(widths[0]),
+                *map(str.rjust, cells, widths[1:]),
+            ]
+        )
+        for name, *cells in lines
+    )
+
+
+def _end_of(name: str, width: int) -> str:
+    return name if len(name) <= width else f"…{name[1 - width :]}"
+
+
+def _html_cells(tag: str, cells: list[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent
+    )
+
+
 def _short(value: float) -> str:
-    if not math.isfinite(value):
-        return "-" if math.isnan(value) else str(value)
-    return f"{value:.2f}" if abs(value) < 100 else f"{value:.2g}"
+    """In five characters at most."""
+    if math.isnan(value):
+        return "-"
+    if abs(value) > 999:
+        return ">999" if value > 0 else "<-999"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"

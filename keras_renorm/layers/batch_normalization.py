@@ -88,13 +88,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
             `axis` is the first axis.
         frozen_statistics: Whether to normalize with the moving statistics in
             training too. An attribute as well. Defaults to `False`.
-        **keras_bn_arguments: Those of `keras.layers.BatchNormalization`:
-            `center` and `scale` (whether there is a beta, a gamma; default
-            `True`), `beta_initializer` ("zeros"), `gamma_initializer`
-            ("ones"), `moving_mean_initializer` ("zeros"),
-            `moving_variance_initializer` ("ones"), `beta_regularizer`,
-            `gamma_regularizer`, `beta_constraint`, `gamma_constraint`
-            (`None`), and `name`, `dtype`, `trainable`.
+        center: Whether there is a beta. Defaults to `True`.
+        scale: Whether there is a gamma. Defaults to `True`.
+        beta_initializer, gamma_initializer: Of the two. Default to "zeros" and
+            "ones".
+        moving_mean_initializer, moving_variance_initializer: Of the moving
+            statistics. Default to "zeros" and "ones".
+        beta_regularizer, gamma_regularizer: Regularizers. Default to `None`.
+        beta_constraint, gamma_constraint: Constraints. Default to `None`.
+        trainable: Whether anything trains and moves. Defaults to `True`.
+        dtype: The policy. Defaults to Keras's global one.
+        name: The layer's name.
+        **layer_arguments: The others of `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor `(batch, ..., channels)` (or channels on `axis`) of
@@ -141,18 +146,28 @@ class BatchNormalization(keras.layers.BatchNormalization):
         synchronized: bool = False,
         virtual_batch_size: int | None = None,
         frozen_statistics: bool = False,
-        **keras_bn_arguments: Any,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        trainable: bool = True,
+        dtype: Any = None,
+        name: str | None = None,
+        **layer_arguments: Any,
     ) -> None:
-        for name, value in keras_bn_arguments.items():
-            if name.startswith("renorm"):
+        for argument, value in layer_arguments.items():
+            if argument.startswith("renorm"):
                 raise TypeError(
-                    f"`{name}` must not be given: batch renormalization is "
-                    "the layer `keras_renorm.BatchRenormalization`. "
-                    f"Received: {name}={value!r}."
+                    f"`{argument}` must not be given: batch renormalization "
+                    "is the layer `keras_renorm.BatchRenormalization`. "
+                    f"Received: {argument}={value!r}."
                 )
-            if name in ("center", "scale", "trainable"):
-                value = arguments.check_boolean(name, value)
-                keras_bn_arguments[name] = value
         pool = Pool(
             arguments.check_boolean("synchronized", synchronized),
             virtual_batch_size
@@ -172,7 +187,20 @@ class BatchNormalization(keras.layers.BatchNormalization):
             axis=arguments.check_integer("axis", axis),
             momentum=arguments.check_momentum(momentum),
             epsilon=arguments.check_epsilon(epsilon),
-            **keras_bn_arguments,
+            center=arguments.check_boolean("center", center),
+            scale=arguments.check_boolean("scale", scale),
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            trainable=arguments.check_boolean("trainable", trainable),
+            dtype=dtype,
+            name=name,
+            **layer_arguments,
         )
         # Not through Keras's constructor, which takes it on TensorFlow only.
         self.synchronized = pool.synchronized

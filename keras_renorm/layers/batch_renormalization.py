@@ -78,8 +78,8 @@ class BatchRenormalization(BatchNormalization):
       [regimes_digits]. SGD, or Adam with `epsilon=0.1` (0.979): Adam's
       default ends at 0.895 [optimizers_digits].
     - Batches of one image: the same settings, 0.819 -> 0.960, frozen 0.965
-      [regimes_digits]. Group normalization has 0.960, and more than this
-      on the harder task [regimes_cluttered].
+      [regimes_digits]. Group normalization has 0.960 [regimes_digits], and
+      more than this on the harder task [regimes_cluttered].
     - Batches of two images: nothing to gain, 0.988 -> 0.988; batch
       normalization, frozen, has 0.992 [regimes_digits].
     - I.i.d. batches of four and more, or of two classes: nothing to gain,
@@ -110,7 +110,8 @@ class BatchRenormalization(BatchNormalization):
         gradient_momentum: Share of the accumulators kept at each step, in
             [0, 1); 0.9 is a good value. `None` (default) is the gradient of
             Algorithm 1. Not together with `virtual_batch_size`.
-        **batch_normalization_arguments: The others of `BatchNormalization`.
+        synchronized, ..., name: The other arguments of `BatchNormalization`.
+        **layer_arguments: The others of `keras.layers.Layer`.
 
     Call arguments:
         inputs, training, mask: As `BatchNormalization`.
@@ -146,24 +147,58 @@ class BatchRenormalization(BatchNormalization):
         r_max: float | LinearRamp | Literal["auto"] = "auto",
         d_max: float | LinearRamp | Literal["auto"] = "auto",
         gradient_momentum: float | None = None,
-        **batch_normalization_arguments: Any,
+        synchronized: bool = False,
+        virtual_batch_size: int | None = None,
+        frozen_statistics: bool = False,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        trainable: bool = True,
+        dtype: Any = None,
+        name: str | None = None,
+        **layer_arguments: Any,
     ) -> None:
         ramps = tuple(
             value
             if isinstance(value, str) and value == "auto"
-            else schedules.limit(name, value, minimum)
-            for name, value, minimum in (
+            else schedules.limit(limit, value, minimum)
+            for limit, value, minimum in (
                 ("r_max", r_max, 1),
                 ("d_max", d_max, 0),
             )
         )
         if gradient_momentum is not None:
             gradient_momentum = _check_gradient_momentum(
-                gradient_momentum,
-                batch_normalization_arguments.get("virtual_batch_size"),
+                gradient_momentum, virtual_batch_size
             )
         super().__init__(
-            axis, momentum, epsilon, **batch_normalization_arguments
+            axis,
+            momentum,
+            epsilon,
+            synchronized=synchronized,
+            virtual_batch_size=virtual_batch_size,
+            frozen_statistics=frozen_statistics,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            trainable=trainable,
+            dtype=dtype,
+            name=name,
+            **layer_arguments,
         )
         self.gradient_momentum = gradient_momentum
         # What `build` puts into the weights; they rule from then on.

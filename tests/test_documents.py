@@ -1,0 +1,153 @@
+"""README and docs: their code runs, and their figures are the results'."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import keras_renorm
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "documents.py"
+pytestmark = pytest.mark.skipif(
+    not SCRIPT.exists(), reason="without the documents"
+)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page):
+    return re.findall(
+        r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+
+
+def test_readme_fits_on_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=name_of
+)
+def test_code_runs_as_it_stands(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # for what it saves
+    names = {"__name__": "__main__"}
+    for number, block in enumerate(blocks(page), start=1):
+        exec(compile(block, f"{name_of(page)}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("https://", "#")):
+            path = page.parent / target.split("#")[0]
+            assert path.exists(), target
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    page = ROOT / "docs" / "api.md"
+    shown = re.findall(
+        r"^::: keras_renorm\.(\S+)$", page.read_text(), re.MULTILINE
+    )
+    expected = [
+        name
+        for name in keras_renorm.__all__
+        if name not in ("callbacks", "diagnostics", "schedules")
+    ]
+    for package in ("callbacks", "diagnostics"):
+        names = getattr(keras_renorm, package).__all__
+        expected += [f"{package}.{name}" for name in names]
+    assert set(expected) <= set(shown)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """The script that writes what documents take from results."""
+    spec = importlib.util.spec_from_file_location("documents", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_are_those_of_the_results(page, documents):
+    text = page.read_text()
+    named = re.findall(r"^<!-- results: (.+?) -->$", text, re.MULTILINE)
+    assert set(named) <= set(documents.PARTS)
+    assert text.count("<!-- end -->") == len(named)
+    assert documents.written(text) == text, "run benchmarks/documents.py"
+
+
+def test_every_table_is_in_a_document(documents):
+    texts = "".join(page.read_text() for page in PAGES)
+    for name in documents.PARTS:
+        assert f"<!-- results: {name} -->" in texts
+
+
+def test_pictures_are_those_of_the_results(documents):
+    image = pytest.importorskip("PIL.Image")
+    for name, (values, _) in documents.DRAWINGS.items():
+        with image.open(documents.PICTURES / f"{name}.png") as picture:
+            shown = json.loads(picture.text["Description"])
+        assert shown == values(), "run benchmarks/documents.py"
+
+
+def experiments():
+    path = ROOT / "benchmarks/results/quality/summary.json"
+    return json.loads(path.read_text())["experiments"]
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "benchmarks/quality/README.md"], ids=name_of
+)
+def test_means_in_prose_are_those_of_the_results(page):
+    known = {
+        f"{cell['mean']:.3f} ± {cell['spread']:.3f}"
+        for found in experiments().values()
+        for cell in found["cells"]
+    }
+    stated = re.findall(r"\b0\.\d{3} ± 0\.\d{3}\b", page.read_text())
+    assert set(stated) <= known, set(stated) - known
+
+
+@pytest.mark.parametrize(
+    "documented",
+    [
+        keras_renorm.BatchNormalization,
+        keras_renorm.BatchRenormalization,
+        keras_renorm.callbacks.FreezeStatistics,
+    ],
+)
+def test_means_in_docstrings_are_those_of_the_results(documented):
+    # A figure is of the experiment in brackets after it, or of the one that
+    # its paragraph says how to run.
+    found = experiments()
+    means = {
+        name: {f"{cell['mean']:.3f}" for cell in experiment["cells"]}
+        for name, experiment in found.items()
+    }
+    checked = 0
+    for paragraph in re.split(r"\n\s*\n|\n\s*- ", documented.__doc__):
+        (run,) = re.findall(r"--only\s+(\w+_\w+)", paragraph) or [None]
+        waiting = []
+        for figure, name in re.findall(
+            r"\b(0\.\d{3})\b|\[([a-z]+_\w+)\]", paragraph
+        ):
+            if figure:
+                waiting.append(figure)
+            else:
+                assert set(waiting) <= means[name], (waiting, name)
+                checked += len(waiting)
+                waiting = []
+        if run is not None:
+            assert set(waiting) <= means[run], (waiting, run)
+            checked += len(waiting)
+            waiting = []
+        assert not waiting, f"{waiting} of which experiment?"
+    assert checked
