@@ -66,6 +66,15 @@ def test_every_public_name_has_its_place_in_the_api():
     assert set(expected) <= set(shown)
 
 
+def test_every_page_and_tutorial_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    listed = re.findall(r"^ +- (\S+\.md)$", menu, re.MULTILINE)
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]]
+    tutorials = ROOT.glob("tutorials/[0-9]*.py")
+    pages += [f"tutorials/{path.stem}.md" for path in tutorials]
+    assert sorted(listed) == sorted(pages)
+
+
 @pytest.fixture(scope="module")
 def documents():
     """The script that writes what documents take from results."""
