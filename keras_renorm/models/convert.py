@@ -221,7 +221,14 @@ def _with_layers(
         return to, {**arguments_of(config, to), **layer_arguments}
 
     if in_place:
-        replace_in_place(model, chosen, replace, copy_weights)
+        changed = [
+            layer
+            for layer in chosen
+            if type(layer) is not to
+            or layer_arguments
+            or getattr(layer, "renorm", False)
+        ]
+        replace_in_place(model, changed, replace, copy_weights)
         return model
     new_model, copies = rebuild(model, chosen, replace)
     for layer in chosen:
