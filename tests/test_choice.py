@@ -52,6 +52,7 @@ CHOICES = {
     "name of a model": (lambda model: "block", [0, 0, 1, 1]),
     "layer": (lambda model: model.layers[-1], [0, 1, 0, 0]),
     "layers": (lambda model: model.layers[-3:], [0, 1, 1, 1]),
+    "all layers": (lambda model: model.layers, [1, 1, 1, 1]),
     "layers and names": (
         lambda model: ("first", model.get_layer("stem_norm")),
         [1, 0, 1, 0],

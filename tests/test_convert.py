@@ -467,6 +467,40 @@ def test_keras_applications(name, rng):
     assert_there_and_back(model, x)
 
 
+# The smallest images that a network takes, where they are not 32 by 32.
+SIZES = {
+    "InceptionResNetV2": 75,
+    "InceptionV3": 75,
+    "Xception": 71,
+}
+# Networks with layer normalization, or none.
+WITHOUT = ("ConvNeXt", "VGG")
+
+
+@pytest.mark.tensorflow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "name", [name for name in dir(keras.applications) if name[0].isupper()]
+)
+def test_all_of_keras_applications(name, rng):
+    """As a copy, and in place."""
+    size = SIZES.get(name, 32)
+    model = getattr(keras.applications, name)(
+        weights=None, include_top=False, input_shape=(size, size, 3)
+    )
+    if name.startswith(WITHOUT):
+        assert not networks.normalizations(model)
+        return
+    networks.randomize_mildly(model, rng)
+    x = rng.uniform(0, 255, (2, size, size, 3)).astype("float32")
+    assert_there_and_back(model, x)
+    expected = model.predict(x, verbose=0)
+    convert(model, in_place=True)
+    helpers.assert_close(model.predict(x, verbose=0), expected, 2e-6)
+    revert(model, in_place=True)
+    assert np.array_equal(model.predict(x, verbose=0), expected)
+
+
 def hub_backbone(name):
     """A small network of keras-hub of each kind."""
     models = pytest.importorskip("keras_hub").models

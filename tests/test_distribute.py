@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import keras_renorm
 from keras_renorm import BatchNormalization, BatchRenormalization
 from keras_renorm.callbacks import RenormScheduler
 from keras_renorm.schedules import LinearRamp
@@ -451,6 +452,38 @@ def test_fit_on_replicas_equals_fit_on_one_device(
             model.layers[1].current_limits()
             == single.layers[1].current_limits()
         )
+
+
+def test_a_model_that_is_converted_in_place_outside_of_the_scope(strategy, rng):
+    x, y = data_of(rng, 8 * REPLICAS)
+
+    def compiled():
+        model = network(keras.layers.BatchNormalization)
+        model.compile(
+            keras.optimizers.SGD(1e-3),
+            keras.losses.MeanSquaredError(reduction="sum"),
+        )
+        return model
+
+    single = compiled()
+    with strategy.scope():
+        model = compiled()
+    model.set_weights(single.get_weights())
+    for each, arguments in ((single, {}), (model, {"synchronized": True})):
+        keras_renorm.convert(each, in_place=True, r_max=3.0, **arguments)
+        each.fit(
+            x,
+            y,
+            batch_size=4 * REPLICAS,
+            epochs=2,
+            shuffle=False,
+            verbose=0,
+        )
+    assert model.layers[1].current_step() == 4
+    for one, other in zip(model.weights, single.weights, strict=True):
+        helpers.assert_close(one, other, 1e-4)
+    keras_renorm.revert(model, in_place=True)
+    model.fit(x, y, batch_size=4 * REPLICAS, verbose=0)
 
 
 @pytest.mark.slow

@@ -235,7 +235,14 @@ def _with_layers(
         _open_limits(new, given)
 
     if in_place:
-        replace_in_place(model, chosen, replace, hand_on)
+        changed = [
+            layer
+            for layer in chosen
+            if type(layer) is not to
+            or layer_arguments
+            or getattr(layer, "renorm", False)
+        ]
+        replace_in_place(model, changed, replace, hand_on)
         return model
     new_model, copies = rebuild(model, chosen, replace)
     for layer in chosen:
