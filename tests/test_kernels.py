@@ -384,9 +384,16 @@ def test_what_is_chosen_with_moving_statistics():
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("before", ["convolution", "another", "argument"])
-@pytest.mark.parametrize("sizes", [(4, 5, 5), (4,), (4, 5), (4, 2, 3, 2)])
-@pytest.mark.parametrize("scale", [True, False])
-@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "scale", "center"),
+    [
+        ((4, 5, 5), True, True),
+        ((4, 5, 5), False, True),
+        ((4, 5), True, False),
+        ((4,), True, True),
+        ((4, 2, 3, 2), False, False),
+    ],
+)
 def test_inference_after_any_operation(
     before, frozen, sizes, scale, center, rng
 ):
@@ -438,8 +445,9 @@ def test_inference_after_any_operation(
         helpers.assert_close(mine, value, 2e-5)
 
 
+@pytest.mark.parametrize("is_convolved", [True, False])
 @pytest.mark.parametrize(("mean", "stddev"), [(100.0, 0.1), (1e4, 1.0)])
-def test_inference_at_large_means(mean, stddev, rng):
+def test_inference_at_large_means(mean, stddev, is_convolved, rng):
     shape = (32, 6, 6, 4)
     inputs = (mean + stddev * rng.normal(size=shape)).astype("float32")
     layer = BatchNormalization(epsilon=1e-12)
@@ -449,18 +457,27 @@ def test_inference_at_large_means(mean, stddev, rng):
 
     @tf.function
     def infer(x):
-        with tf.GradientTape() as tape:
-            outputs = layer(tf.identity(x))
-        return outputs, tape.gradient(outputs, layer.gamma.value)
+        if is_convolved:
+            x = tf.nn.conv2d(x, tf.eye(4)[None, None], 1, "VALID")
+        else:
+            x = tf.identity(x)
+        return layer(x)
 
-    outputs, d_gamma = infer(tf.constant(inputs))
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            outputs = infer(x)
+        return tape.gradient(outputs, layer.gamma.value)
+
     moving_mean, variance = helpers.statistics(layer)
     expected = (inputs.astype("float64") - moving_mean) / np.sqrt(variance)
-    error = np.abs(outputs.numpy() - expected).max()
+    error = np.abs(infer(tf.constant(inputs)).numpy() - expected).max()
     # A float32 of the size of the mean has no more digits.
     assert error <= 2 * np.spacing(np.float32(mean)) / stddev
     # The gradient has them all: its sum is of what is left of the mean.
-    helpers.assert_close(d_gamma, expected.sum(axis=(0, 1, 2)), 1e-4)
+    helpers.assert_close(
+        gradient(tf.constant(inputs)), expected.sum(axis=(0, 1, 2)), 1e-4
+    )
 
 
 def operations(function, *arguments):

@@ -1,0 +1,336 @@
+"""How long whole networks take, beside the same ones with Keras's layer.
+
+    python benchmarks/networks.py            # about 20 minutes on two cores
+    python benchmarks/networks.py --quick    # under a minute
+
+Networks of `keras.applications` with other normalization in the place of
+Keras's BatchNormalization. Each network is measured in processes of its own,
+three of them, in which all contenders take turns; a figure is the median of
+the ratios to Keras's BatchNormalization, with the lowest and the highest.
+"no normalization" is the floor: nothing in its place. "share" is what
+normalization itself adds to that floor in a training step, Keras's = 1.
+
+- inference: in a graph (`tf.function`), 224 x 224 images;
+- training step: `train_on_batch` with SGD, images as in the table;
+- first train_on_batch: the first such step, which traces and compiles it;
+- first eager call: `model(images, training=True)`, the first of its process.
+
+Prints a table; writes JSON, the table and a picture into `--output`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+import timing
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import keras_renorm
+
+# Examples a step and the size of an image, in training.
+NETWORKS = {
+    "ResNet50": (16, 64),
+    "MobileNetV2": (16, 96),
+    "EfficientNetB0": (8, 96),
+}
+BASELINE = "Keras BN"
+FLOOR = "no normalization"
+FOLDED = "folded"
+COLORS = {
+    BASELINE: "#999999",
+    "our BN": "#56b4e9",
+    "our renorm": "#0072b2",
+    "our renorm, corrected": "#009e73",
+    "group norm.": "#e69f00",
+    FOLDED: "#cc79a7",
+    FLOOR: "#000000",
+}
+QUICK = (BASELINE, "our renorm", FLOOR)
+GROUPS = 8  # divides the channels of all layers
+
+
+class Nothing(keras.layers.Layer):
+    """In the place of normalization."""
+
+    def call(self, inputs, mask=None):
+        """The inputs, with the arguments of batch normalization."""
+        return inputs
+
+
+class GroupNormalization(keras.layers.GroupNormalization):
+    """Keras's."""
+
+    def call(self, inputs, mask=None):
+        """With the arguments of batch normalization."""
+        return super().call(inputs)
+
+
+def contenders(name, size, is_quick):
+    """Name to network; all untrained."""
+    model = getattr(keras.applications, name)(
+        weights=None, input_shape=(size, size, 3), classes=10
+    )
+
+    def replaced(replacement):
+        def layer_of(layer):
+            if isinstance(layer, keras.layers.BatchNormalization):
+                return replacement(layer.name)
+            return type(layer).from_config(layer.get_config())
+
+        return keras.models.clone_model(model, clone_function=layer_of)
+
+    makers = {
+        BASELINE: lambda: model,
+        "our BN": lambda: keras_renorm.convert(
+            model, keras_renorm.BatchNormalization
+        ),
+        "our renorm": lambda: keras_renorm.convert(model),
+        "our renorm, corrected": lambda: keras_renorm.convert(
+            model, gradient_momentum=0.9
+        ),
+        "group norm.": lambda: replaced(
+            lambda name: GroupNormalization(GROUPS, name=name)
+        ),
+        FLOOR: lambda: replaced(lambda name: Nothing(name=name)),
+    }
+    return {
+        name: make()
+        for name, make in makers.items()
+        if not is_quick or name in QUICK
+    }
+
+
+def seconds_of(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def first_and_later_steps(name, order, seconds, is_quick):
+    """Seconds of the first steps, and of those after."""
+    batch_size, size = NETWORKS[name]
+    networks = contenders(name, size, is_quick)
+    images = tf.random.normal((batch_size, size, size, 3))
+    labels = np.arange(batch_size) % 10
+    # What TensorFlow itself does once a process.
+    warm = keras.Sequential([keras.layers.Conv2D(8, 3), keras.layers.ReLU()])
+    warm(images, training=True)
+    names = list(np.random.default_rng(order).permutation(list(networks)))
+    result = {
+        "first eager call": {
+            each: [
+                seconds_of(lambda m=networks[each]: m(images, training=True))
+            ]
+            for each in names
+        }
+    }
+    steps = {}
+    for each in names:
+        network = networks[each]
+        network.compile(
+            keras.optimizers.SGD(1e-3), "sparse_categorical_crossentropy"
+        )
+        steps[each] = lambda network=network: network.train_on_batch(
+            images, labels
+        )
+    result["first train_on_batch"] = {
+        each: [seconds_of(steps[each])] for each in names
+    }
+    result["training step"] = timing.interleaved(steps, seconds, 1)
+    return result
+
+
+def inference(name, batch_size, seconds, is_quick):
+    """Seconds of inference, folded too."""
+    networks = contenders(name, 224, is_quick)
+    networks[FOLDED] = keras_renorm.fold(networks[BASELINE])
+    images = tf.random.normal((batch_size, 224, 224, 3))
+
+    def of(network):
+        run = tf.function(lambda x: network(x, training=False), autograph=False)
+        return lambda: run(images).numpy()
+
+    return timing.interleaved(
+        {each: of(network) for each, network in networks.items()}, seconds, 2
+    )
+
+
+def measure(name, order, is_quick):
+    """All rows of a network, once: row to contender to seconds."""
+    seconds = 3 if is_quick else 25
+    rows = first_and_later_steps(name, order, seconds, is_quick)
+    keras.utils.clear_session()
+    for batch_size in (1,) if is_quick else (1, 8):
+        rows[f"inference, batch {batch_size}"] = inference(
+            name, batch_size, seconds, is_quick
+        )
+    return {
+        row: {each: list(values) for each, values in times.items()}
+        for row, times in rows.items()
+    }
+
+
+def in_a_process(name, order, is_quick):
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--measure", name, str(order)]
+    if is_quick:
+        command.append("--quick")
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def pooled(runs):
+    """Ratios of each row, from the seconds of several processes."""
+    result = {}
+    for row in runs[0]:
+        times = {
+            name: np.concatenate([run[row][name] for run in runs])
+            for name in runs[0][row]
+        }
+        result[row] = timing.ratios(times, BASELINE)
+        if row == "training step":
+            added = {
+                name: values - times[FLOOR]
+                for name, values in times.items()
+                if name != FLOOR
+            }
+            result["share"] = timing.ratios(added, BASELINE)
+    return result
+
+
+def table_rows(networks):
+    """The table: head, then a list of cells for each network and row."""
+    names = list(COLORS)
+    yield ["network", "what", "Keras BN, ms", *names[1:]]
+    order = ("inference", "training", "share", "first")
+    for network, rows in networks.items():
+        batch_size, size = NETWORKS[network]
+        for row in sorted(
+            rows, key=lambda row: (order.index(row.split()[0].strip(",")), row)
+        ):
+            cells = [
+                f"{value['median']:.2f} ({value['min']:.2f}-{value['max']:.2f})"
+                if (value := rows[row].get(name))
+                else ""
+                for name in names[1:]
+            ]
+            label = row if row[0] == "i" else f"{row}, {batch_size} x {size} px"
+            yield [
+                network,
+                label,
+                f"{rows[row][BASELINE]['milliseconds']:.0f}",
+                *cells,
+            ]
+
+
+def markdown(networks, machine):
+    head, *body = table_rows(networks)
+    lines = [head, ["---"] * len(head), *body]
+    return (
+        "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        + f"\n\n{machine['processor']}, {machine['cores']} cores, TensorFlow "
+        f"{machine['tensorflow']}, Keras {machine['keras']}.\n"
+    )
+
+
+def draw(networks, path):
+    """A panel for each row, a group of bars for each network."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [
+        row
+        for row in (
+            "inference, batch 1",
+            "inference, batch 8",
+            "training step",
+            "first eager call",
+        )
+        if row in next(iter(networks.values()))
+    ]
+    figure, places = plt.subplots(
+        len(rows), 1, figsize=(10, 2.6 * len(rows)), layout="constrained"
+    )
+    width = 0.85 / len(COLORS)
+    for axes, row in zip(places, rows, strict=True):
+        for at, (name, color) in enumerate(COLORS.items()):
+            found = [
+                (place, rows_of[row][name])
+                for place, rows_of in enumerate(networks.values())
+                if name in rows_of[row]
+            ]
+            if not found:
+                continue
+            low, middle, high = (
+                np.array([value[key] for _, value in found])
+                for key in ("min", "median", "max")
+            )
+            axes.bar(
+                [place + at * width for place, _ in found],
+                middle,
+                width,
+                yerr=(middle - low, high - middle),
+                color=color,
+                error_kw={"lw": 0.7, "ecolor": "#666666"},
+                label=name,
+            )
+        axes.axhline(1, color="#999999", lw=0.7)
+        axes.set_xticks(np.arange(len(networks)) + 0.36, list(networks))
+        axes.set(title=row, ylabel="Keras BN = 1")
+        axes.set_ylim(0, 2.5 if row.startswith("first") else 1.6)
+    places[0].legend(ncols=4, fontsize=8, loc="upper center")
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("output/networks"))
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        name, order = options.measure
+        print(json.dumps(measure(name, int(order), options.quick)))
+        return
+    names = ["MobileNetV2"] if options.quick else list(NETWORKS)
+    processes = 1 if options.quick else 3
+    console = Console(width=max(Console().width, 170))
+    runs = {name: [] for name in names}
+    with Progress(console=console) as progress:
+        task = progress.add_task("", total=len(names) * processes)
+        for order in range(processes):
+            for name in names:
+                progress.update(task, description=f"{name:<16}")
+                runs[name].append(in_a_process(name, order, options.quick))
+                progress.advance(task)
+    networks = {name: pooled(of_one) for name, of_one in runs.items()}
+    head, *body = table_rows(networks)
+    table = Table(*head)
+    for cells in body:
+        table.add_row(*cells)
+    console.print(table)
+    machine = timing.machine()
+    timing.write(
+        options.output / "networks.json",
+        {"machine": machine, "networks": networks},
+    )
+    (options.output / "table.md").write_text(markdown(networks, machine))
+    draw(networks, options.output / "networks.png")
+    console.print(f"wrote networks.json, table.md, .png to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
