@@ -51,7 +51,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import keras_renorm
-from keras_renorm.callbacks import RenormScheduler
 from keras_renorm.diagnostics import Report, discrepancy
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
@@ -292,7 +291,8 @@ def one_class_a_batch(seed, healthy):
 # to about +1 and -1, whatever they were.
 #
 # Larger minibatches are the first remedy. If there is no memory for them,
-# `convert` the fresh network and train it on the same minibatches.
+# `convert` the fresh network, gradient corrected too, and train it on the same
+# minibatches.
 
 
 # %%
@@ -300,8 +300,10 @@ def two_images_a_batch(seed, healthy):
     model = train(make_network(0.99, seed), shuffled, 2, 1_000, seed)
 
     def cure(_):
-        fresh = keras_renorm.convert(make_network(0.99, seed))
-        return train(fresh, shuffled, 2, 1_000, seed, [RenormScheduler()])
+        fresh = keras_renorm.convert(
+            make_network(0.99, seed), gradient_momentum=0.9
+        )
+        return train(fresh, shuffled, 2, 1_000, seed)
 
     return treat(model, report_on(shuffled, 2, 200), cure)
 
@@ -393,7 +395,7 @@ CASES = {
     "two images a batch": Case(
         two_images_a_batch,
         "batches too small",
-        "`BatchRenormalization` and `RenormScheduler()`",
+        "`BatchRenormalization(gradient_momentum=0.9)`",
         "convert, train again",
         0.05,
     ),
@@ -570,7 +572,7 @@ if args.data == "digits" and args.steps >= DEFAULT_STEPS:
 #
 # - In `one_class_a_batch`, `recalibrated` as the cure: what do right
 #   statistics do for wrong weights?
-# - In the same case, `keras_renorm.convert` and `RenormScheduler()` on
+# - In the same case, `keras_renorm.convert(model, gradient_momentum=0.9)` on
 #   one-class minibatches: how far does it get in 600 steps, and in 2,000?
 # - In `two_images_a_batch`, minibatches of 4 and 8. From which size on does
 #   the report keep silent?

@@ -259,7 +259,7 @@ def _advised(
 ) -> str:
     """A row of the table, and the way from these layers to there."""
     said = f"for {row.where}, {row.take}."
-    if "`BatchRenormalization`" not in row.take:
+    if "BatchRenormalization" not in row.take:
         return said
     renormalized = [
         each for each in found if each.kind == "BatchRenormalization"
@@ -270,11 +270,10 @@ def _advised(
             f"{said} Relax the limits, now r_max={first.r_max:.3g} and "
             f"d_max={first.d_max:.3g}, with `RenormScheduler()`."
         )
-    if is_convertible:
-        return f"{said} `keras_renorm.convert(model)` puts that layer in."
+    copied = "" if is_convertible else ", in_place=True"
     return (
-        f"{said} Build the model with that layer: `convert` may not reach the "
-        "layers inside this one."
+        f"{said} `keras_renorm.convert(model{copied})` puts that layer in; its "
+        "arguments follow."
     )
 
 

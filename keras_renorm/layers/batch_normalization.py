@@ -60,10 +60,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     batch however it is sharded, statistics are those of the whole batch with
     and without it.
 
-    **When.** For i.i.d. batches of four examples and more. Of two, with
-    `callbacks.FreezeStatistics()`: 0.988 -> 0.992 on digits, means of ten
-    seeds (`python benchmarks/quality --only regimes_digits`). Where a batch
-    holds one class, or one example, take `BatchRenormalization`.
+    **When.** For i.i.d. batches of four examples and more. Of one or two, or
+    where a batch holds one class, take `BatchRenormalization`, its gradient
+    corrected too: with two 0.780 -> 0.827 on cluttered digits, means of ten
+    seeds (`python benchmarks/quality --only regimes_cluttered`).
 
     **Virtual batches.** With a `virtual_batch_size`, training normalizes each
     group of so many consecutive examples by itself ("ghost batches"); what
