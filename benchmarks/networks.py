@@ -1,6 +1,6 @@
 """How long whole networks take, beside the same ones with Keras's layer.
 
-    python benchmarks/networks.py            # about 20 minutes on two cores
+    python benchmarks/networks.py            # about 40 minutes on two cores
     python benchmarks/networks.py --quick    # under a minute
 
 Networks of `keras.applications` with other normalization in the place of

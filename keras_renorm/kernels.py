@@ -205,9 +205,8 @@ def _affine(inputs: Tensor, axis: int, state: State) -> Tensor:
     scale = tf.math.rsqrt(state.moving_variance + state.epsilon)
     if state.gamma is not None:
         scale = scale * state.gamma
-    offset = -state.moving_mean * scale
-    if state.beta is not None:
-        offset = state.beta + offset
+    centre = state.moving_mean * scale
+    offset = -centre if state.beta is None else state.beta - centre
 
     @tf.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
