@@ -269,6 +269,22 @@ TASKS = {
 }
 
 
+# What the code of keras-hub makes and never calls: it may be built, or not.
+UNCALLED = {
+    "BASNet": ["conv1_bn"],
+    "BASNet segmenter": ["conv1_bn"],
+    "RetinaNet": ["output_norm_P5", "output_norm_P4", "output_norm_P3"],
+    "RetinaNet detector": [
+        "output_norm_P5",
+        "output_norm_P4",
+        "output_norm_P3",
+    ],
+}
+UNBUILT = ("EfficientNet unfused",)
+# They choose their best queries: rounding may choose others.
+DISCONTINUOUS = ("DFine", "DFine detector")
+
+
 def class_of(name):
     """The name of the class of an entry of BACKBONES."""
     return f"{name.split()[0]}Backbone"

@@ -171,8 +171,12 @@ def randomize(model, rng):
 
 
 def randomize_mildly(model, rng):
-    """As `randomize`, for deep networks: lest activations overflow."""
-    for layer in normalizations(model):
+    """As `randomize`, for deep networks: lest activations overflow.
+
+    Leaves out layers that are not built: some networks have layers that they
+    never call.
+    """
+    for layer in filter(lambda layer: layer.built, normalizations(model)):
         channels = layer.moving_mean.shape[0]
         layer.moving_mean.assign(rng.normal(0.0, 0.1, channels))
         layer.moving_variance.assign(rng.uniform(0.5, 2.0, channels))

@@ -400,6 +400,9 @@ def test_a_function_that_gives_a_bad_limit():
 
 FUNCTIONS = {
     "convert": keras_renorm.convert,
+    "convert in place": lambda model: keras_renorm.convert(
+        model, in_place=True
+    ),
     "revert": keras_renorm.revert,
     "fold": keras_renorm.fold,
     "freeze_statistics": keras_renorm.freeze_statistics,

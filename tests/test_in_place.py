@@ -485,12 +485,18 @@ def test_what_is_not_built_is_named():
     )
     with raises(
         ValueError,
-        "`model` must be built to be changed in place: call it on data, or "
-        "make it in `keras_renorm.replacing`. Received: model=places, with the "
-        f"layers {names} not built.",
+        "`model` must be built to be changed in place: call it on data, make "
+        "it in `keras_renorm.replacing`, or leave out layers that it never "
+        "calls (layers=lambda layer: layer.built). Received: model=places, "
+        f"with the layers {names} not built.",
     ):
         convert(model, in_place=True)
     assert untouched(model)
+    convert(model, layers=lambda layer: layer.built, in_place=True)
+    assert [
+        type(layer) is BatchRenormalization
+        for layer in networks.normalizations(model)
+    ] == [layer.built for layer in networks.normalizations(model)]
 
 
 def test_the_last_layer_may_fail(rng):

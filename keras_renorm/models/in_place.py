@@ -41,7 +41,8 @@ def replace_in_place(
     if unbuilt:
         raise ValueError(
             "`model` must be built to be changed in place: call it on data, "
-            "or make it in `keras_renorm.replacing`. Received: "
+            "make it in `keras_renorm.replacing`, or leave out layers that it "
+            "never calls (layers=lambda layer: layer.built). Received: "
             f"model={model.name}, with the layers {describe(unbuilt)} not "
             "built."
         )
