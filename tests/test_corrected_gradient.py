@@ -311,6 +311,23 @@ def test_a_batch_without_elements_moves_no_accumulator(wrapper, kind, rng):
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("wrapper", ["eager", "graph"])
+def test_where_no_gradient_arrives_nothing_is_learned_of_it(wrapper, rng):
+    layer, _ = made((4, 3), rng)
+    inputs = tf.constant(helpers.inputs_of(rng, (4, 3)))
+    upstream = upstream_of(rng, (4, 3))
+    step = stepper(layer, wrapper=wrapper)
+    step(inputs, tf.constant(upstream))
+    *_, before = accumulators(layer)
+    upstream[:, 1] = 0.0
+    step(inputs, tf.constant(upstream))
+    for values in accumulators(layer):
+        assert np.isfinite(values).all()
+    *_, after = accumulators(layer)
+    assert after[1] == before[1]
+    assert after[0] != before[0]
+
+
 @pytest.mark.parametrize(
     "frozen", [{"frozen_statistics": True}, {"trainable": False}], ids=str
 )
