@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from keras import backend, ops
+from keras import Variable, backend, ops
 
 if backend.backend() == "tensorflow":
     import tensorflow as tf
 elif backend.backend() == "jax":
     import jax
     from jax.experimental import io_callback
+elif backend.backend() == "torch":
+    import torch
 
 Tensor = Any
 
@@ -86,8 +88,13 @@ def _sizes(tensor: Tensor) -> tuple[int | None, ...]:
 
 
 def compiled(function: Any) -> Any:
-    """A function of tensors as a graph, where the backend has graphs."""
-    if backend.backend() != "tensorflow":
+    """A function of tensors as a graph, where the backend has graphs.
+
+    No gradient is taken of what it returns; PyTorch then keeps no history.
+    """
+    if backend.backend() == "torch":
+        return torch.no_grad()(function)
+    if backend.backend() == "jax":
         return function
     return tf.function(function, autograph=False, reduce_retracing=True)
 
@@ -123,7 +130,7 @@ def tell(
     ):
         io_callback(receive, None, *tensors)
     else:
-        receive(*map(ops.convert_to_numpy, tensors))
+        receive(*map(to_numpy, tensors))
     return outputs
 
 
@@ -158,9 +165,10 @@ def with_size(
 def value_and_gradients(function: Any) -> tuple[Any, Any]:
     """`function(weights, *arguments)`, and it with gradients, as graphs.
 
-    `weights` is a list of tensors; the function returns a number and keeps no
-    state. The second graph returns `(value, gradients)`, the gradients a list
-    of dense tensors, zero for a weight that the value does not depend on.
+    (On PyTorch as functions.) `weights` is a list of tensors; the function
+    returns a number and keeps no state. The second graph returns
+    `(value, gradients)`, the gradients a list of dense tensors, zero for a
+    weight that the value does not depend on.
     """
     if backend.backend() == "tensorflow":
 
@@ -179,10 +187,36 @@ def value_and_gradients(function: Any) -> tuple[Any, Any]:
         return compiled(function), compiled(differentiated)
     if backend.backend() == "jax":
         return jax.jit(function), jax.jit(jax.value_and_grad(function))
+    if backend.backend() == "torch":
+        return _by_torch(function)
     raise RuntimeError(
-        "The backend of Keras must be TensorFlow or JAX. "
+        "The backend of Keras must be TensorFlow, JAX or PyTorch. "
         f"Received: {backend.backend()}."
     )
+
+
+def _by_torch(function: Any) -> tuple[Any, Any]:
+    """`value_and_gradients` on PyTorch, which has no graphs of functions."""
+
+    def evaluated(weights: list[Tensor], *arguments: Any) -> Tensor:
+        with torch.no_grad():
+            return function(weights, *arguments)
+
+    def differentiated(
+        weights: list[Tensor], *arguments: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        # The same numbers, at which no other history begins or ends.
+        weights = [weight.detach().requires_grad_() for weight in weights]
+        with torch.enable_grad():
+            value = function(weights, *arguments)
+        if not value.requires_grad:  # it depends on none
+            return value, [torch.zeros_like(weight) for weight in weights]
+        gradients = torch.autograd.grad(
+            value, weights, allow_unused=True, materialize_grads=True
+        )
+        return value.detach(), list(gradients)
+
+    return evaluated, differentiated
 
 
 def check_no_strategy() -> None:
@@ -237,9 +271,16 @@ def with_accumulators(
     return tuple(begin(inputs, *values))
 
 
-def to_numpy(variable: Any) -> np.ndarray:
-    """A copy of the value of a variable.
+def to_numpy(value: Any) -> np.ndarray:
+    """A copy of the value of a variable, a tensor or an array.
 
-    Not of the variable itself, of which NumPy 2 warns.
+    Neither of the variable itself nor of a tensor of PyTorch, of which NumPy 2
+    warns.
     """
-    return np.array(ops.convert_to_numpy(read(variable, variable.dtype)))
+    if isinstance(value, Variable):
+        value = read(value, value.dtype)
+    if backend.backend() == "torch" and isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        if value.dtype != torch.bfloat16:  # which NumPy does not know
+            value = value.numpy()
+    return np.array(ops.convert_to_numpy(value))

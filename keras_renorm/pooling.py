@@ -16,6 +16,8 @@ from keras_renorm.functional import Moments, Tensor
 
 if backend.backend() == "tensorflow":
     import tensorflow as tf
+elif backend.backend() == "torch":
+    from torch import distributed
 
 # A pooled variance is a difference of float64 numbers of the size of the
 # squared distance between the replicas' means and the moving mean. Below
@@ -38,7 +40,13 @@ class Pool(NamedTuple):
 
     @property
     def spans_replicas(self) -> bool:
-        """Whether statistics are shared here and now, by several replicas."""
+        """Whether statistics are shared here and now, by several replicas.
+
+        Raises:
+            RuntimeError: If they would have to be, by processes of PyTorch.
+        """
+        if self.synchronized and backend.backend() == "torch":
+            _check_one_process()
         return self.synchronized and _replicas() is not None
 
 
@@ -54,6 +62,19 @@ def _replicas() -> Any:
     if context is None or context.num_replicas_in_sync == 1:
         return None
     return context
+
+
+def _check_one_process() -> None:
+    """Raises where PyTorch trains in several, which do not share statistics."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    count = distributed.get_world_size()
+    if count > 1:
+        raise RuntimeError(
+            "`synchronized` must be False where several processes of PyTorch "
+            "train: each would normalize its own examples. Received: "
+            f"synchronized=True, {count} processes."
+        )
 
 
 def sum_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:

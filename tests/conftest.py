@@ -25,6 +25,8 @@ if keras.backend.backend() == "tensorflow":
         [tf.config.LogicalDeviceConfiguration()] * 4,
     )
 
+BACKENDS = ("tensorflow", "jax", "torch")
+
 
 def pytest_collection_modifyitems(config, items):
     if "exhaustive" not in config.option.markexpr:
@@ -32,10 +34,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in drawn]
         config.hook.pytest_deselected(items=drawn)
     for item in items:
-        for backend in ("tensorflow", "jax"):
-            if backend in item.keywords and keras.backend.backend() != backend:
-                skip = pytest.mark.skip(reason=f"for Keras's {backend} backend")
-                item.add_marker(skip)
+        named = [each for each in BACKENDS if each in item.keywords]
+        if named and keras.backend.backend() not in named:
+            reason = f"for Keras's {' or '.join(named)} backend"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_collection_finish():

@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_renorm import graphs
+
+# Keras's `fit` takes one step after the other on PyTorch.
+SEVERAL_STEPS = (pytest.mark.tensorflow, pytest.mark.jax)
+
 
 def raises(kind, message):
     """Expects an error with this message, the whole of it."""
@@ -37,9 +42,7 @@ def randomize(layer, rng):
 
 
 def to_numpy(tensor):
-    if isinstance(tensor, keras.Variable):  # NumPy 2 warns of a variable
-        tensor = ops.cast(tensor, tensor.dtype)
-    return np.array(ops.convert_to_numpy(tensor))
+    return graphs.to_numpy(tensor)
 
 
 def statistics(layer):
@@ -64,6 +67,15 @@ def gradients(layer, inputs, upstream, mask=None, training=True):
             loss = tf.reduce_sum(outputs * upstream)
         weights = [weight.value for weight in layer.trainable_variables]
         d_inputs, d_weights = tape.gradient(loss, (inputs, weights))
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        inputs = inputs.detach().requires_grad_()
+        outputs = layer(inputs, training=training, mask=mask)
+        weights = [weight.value for weight in layer.trainable_variables]
+        d_inputs, *d_weights = torch.autograd.grad(
+            (outputs * upstream).sum(), [inputs, *weights]
+        )
     else:
         import jax
 

@@ -56,11 +56,12 @@ def test_training_step_equals_keras(shape, axis, center, scale, rng):
     expected = helpers.gradients(theirs, inputs, upstream)
     actual = helpers.gradients(ours, inputs, upstream)
     helpers.assert_close(actual[0], expected[0], 1e-5)
-    helpers.assert_close(actual[1], expected[1], 1e-5)
+    # Keras's is off by more on PyTorch.
+    helpers.assert_close(actual[1], expected[1], 2e-5)
     for ours_gradient, their_gradient in zip(
         actual[2], expected[2], strict=True
     ):
-        helpers.assert_close(ours_gradient, their_gradient, 1e-5)
+        helpers.assert_close(ours_gradient, their_gradient, 2e-5)
     for ours_weight, their_weight in zip(
         ours.weights, theirs.weights, strict=True
     ):
@@ -119,7 +120,8 @@ def test_regularizers_and_constraints_act():
     layer.build((None, 2))
     layer.gamma.assign([2.0, 4.0])
     layer.beta.assign([1.0, 0.0])
-    assert float(sum(layer.losses)) == pytest.approx(0.5 * 20 + 0.01)
+    penalty = helpers.to_numpy(sum(layer.losses))
+    assert penalty == pytest.approx(0.5 * 20 + 0.01)
     model = keras.Sequential([keras.Input((2,)), layer])
     # A step of a size that only the constraints keep in bounds.
     model.compile(keras.optimizers.SGD(100.0), "mse")

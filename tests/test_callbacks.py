@@ -31,7 +31,9 @@ def fit(model, callbacks, epochs=5, examples=64, **options):
     ).history
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 8])
+@pytest.mark.parametrize(
+    "steps_per_execution", [1, pytest.param(8, marks=helpers.SEVERAL_STEPS)]
+)
 def test_the_paper_scaled_to_the_run(steps_per_execution):
     layers = [BatchRenormalization(), BatchRenormalization()]
     model = compiled(layers)
@@ -67,7 +69,8 @@ def test_one_limit_given_the_other_scaled():
     assert layer.d_max == 0.5
 
 
-@pytest.mark.tensorflow  # on JAX a function acts once an epoch: see below
+@pytest.mark.tensorflow
+@pytest.mark.torch  # on JAX a function acts once an epoch: see below
 def test_a_function_is_asked_before_every_batch():
     asked = []
 

@@ -330,6 +330,8 @@ def test_a_run_that_ends_before_the_last_part_says_so(data):
     assert len(values) == 2
 
 
+@pytest.mark.tensorflow
+@pytest.mark.jax
 def test_layers_that_were_frozen_before_are_not_traced_again(data):
     traces = []
 

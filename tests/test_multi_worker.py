@@ -110,3 +110,15 @@ def test_the_tutorial_trains_and_saves_one_model(tmp_path):
     for one, other in zip(*(model.weights for model in models), strict=True):
         assert np.array_equal(helpers.to_numpy(one), helpers.to_numpy(other))
     assert models[0].layers[4].current_step() == 20
+
+
+def test_layers_train_beside_a_parameter_server():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.one_cluster"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("trained\n")

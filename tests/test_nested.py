@@ -65,6 +65,11 @@ WAYS = {
 }
 # Batches of 16 are cut into as many parts.
 PARTS = {"rnn": 5, "cond": 1, "while_loop": 1, "map": 4, "scan": 4}
+# On PyTorch, Keras runs the first step of a recurrent layer twice.
+WITH_PARTS = [
+    pytest.param("rnn", marks=[pytest.mark.tensorflow, pytest.mark.jax]),
+    *(way for way in PARTS if way != "rnn"),
+]
 
 
 class Within(keras.Model):
@@ -96,7 +101,7 @@ def model_and_inputs(way, kind, rng):
 
 @pytest.mark.parametrize("layer_by_layer", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", PARTS)
+@pytest.mark.parametrize("way", WITH_PARTS)
 def test_statistics_are_those_of_the_data(way, kind, layer_by_layer, rng):
     model, bn, x = model_and_inputs(way, kind, rng)
     recalibrate(
@@ -110,7 +115,7 @@ def test_statistics_are_those_of_the_data(way, kind, layer_by_layer, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", PARTS)
+@pytest.mark.parametrize("way", WITH_PARTS)
 def test_each_run_through_a_loop_is_a_batch(way, kind, rng):
     model, bn, x = model_and_inputs(way, kind, rng)
     before = helpers.statistics(bn)

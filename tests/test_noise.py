@@ -158,6 +158,12 @@ def test_gradient_is_the_factor(rng):
             tape.watch(variable)
             total = tf.reduce_sum(layer(variable, training=True) * upstream)
         gradient = tape.gradient(total, variable)
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        variable = torch.tensor(x, requires_grad=True)
+        total = (layer(variable, training=True) * torch.tensor(upstream)).sum()
+        (gradient,) = torch.autograd.grad(total, variable)
     else:
         import jax
 

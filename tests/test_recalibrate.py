@@ -39,21 +39,24 @@ class Sequence(keras.utils.PyDataset):
         return self.parts[index], np.zeros(len(self.parts[index]))
 
 
-def datasets(x, cuts):
-    """The same examples in every form."""
+class Endless(Sequence):
+    num_batches = None
+
+
+def dataset_of(form, x, cuts):
+    """Examples in one of the forms."""
+    if form == "tf.data":
+        tf = pytest.importorskip("tensorflow")
+        dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x))))
+        return dataset.batch(5)
     parts = np.split(x, cuts)
-    forms = {
+    return {
         "list": parts,
         "generator": (part for part in parts),
         "PyDataset": Sequence(parts),
         "pairs": [(part, np.zeros(len(part))) for part in parts],
         "array": x,
-    }
-    import tensorflow as tf
-
-    dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x))))
-    forms["tf.data"] = dataset.batch(5)
-    return forms
+    }[form]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +77,7 @@ def test_the_split_into_batches_does_not_matter(kind, rng):
 )
 def test_every_kind_of_dataset(form, rng):
     x = helpers.inputs_of(rng, (20, 5, 3))
-    dataset = datasets(x, [1, 4, 12])[form]
+    dataset = dataset_of(form, x, [1, 4, 12])
     model = first_layer()
     recalibrate(model, dataset, verbose=False)
     rows = x.reshape(-1, 3)
@@ -265,21 +268,28 @@ def failures(x):
         while True:
             yield x[:4]
 
-    import tensorflow as tf
-
-    forever = tf.data.Dataset.from_tensors(x).repeat()
     return [
         (nan, None, ValueError, "finite activations. Received: one that makes"),
         (x[:0], None, ValueError, "at least one batch. Received: dataset=<nd"),
         ([], None, ValueError, "at least one batch. Received: dataset=<list>"),
         (x, 9, ValueError, "Received: steps=9, for 5 batches"),
         (iter([x]), 2, ValueError, "Received: steps=2, for 1 batches"),
-        (forever, None, ValueError, "`steps` must be given for a dataset"),
+        (Endless([x]), None, ValueError, "`steps` must be given for a dataset"),
         (broken(), None, RuntimeError, "disk"),
         (x, 0, ValueError, "`steps` must be at least 1. Received: steps=0"),
         (x, 1.5, TypeError, "`steps` must be an integer. Received: steps=1.5"),
         (7, None, TypeError, "`dataset` must be arrays, a tf.data.Dataset"),
     ]
+
+
+@pytest.mark.tensorflow
+def test_a_tf_data_dataset_that_never_ends(rng):
+    import tensorflow as tf
+
+    x = helpers.inputs_of(rng, (20, 5, 3))
+    forever = tf.data.Dataset.from_tensors(x).repeat()
+    with pytest.raises(ValueError, match="`steps` must be given for a dataset"):
+        recalibrate(first_layer(), forever)
 
 
 @pytest.mark.parametrize("at", range(10))
@@ -545,6 +555,7 @@ def test_the_callback_runs_before_validation_and_checkpoints(
 
 
 @pytest.mark.tensorflow
+@pytest.mark.torch
 def test_the_callback_behind_averaged_weights(rng, tmp_path):
     """What is saved has the averaged weights, and their statistics."""
     path = tmp_path / "model.keras"
@@ -638,8 +649,7 @@ def test_the_callback_checks_before_the_first_epoch(arguments, message, rng):
 
 @pytest.mark.parametrize("kind", [RecalibrateStatistics, RenormMonitor])
 def test_copies_of_a_callback_share_the_data(kind, rng):
-    import tensorflow as tf
-
+    tf = pytest.importorskip("tensorflow")
     x = helpers.inputs_of(rng, (20, 3))
     data = tf.data.Dataset.from_tensor_slices(x).batch(5)
     callback = kind(dataset=data)

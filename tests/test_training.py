@@ -54,7 +54,11 @@ def expected(rng):
 
 @pytest.mark.parametrize(
     "options",
-    [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 4}],
+    [
+        {"run_eagerly": True},
+        {"jit_compile": True},
+        pytest.param({"steps_per_execution": 4}, marks=helpers.SEVERAL_STEPS),
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_every_mode_of_fit_trains_the_same(options, expected):
@@ -86,6 +90,22 @@ def test_a_gradient_tape_loop_trains_the_same(is_graph, expected):
     x, y = data(np.random.default_rng(1))
     for begin in range(0, 32, 4):
         step(x[begin : begin + 4], y[begin : begin + 4])
+    assert_same(state_of(model), expected)
+
+
+@pytest.mark.torch
+def test_a_loop_of_torch_trains_the_same(expected):
+    import torch
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    x, y = data(np.random.default_rng(1))
+    for begin in range(0, 32, 4):
+        optimizer.zero_grad()
+        outputs = model(x[begin : begin + 4], training=True)
+        target = torch.as_tensor(y[begin : begin + 4])
+        torch.mean((outputs - target) ** 2).backward()
+        optimizer.step()
     assert_same(state_of(model), expected)
 
 

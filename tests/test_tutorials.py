@@ -360,3 +360,38 @@ def test_tuning_runs_on_mnist_and_goes_on(monkeypatch, tmp_path):
     assert [trial.params for trial in again[:2]] == [
         trial.params for trial in names["study"].trials[:2]
     ]
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+@pytest.mark.parametrize(("data", "size"), [("shapes", 32), ("pets", 64)])
+def test_segmentation_runs(data, size, monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    options = ["--data", data, "--seeds", "1", "--steps", "2"]
+    monkeypatch.setattr(
+        "sys.argv", ["segmentation", *options, "--output", str(tmp_path)]
+    )
+    with tfds.testing.mock_data(num_examples=12):
+        names = runpy.run_path(str(TUTORIALS / "11_segmentation.py"))
+    for part in ("", "_val"):
+        images, classes = names[f"x{part}"], names[f"y{part}"]
+        assert images.shape == (len(classes), size, size, 3)
+        assert images.dtype == "float32"
+        assert classes.shape == (len(images), size, size)
+        assert set(np.unique(classes)) == {0, 1, 2}
+    assert len(names["scores"]) == 7
+    assert len(names["reports"]) == 6
+    for (report,) in names["reports"].values():
+        assert len(report.rows) == 10
+        assert {layer.examples for layer in report.layers} == {2}
+    # Reverted at the end: Keras's own.
+    kinds = {
+        type(layer)
+        for layer in names["model"].layers
+        if isinstance(layer, layers.BatchNormalization)
+    }
+    assert kinds == {layers.BatchNormalization}
+    found, truth = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
+    assert names["mean_iou"](found, truth) == pytest.approx(5 / 18)
+    assert (tmp_path / "segmentation.png").stat().st_size > 0

@@ -27,9 +27,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_renorm import arguments
+from keras_renorm import arguments, graphs
 from keras_renorm.diagnostics.curves import (
     EffectiveSmoothness,
     GradientPredictiveness,
@@ -333,8 +332,7 @@ def _distances(
 def _arrays(tensors: list[Tensor]) -> Arrays:
     """In float64, in which differences of float32 lose nothing."""
     return [
-        np.asarray(ops.convert_to_numpy(each), dtype="float64")
-        for each in tensors
+        np.asarray(graphs.to_numpy(each), dtype="float64") for each in tensors
     ]
 
 

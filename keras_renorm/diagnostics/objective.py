@@ -53,7 +53,7 @@ class Objective:
     def value(self, weights: list[Tensor]) -> float:
         """The loss at some weights."""
         return float(
-            ops.convert_to_numpy(self._value(weights, self._state, self._batch))
+            graphs.to_numpy(self._value(weights, self._state, self._batch))
         )
 
     def gradients(self, weights: list[Tensor]) -> list[Tensor]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_renorm import arguments, graphs, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
@@ -262,7 +261,7 @@ def _open_limits(layer: Any, given: dict[str, Any]) -> None:
     if all(
         np.array_equal(
             graphs.to_numpy(weight),
-            ops.convert_to_numpy(initializer(weight.shape, weight.dtype)),
+            graphs.to_numpy(initializer(weight.shape, weight.dtype)),
         )
         for weight, initializer in (
             (layer.moving_mean, layer.moving_mean_initializer),

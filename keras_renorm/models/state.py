@@ -32,7 +32,7 @@ def copy_state(old: Any, new: Any) -> None:
     if [v.shape for v in pairs[0]] != [v.shape for v in pairs[1]]:
         raise not_made_anew(old)
     for variable, copy in zip(*pairs, strict=True):
-        copy.assign(_to_numpy(variable))
+        copy.assign(graphs.to_numpy(variable))
 
 
 def reload(layer: Any) -> None:
@@ -46,7 +46,8 @@ def reload(layer: Any) -> None:
 def _saved(layer: Any) -> dict[str, np.ndarray]:
     store: dict[str, Any] = {}
     layer.save_own_variables(store)
-    return {name: _to_numpy(value) for name, value in store.items()}
+    # Copies: JAX gives the memory of a variable away.
+    return {name: graphs.to_numpy(value) for name, value in store.items()}
 
 
 def copy_assets(old: Any, new: Any) -> None:
@@ -64,13 +65,6 @@ def not_made_anew(layer: Any) -> ValueError:
         f"the same weights. Received: layer {layer.name} of class "
         f"{type(layer).__name__}."
     )
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    # A copy: JAX gives the memory of a variable away.
-    if isinstance(value, keras.Variable):
-        return graphs.to_numpy(value)
-    return np.array(value)
 
 
 def _own_variables(layer: Any) -> list[keras.Variable]:
