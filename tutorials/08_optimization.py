@@ -718,7 +718,7 @@ batch_noise.set(
     yscale="log",
 )
 batch_noise.set_xticks(SIZES, SIZES)
-batch_noise.minorticks_off()
+batch_noise.set_xticks([], minor=True)  # and keep those of y
 picture = args.output / "optimization.png"
 figure.savefig(picture, dpi=150)
 console.print(f"The picture is in {picture}")
