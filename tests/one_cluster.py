@@ -20,12 +20,10 @@ import tensorflow as tf
 import keras_renorm
 
 STEPS = 100
-CORRECTED = {"gradient_momentum": 0.9}
 KINDS = (
     (keras_renorm.BatchNormalization, {}),
     (keras_renorm.BatchNormalization, {"synchronized": True}),
     (keras_renorm.BatchRenormalization, {}),
-    (keras_renorm.BatchRenormalization, CORRECTED),
 )
 
 

@@ -13,8 +13,7 @@
 # in a light of its own. `--data pets` takes photographs of cats and dogs with
 # their outlines (Oxford-IIIT Pet, 800 MB by tensorflow-datasets).
 #
-# Takes about RUNTIME on two CPU cores. Needs
-# `pip install keras-renorm[tutorials]`.
+# Takes some minutes on two CPU cores; `pip install keras-renorm[tutorials]`.
 
 # %%
 import argparse
@@ -36,9 +35,7 @@ import keras_renorm
 from keras_renorm.diagnostics import discrepancy
 
 # %%
-CLASSES = 3
-PICTURES = 3
-DEFAULT_STEPS = 300
+CLASSES, PICTURES, DEFAULT_STEPS = 3, 3, 300
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", choices=["shapes", "pets"], default="shapes")
@@ -86,12 +83,11 @@ def pets(split, size=64):
         return tf.image.resize(image, (size, size)) / 127.5 - 1, mask
 
     dataset = tfds.load("oxford_iiit_pet", split=split).map(shrink)
-    images, classes = dataset.batch(len(dataset)).get_single_element()
-    return images.numpy(), classes.numpy()
+    pair = dataset.batch(len(dataset)).get_single_element()
+    return tuple(each.numpy() for each in pair)
 
 
 def load_data(seed):
-    """Images and classes to train with, and others."""
     if args.data == "pets":
         return *pets("train"), *pets("test[:500]")
     rng = np.random.default_rng(seed)
@@ -153,9 +149,8 @@ def unet(encoder, normalization):
 # %% [markdown]
 # ## Train, then judge on images that were held back, in inference
 #
-# By the mean over the classes of intersection over union (mIoU). `discrepancy`
-# looks at batches as training uses them; without batch normalization it has
-# nothing to look at.
+# By the mean over the classes of intersection over union (mIoU); `discrepancy`
+# on batches as training uses them. Of group normalization it knows nothing.
 
 # %%
 scores, reports, pictures = {}, {}, {}
@@ -227,12 +222,9 @@ for seed in range(args.seeds):
     assert abs(mean_iou(served, y_val) - scores[name][-1]) < 1e-3
 
 # %% [markdown]
-# ## Results
-#
-# RESULTS
+# ## Results: ranges over the seeds; the gap is that of the model's outputs
 
 # %%
-console = Console()
 table = Table("normalization", "mIoU", "gap", "what discrepancy says")
 for name, values in scores.items():
     found = reports.get(name, [])
@@ -244,7 +236,7 @@ for name, values in scores.items():
         f"{min(gaps):.2f} to {max(gaps):.2f}" if gaps else "-",
         ", ".join(sorted(causes)) or ("nothing" if found else "-"),
     )
-console.print(table)
+Console().print(table)
 
 columns = {"truth": y_val[:PICTURES], **pictures}
 figure = Figure((2 * len(columns), 2 * PICTURES), layout="constrained")
@@ -255,4 +247,3 @@ for column, (name, images) in enumerate(columns.items()):
         axes.imshow(classes, vmin=0, vmax=CLASSES - 1)
         axes.set_axis_off()
 figure.savefig(args.output / "segmentation.png")
-console.print(f"Saved {args.output / 'segmentation.png'}")
