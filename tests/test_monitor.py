@@ -24,6 +24,7 @@ from keras_renorm.diagnostics.probe import (
     read_moved,
     read_state,
 )
+from keras_renorm.schedules import ioffe2017
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
@@ -327,8 +328,10 @@ def test_limits_that_never_relaxed():
         "Limits of renormalization never relaxed in this run: r_max is 1 and "
         "d_max is 0 still, in layers first, second."
     )
+    r_max, d_max = ioffe2017()
+    model = network(BatchRenormalization, r_max=r_max, d_max=d_max)
     with pytest.warns(UserWarning, match=re.escape(message)) as found:
-        fit(network(BatchRenormalization), [RenormMonitor(every=3)])
+        fit(model, [RenormMonitor(every=3)])
     assert [each.category for each in found].count(UserWarning) == 1
     # And none where they did; warnings are errors here.
     model = network(BatchRenormalization)
