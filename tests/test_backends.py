@@ -41,7 +41,7 @@ model.fit(x, x, batch_size=16, verbose=0)
 mean = np.array(model.layers[0].moving_mean.value)
 assert np.all(np.abs(mean - 3) < 1), mean
 keras_renorm.recalibrate(model, x)
-keras_renorm.diagnostics.discrepancy(model, x, y=x)
+keras_renorm.diagnostics.discrepancy(model, x)
 keras_renorm.diagnostics.loss_along_gradient(model, "mse", (x, x), 0.1)
 keras_renorm.fold(model).predict(x, verbose=0)
 model.save(sys.argv[2])
