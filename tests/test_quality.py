@@ -230,7 +230,10 @@ def test_rates_are_tuned_on_seeds_that_do_not_count(quality):
                 tuned = {run.seed for runs in tuning.values() for run in runs}
                 counted = plan.evaluation(cell, 0.05)
                 assert min(tuned) >= training.TUNING_SEED
-                assert [run.seed for run in counted] == list(range(10))
+                # Half as many where a training takes long.
+                is_slow = cell.task in ("cluttered_residual", "segments")
+                count = 5 if is_slow else 10
+                assert [run.seed for run in counted] == list(range(count))
                 assert len({run.steps for run in counted}) == 1
                 assert {
                     run.steps for runs in tuning.values() for run in runs
