@@ -47,7 +47,7 @@ class Measurement(NamedTuple):
         elements: Elements a batch and channel, on average.
         examples: Examples a batch, on average.
         is_frozen: Whether training mode, too, uses the moving statistics.
-        is_untrained: Whether these are exactly 0 and 1.
+        is_untrained: Whether these are as they were made, 0 and 1.
         is_broken: Whether they are not finite, or a variance is negative.
         r_max, d_max: The limits that the shares below are counted by.
         r: Lowest, 5 %, median, 95 % and highest of r = σ_B / σ.

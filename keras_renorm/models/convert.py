@@ -3,14 +3,14 @@
 from typing import Any
 
 import keras
-import numpy as np
 
-from keras_renorm import arguments, graphs, schedules
+from keras_renorm import arguments, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models import legacy
 from keras_renorm.models.in_place import replace_in_place
 from keras_renorm.models.rebuild import describe, rebuild
+from keras_renorm.models.statistics import is_untrained
 from keras_renorm.models.translation import (
     KERAS,
     arguments_of,
@@ -253,21 +253,9 @@ def _with_layers(
 def _open_limits(layer: Any, given: dict[str, Any]) -> None:
     """Opens limits that nobody gave, where the statistics know the data.
 
-    The ramp of a new layer waits for that. Statistics are new where they are
-    as they were made.
+    The ramp of a new layer waits for that.
     """
-    if not isinstance(layer, BatchRenormalization):
-        return
-    if all(
-        np.array_equal(
-            graphs.to_numpy(weight),
-            graphs.to_numpy(initializer(weight.shape, weight.dtype)),
-        )
-        for weight, initializer in (
-            (layer.moving_mean, layer.moving_mean_initializer),
-            (layer.moving_variance, layer.moving_variance_initializer),
-        )
-    ):
+    if not isinstance(layer, BatchRenormalization) or is_untrained(layer):
         return
     ramps = schedules.default_limits(layer.momentum)
     for name, ramp in zip(("r_max", "d_max"), ramps, strict=True):

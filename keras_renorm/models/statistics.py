@@ -153,13 +153,20 @@ def statistics_layers(model: keras.Model, layers: Choice = None) -> list[Any]:
 
 
 def is_untrained(layer: Any) -> bool:
-    """Whether moving statistics are as they are made: mean 0, variance 1."""
-    if not layer.built:
-        return True
-    mean, variance = map(
-        graphs.to_numpy, (layer.moving_mean, layer.moving_variance)
+    """Whether moving statistics are as they were made: mean 0, variance 1.
+
+    Or what other initializers of the layer give.
+    """
+    return not layer.built or all(
+        np.array_equal(
+            graphs.to_numpy(weight),
+            graphs.to_numpy(initializer(weight.shape, weight.dtype)),
+        )
+        for weight, initializer in (
+            (layer.moving_mean, layer.moving_mean_initializer),
+            (layer.moving_variance, layer.moving_variance_initializer),
+        )
     )
-    return bool(np.all(mean == 0) and np.all(variance == 1))
 
 
 def check_no_keras_renorm(layers: list[Any]) -> None:
