@@ -204,9 +204,11 @@ def default_limits(momentum: float) -> tuple[LinearRamp, LinearRamp]:
     r and d measure a batch against the moving statistics, which begin at 0
     and 1 and need some steps to mean anything. With n = 1 / (1 - momentum),
     that is how many steps they remember, the limits are closed (r_max = 1,
-    d_max = 0, plain batch normalization) for n steps, when 63 % of the
-    beginning is forgotten, and open to the paper's 3 and 5 at step 5 n, when
-    99 % is.
+    d_max = 0, plain batch normalization) for 3 n steps, when 95 % of the
+    beginning is forgotten, and open to the paper's 3 and 5 at step 10 n. A
+    mean of a thousand standard deviations is within one of them at step 7 n:
+    limits that are open before let d be at its limit for no other reason
+    than that, and a network can diverge of it.
 
     Args:
         momentum: Share of the old moving statistics kept at each step, in
@@ -219,14 +221,15 @@ def default_limits(momentum: float) -> tuple[LinearRamp, LinearRamp]:
 
     >>> r_max, d_max = default_limits(momentum=0.99)
     >>> r_max
-    LinearRamp(initial_value=1.0, final_value=3.0, begin_step=100, end_step=500)
+    LinearRamp(initial_value=1.0, final_value=3.0, begin_step=300, end_step=1000)
     """
     if momentum == 1:
         return LinearRamp(1.0, 1.0, 0, 0), LinearRamp(0.0, 0.0, 0, 0)
-    begin_step = round(1 / (1 - momentum))
+    remembered = round(1 / (1 - momentum))
+    steps = 3 * remembered, 10 * remembered
     return (
-        LinearRamp(1.0, _PAPER_R_MAX.final_value, begin_step, 5 * begin_step),
-        LinearRamp(0.0, _PAPER_D_MAX.final_value, begin_step, 5 * begin_step),
+        LinearRamp(1.0, _PAPER_R_MAX.final_value, *steps),
+        LinearRamp(0.0, _PAPER_D_MAX.final_value, *steps),
     )
 
 

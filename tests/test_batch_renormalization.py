@@ -317,13 +317,13 @@ def test_weights_begin_with_those_of_keras():
 
 class TestLimits:
     @pytest.mark.parametrize(
-        ("momentum", "begin_step"), [(0.99, 100), (0.9, 10), (0.0, 1)]
+        ("momentum", "remembered"), [(0.99, 100), (0.9, 10), (0.0, 1)]
     )
     def test_default_opens_when_statistics_know_the_data(
-        self, momentum, begin_step
+        self, momentum, remembered
     ):
         layer = BatchRenormalization(momentum=momentum)
-        ramp = (begin_step, 5 * begin_step)
+        ramp = (3 * remembered, 10 * remembered)
         assert layer.r_max == LinearRamp(1.0, 3.0, *ramp)
         assert layer.d_max == LinearRamp(0.0, 5.0, *ramp)
 
@@ -335,13 +335,16 @@ class TestLimits:
     def test_one_limit_alone_leaves_the_other_its_default(self):
         layer = BatchRenormalization(r_max=2.0)
         assert layer.r_max == 2.0
-        assert layer.d_max == LinearRamp(0.0, 5.0, 100, 500)
+        assert layer.d_max == LinearRamp(0.0, 5.0, 300, 1_000)
 
     @pytest.mark.parametrize(
         ("shift", "scale"), [(0, 1), (0, 1e-3), (1e3, 1), (-1e3, 1e3)]
     )
-    def test_default_trains_on_inputs_of_any_scale(self, shift, scale, rng):
-        keras.utils.set_random_seed(1)
+    @pytest.mark.parametrize("seed", [1, 2, 3])
+    def test_default_trains_on_inputs_of_any_scale(
+        self, shift, scale, seed, rng
+    ):
+        keras.utils.set_random_seed(seed)
         x = rng.normal(size=(64, 4)).astype("float32")
         y = np.sign(x[:, :1] - x[:, 1:2])
         model = keras.Sequential(
@@ -355,7 +358,7 @@ class TestLimits:
         )
         model.compile(keras.optimizers.SGD(0.05), "mse")
         x = x * scale + shift
-        losses = model.fit(x, y, batch_size=4, epochs=12, verbose=0).history
+        losses = model.fit(x, y, batch_size=4, epochs=15, verbose=0).history
         assert np.isfinite(losses["loss"]).all()
         assert losses["loss"][-1] < 0.6
 

@@ -105,13 +105,13 @@ class BatchRenormalization(BatchNormalization):
         epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
         r_max: Largest correction of the scale, >= 1; the smallest is
             `1 / r_max`. A number or a `LinearRamp`; `inf` does not clip.
-            "auto" (default) is 1 for n = 1 / (1 - momentum) steps and goes
-            to 3 at step 5 n (`schedules.default_limits`): with momentum
-            0.99, from step 100 to 500. `schedules.ioffe2017()` is the
-            paper's. Reading it gives a `LinearRamp`.
+            "auto" (default) is 1 for 3 n steps and goes to 3 at step 10 n,
+            with n = 1 / (1 - momentum) (`schedules.default_limits`): with
+            momentum 0.99, from step 300 to 1,000. `schedules.ioffe2017()` is
+            the paper's. Reading it gives a `LinearRamp`.
         d_max: Largest correction of the offset, >= 0, in standard
             deviations. A number or a `LinearRamp`; `inf` does not clip.
-            "auto" (default) is 0 for n steps and goes to 5 at step 5 n.
+            "auto" (default) is 0 for 3 n steps and goes to 5 at step 10 n.
         gradient_momentum: Share of the accumulators kept at each step, in
             [0, 1); 0.9 is a good value. `None` (default) is the gradient of
             Algorithm 1. Not together with `virtual_batch_size`.
