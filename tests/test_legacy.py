@@ -134,7 +134,7 @@ def test_limits_are_open_where_statistics_are_trained(rng, tf_keras):
     converted = convert(model)
     assert converted.get_layer("trained").r_max == 3.0
     assert converted.get_layer("trained").d_max == 5.0
-    assert converted.get_layer("new").r_max.begin_step == 100
+    assert converted.get_layer("new").r_max.begin_step == 300
 
 
 def test_reverted_it_is_keras_3(rng, tf_keras):

@@ -176,7 +176,10 @@ CONTENDERS = {
                 LinearRamp(0.0, 5.0, begin, end),
             ),
         )
-        for begin, end in ((25, 190), (100, 500), (190, 1_500))
+        for begin, end in (
+            *((25, 190), (100, 500), (200, 800)),
+            *((300, 1_000), (190, 1_500)),
+        )
     },
     "renorm_adaptive": Contender(
         "limits adapt to 10 % clipped channels",

@@ -232,6 +232,7 @@ def _ablation(name, task, regimes=("one_class", "iid_2"), quick=False):
 def _lengths(task, quick=False):
     contenders = (
         *("renorm", "renorm_steps_190", "renorm_steps_500"),
+        *("renorm_steps_800", "renorm_steps_1000"),
         *("renorm_steps_1500", "renorm_momentum_0.95"),
     )
     lengths = (0.5, 1.0) if quick else (0.25, 0.5, 1.0, 2.0)
