@@ -268,17 +268,35 @@ class Feedback(NamedTuple):
     momentum: float
 
 
-class State(NamedTuple):
-    """What a layer holds when a step begins.
+class Parameters(NamedTuple):
+    """What an inference step reads of a layer.
 
     Attributes:
         gamma: Scale, shape `(channels,)`, or `None` for 1.
         beta: Offset, shape `(channels,)`, or `None` for 0.
         moving_mean: Shape `(channels,)`.
         moving_variance: Shape `(channels,)`.
-        limits: Those of r and d. `None` is r = 1, d = 0.
+        epsilon: Added to variances under the root.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    moving_mean: Tensor
+    moving_variance: Tensor
+    epsilon: float
+
+
+class State(NamedTuple):
+    """What a training step reads of a layer: `Parameters`, and more.
+
+    Attributes:
+        gamma: Scale, shape `(channels,)`, or `None` for 1.
+        beta: Offset, shape `(channels,)`, or `None` for 0.
+        moving_mean: Shape `(channels,)`.
+        moving_variance: Shape `(channels,)`.
         epsilon: Added to variances under the root.
         momentum: Share of the moving statistics that is kept.
+        limits: Those of r and d. `None` is r = 1, d = 0.
         feedback: What corrects the gradient, or `None`.
     """
 
@@ -286,10 +304,10 @@ class State(NamedTuple):
     beta: Tensor | None
     moving_mean: Tensor
     moving_variance: Tensor
-    limits: Limits | None
     epsilon: float
     momentum: float
-    feedback: Feedback | None = None
+    limits: Limits | None
+    feedback: Feedback | None
 
 
 class Response(NamedTuple):
@@ -304,8 +322,6 @@ class Response(NamedTuple):
             Algorithm 1's scale, that is taken as if the statistics were
             constants.
         rest: With it, the share that is Algorithm 1's own.
-        probe: With it, a zero. Part of the loss, it tells the backward pass
-            what the loss is multiplied by.
     """
 
     r: Tensor | None
@@ -314,6 +330,20 @@ class Response(NamedTuple):
     moving_variance: Tensor
     held: Tensor | None = None
     rest: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """What a training step gives its layer beside the outputs.
+
+    Attributes:
+        moving_mean: The new moving mean, without gradient.
+        moving_variance: The new moving variance, without gradient.
+        probe: With `State.feedback`, a zero. Part of the loss, it tells the
+            backward pass what the loss is multiplied by.
+    """
+
+    moving_mean: Tensor
+    moving_variance: Tensor
     probe: Tensor | None = None
 
 

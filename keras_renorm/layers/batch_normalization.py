@@ -168,15 +168,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     "is the layer `keras_renorm.BatchRenormalization`. "
                     f"Received: {argument}={value!r}."
                 )
-        pool = Pool(
-            arguments.check_boolean("synchronized", synchronized),
-            virtual_batch_size
-            if virtual_batch_size is None
-            else arguments.check_integer(
+        synchronized = arguments.check_boolean("synchronized", synchronized)
+        if virtual_batch_size is not None:
+            virtual_batch_size = arguments.check_integer(
                 "virtual_batch_size", virtual_batch_size, minimum=1
-            ),
-        )
-        if pool.synchronized and pool.virtual_batch_size is not None:
+            )
+        if synchronized and virtual_batch_size is not None:
             raise ValueError(
                 "`virtual_batch_size` must be None where synchronized=True: "
                 "one narrows the examples that share statistics, the other "
@@ -203,8 +200,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             **layer_arguments,
         )
         # Not through Keras's constructor, which takes it on TensorFlow only.
-        self.synchronized = pool.synchronized
-        self.virtual_batch_size = pool.virtual_batch_size
+        self.synchronized = synchronized
+        self.virtual_batch_size = virtual_batch_size
         self.frozen_statistics = frozen_statistics
         self._holds_statistics = False
 
@@ -319,33 +316,40 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _train(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
         dtype = kernels.statistics_dtype(inputs.dtype)
         inputs, feedback = self._feedback(inputs, dtype)
-        state = self._state(dtype)._replace(
-            limits=self._limits(), feedback=feedback
+        state = functional.State(
+            *self._read_parameters(dtype),
+            self.momentum,
+            self._limits(),
+            feedback,
         )
         pool = Pool(self.synchronized, self.virtual_batch_size)
-        outputs, response = kernels.normalize_by_batch(
+        outputs, update = kernels.normalize_by_batch(
             inputs, axis, mask, state, pool
         )
-        self.moving_mean.assign(response.moving_mean)
-        self.moving_variance.assign(response.moving_variance)
-        self._end_step(response)
-        if response.probe is not None and self.compute_dtype == "float16":
+        self.moving_mean.assign(update.moving_mean)
+        self.moving_variance.assign(update.moving_variance)
+        self._end_step()
+        if update.probe is not None and self.compute_dtype == "float16":
             # So that the backward pass sees the scale of the loss.
-            self.add_loss(response.probe)
+            self.add_loss(update.probe)
         return outputs
 
     def _infer(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-        state = self._state(kernels.statistics_dtype(inputs.dtype))
+        parameters = self._read_parameters(
+            kernels.statistics_dtype(inputs.dtype)
+        )
         if not self.synchronized:
             moving_mean, moving_variance = pooling.average_over_replicas(
-                [state.moving_mean, state.moving_variance]
+                [parameters.moving_mean, parameters.moving_variance]
             )
-            state = state._replace(
+            parameters = parameters._replace(
                 moving_mean=moving_mean, moving_variance=moving_variance
             )
-        return kernels.normalize_by_moving_statistics(inputs, axis, mask, state)
+        return kernels.normalize_by_moving_statistics(
+            inputs, axis, mask, parameters
+        )
 
-    def _state(self, dtype: str) -> functional.State:
+    def _read_parameters(self, dtype: str) -> functional.Parameters:
         """The weights, each read once, in the type to compute in."""
         gamma, beta, moving_mean, moving_variance = (
             None if weight is None else graphs.read(weight, dtype)
@@ -356,14 +360,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 self.moving_variance,
             )
         )
-        return functional.State(
-            gamma,
-            beta,
-            moving_mean,
-            moving_variance,
-            None,
-            self.epsilon,
-            self.momentum,
+        return functional.Parameters(
+            gamma, beta, moving_mean, moving_variance, self.epsilon
         )
 
     def _channel_axis(self, rank: int) -> int:
@@ -384,7 +382,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """The inputs, and what corrects the gradient; `None` for nothing."""
         return inputs, None
 
-    def _end_step(self, response: functional.Response) -> None:
+    def _end_step(self) -> None:
         """Called after each training step that moved the statistics."""
 
     def load_own_variables(self, store: Any) -> None:

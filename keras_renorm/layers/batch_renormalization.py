@@ -344,7 +344,7 @@ class BatchRenormalization(BatchNormalization):
             mean, projection, agreement, self.gradient_momentum
         )
 
-    def _end_step(self, response: functional.Response) -> None:
+    def _end_step(self) -> None:
         self.step.assign_add(1)
 
     def get_config(self) -> dict[str, Any]:
