@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_renorm import schedules
-
+# Of whichever backend; none has a type that fits all.
 Tensor = Any
 
 
@@ -347,12 +346,29 @@ class Update(NamedTuple):
     probe: Tensor | None = None
 
 
+def interpolate(
+    xp: Any, initial_value: Any, final_value: Any, elapsed: Any, span: Any
+) -> Any:
+    """The value of a linear ramp, elementwise.
+
+    `xp` is the namespace that computes it, `numpy` or `keras.ops`. `elapsed`
+    are the steps since the ramp began (negative before), `span` is how many
+    it takes, both as floats. Values are picked, not multiplied by zero, at
+    both ends: they may be infinite there.
+    """
+    progress = elapsed / xp.maximum(span, 1.0)
+    between = initial_value + (final_value - initial_value) * progress
+    value = xp.where(elapsed <= 0, initial_value, between)
+    # Last, so that a ramp of no length has switched at its step.
+    return xp.where(elapsed >= span, final_value, value)
+
+
 def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
     """r_max and d_max of this step."""
     begin_steps, end_steps = limits.steps[:, 0], limits.steps[:, 1]
     values = ops.cast(limits.values, dtype)
     r_max, d_max = ops.unstack(
-        schedules.interpolate(
+        interpolate(
             ops,
             values[:, 0],
             values[:, 1],

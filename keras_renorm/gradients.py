@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_renorm import functional
+from keras_renorm import functional, schedules
 from keras_renorm.functional import Moments, Response, State, Tensor
 
 # How much of the gradient is corrected at most. With all of it, the
@@ -25,7 +25,7 @@ HIGHEST_WEIGHT = 0.8
 HALF_WEIGHT_AGREEMENT = 0.12
 AGREEMENT_MOMENTUM = 0.98
 # The correction is at its highest where r may be as large as in the paper.
-OPEN_R_MAX = 3.0
+OPEN_R_MAX = schedules.R_MAX
 
 
 def respond(

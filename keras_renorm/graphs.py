@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from keras import Variable, backend, ops
 
+from keras_renorm.functional import Tensor
+
 if backend.backend() == "tensorflow":
     import tensorflow as tf
 elif backend.backend() == "jax":
@@ -14,8 +16,6 @@ elif backend.backend() == "jax":
     from jax.experimental import io_callback
 elif backend.backend() == "torch":
     import torch
-
-Tensor = Any
 
 
 def runs_as_one_graph() -> bool:

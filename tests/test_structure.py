@@ -17,8 +17,8 @@ ROOT = Path(keras_renorm.__file__).parent
 # A module may import from its own layer of the package and those before it.
 ORDER = [
     {"arguments"},
-    {"schedules"},
     {"functional"},
+    {"schedules"},
     {"gradients"},
     {"graphs"},
     {"fused"},

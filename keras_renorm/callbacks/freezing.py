@@ -34,7 +34,7 @@ class FreezeStatistics(keras.callbacks.Callback):
     ever was in this run, and if the loss rises afterwards.
 
     Accuracy on digits without
-    and with it, means of ten seeds (`python benchmarks/quality --only
+    and with it, means of ten seeds (`python -m benchmarks.quality --only
     regimes_digits`): batch normalization 0.561 -> 0.973 where a minibatch
     holds one class, 0.819 -> 0.957 where it holds one image, 0.988 -> 0.992
     with two; renormalization 0.986 -> 0.990, 0.960 -> 0.965, 0.988 -> 0.990.

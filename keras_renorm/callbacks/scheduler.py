@@ -12,8 +12,6 @@ from keras_renorm.schedules import LinearRamp
 
 Limit = float | LinearRamp | Callable[[int], float]
 
-_MINIMA = {"r_max": 1, "d_max": 0}
-
 
 class RenormScheduler(keras.callbacks.Callback):
     """Sets the limits of every `BatchRenormalization` layer for one run.
@@ -74,7 +72,7 @@ class RenormScheduler(keras.callbacks.Callback):
         self.limits: dict[str, Any] = {"r_max": r_max, "d_max": d_max}
         for name, value in self.limits.items():
             if value is not None and not _is_function(value):
-                schedules.limit(name, value, _MINIMA[name])
+                schedules.limit(name, value)
         self._layers: list[BatchRenormalization] = []
         self._steps_before: list[int] | None = None
         self._is_measured = False

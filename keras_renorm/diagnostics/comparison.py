@@ -8,17 +8,16 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import arguments, functional, graphs, kernels, pooling
+from keras_renorm import functional, graphs, kernels, pooling
 from keras_renorm.diagnostics.measurement import Gap, Measurement
 from keras_renorm.diagnostics.record import Record
 from keras_renorm.diagnostics.scores import Scores
+from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.observe import Told, aligned_inputs, observed
 from keras_renorm.models.rebuild import describe
 from keras_renorm.models.statistics import statistics_layers
 from keras_renorm.models.traversal import names_of
-
-Tensor = Any
 
 
 class Result(NamedTuple):
@@ -55,18 +54,12 @@ class Comparison:
 
     def run(
         self,
-        dataset: Any,
-        steps: int | None,
+        data: Batches,
         r_max: float | None = None,
         d_max: float | None = None,
-        batch_size: int = 32,
         verbose: int | bool = True,
     ) -> Result:
         """As `discrepancy`."""
-        if steps is not None:
-            steps = arguments.check_integer("steps", steps, minimum=1)
-        batch_size = arguments.check_integer("batch_size", batch_size, 1)
-        data = Batches(dataset, steps, batch_size, self.model)
         records = {
             id(layer): Record(layer, name, r_max, d_max)
             for layer, name in zip(
@@ -94,17 +87,19 @@ class Comparison:
         bar.update(seen, finalize=True)
         data.check_complete(seen)
         _check(records, seen)
-        order = dict.fromkeys(id(layer) for layer in self._called)
+        order = {id(layer): layer for layer in self._called}
         return Result(
-            [records[at].measure(self._is_frozen(at)) for at in order],
+            [
+                records[at].measure(self._is_frozen(layer))
+                for at, layer in order.items()
+            ],
             float(max((gap.relative for gap in gaps), default=0.0)),
             (scores[0].values(), scores[1].values()),
         )
 
-    def _is_frozen(self, at: int) -> bool:
-        (layer,) = [each for each in self.layers if id(each) == at]
+    def _is_frozen(self, layer: Any) -> bool:
         return bool(
-            at not in (self._training or ())
+            id(layer) not in (self._training or ())
             or not layer.trainable
             or getattr(layer, "statistics_stand", False)
         )

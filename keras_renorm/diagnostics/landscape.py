@@ -36,8 +36,8 @@ from keras_renorm.diagnostics.curves import (
     LossAlongGradient,
 )
 from keras_renorm.diagnostics.objective import Objective, checked_step_sizes
+from keras_renorm.functional import Tensor
 
-Tensor = Any
 Arrays = list[np.ndarray]
 
 

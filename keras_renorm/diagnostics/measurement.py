@@ -5,9 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The final limits of the paper (Ioffe 2017, section 4).
-R_MAX, D_MAX = 3.0, 5.0
-
 
 class Gap(NamedTuple):
     """Sums of squares of training-mode outputs less inference-mode outputs.

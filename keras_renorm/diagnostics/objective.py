@@ -10,10 +10,9 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import arguments, graphs, kernels
+from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import check_inputs
 from keras_renorm.models.traversal import find_layers
-
-Tensor = Any
 
 
 class Objective:

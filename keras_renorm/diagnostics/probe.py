@@ -1,12 +1,14 @@
 """One training step of a layer, by its moving statistics on either side."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from keras_renorm import graphs
-from keras_renorm.diagnostics.measurement import D_MAX, R_MAX, jeffreys
+from keras_renorm.diagnostics.measurement import jeffreys
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
+from keras_renorm.schedules import CLOSED, D_MAX, R_MAX
 
 
 class LayerState(NamedTuple):
@@ -69,8 +71,8 @@ def probe(
     epsilon: float,
     gamma: np.ndarray | float = 1.0,
     beta: np.ndarray | float = 0.0,
-    normalizing: tuple[float, float] = (1.0, 0.0),
-    counted: tuple[float, float] = (1.0, 0.0),
+    normalizing: tuple[float, float] = CLOSED,
+    counted: tuple[float, float] = CLOSED,
 ) -> Probe:
     """A step of a layer, from the statistics of its batch.
 
@@ -179,7 +181,7 @@ def figures_of(
         layer.epsilon,
         before.gamma,
         before.beta,
-        normalizing=before.limits or (1.0, 0.0),
+        normalizing=before.limits or CLOSED,
         counted=before.limits or (R_MAX, D_MAX),
     )
     figures = {
@@ -194,3 +196,34 @@ def figures_of(
     if before.limits is not None:
         figures["r_max"], figures["d_max"] = before.limits
     return figures
+
+
+_LOGGED = ("r", "d", "clipped", "gap", "r_max", "d_max")
+
+
+def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
+    """Means over steps, the largest of all layers, and of each on request.
+
+    Args:
+        rows: A dict for each step and layer: its name as `layer`, and what
+            `figures_of` gives.
+        per_layer: Whether to name each layer's means, too.
+    """
+    largest: dict[str, float] = {}
+    of_layers: dict[str, float] = {}
+    for figure in _LOGGED:
+        for name in dict.fromkeys(row["layer"] for row in rows):
+            mean = mean_of(figure, name, rows)
+            if mean is not None:
+                of_layers[f"{name}/renorm_{figure}"] = mean
+                key = f"renorm_{figure}"
+                largest[key] = max(largest.get(key, -math.inf), mean)
+    return {**largest, **(of_layers if per_layer else {})}
+
+
+def mean_of(figure: str, name: str, rows: list[dict[str, Any]]) -> float | None:
+    """The mean of a figure of a layer over steps, where any has it."""
+    values = [
+        row[figure] for row in rows if row["layer"] == name and figure in row
+    ]
+    return float(np.mean(values)) if values else None

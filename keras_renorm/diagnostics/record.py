@@ -7,8 +7,6 @@ import numpy as np
 
 from keras_renorm import graphs
 from keras_renorm.diagnostics.measurement import (
-    D_MAX,
-    R_MAX,
     Gap,
     Measurement,
     jeffreys,
@@ -16,6 +14,7 @@ from keras_renorm.diagnostics.measurement import (
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models.observe import Total
 from keras_renorm.models.statistics import is_untrained
+from keras_renorm.schedules import D_MAX, R_MAX
 
 # Quantiles rest on at most this many batches, evenly spread over all.
 KEPT_BATCHES = 512

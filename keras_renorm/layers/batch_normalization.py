@@ -63,7 +63,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     **When.** For i.i.d. batches of four examples and more. Of one or two, or
     where a batch holds one class, take `BatchRenormalization`, its gradient
     corrected too: with two 0.780 -> 0.827 on cluttered digits, means of ten
-    seeds (`python benchmarks/quality --only regimes_cluttered`).
+    seeds (`python -m benchmarks.quality --only regimes_cluttered`).
 
     **Virtual batches.** With a `virtual_batch_size`, training normalizes each
     group of so many consecutive examples by itself ("ghost batches"); what

@@ -69,8 +69,8 @@ class BatchRenormalization(BatchNormalization):
 
     **When, and with which settings.** Accuracies are of batch normalization,
     of this layer, and of it with `gradient_momentum=0.9`: means of ten seeds,
-    each at its best rate. In brackets, the experiment: `python
-    benchmarks/quality --only NAME`; the README there has spreads. "Cluttered"
+    each at its best rate. In brackets, the experiment: `python -m
+    benchmarks.quality --only NAME`; the README there has spreads. "Cluttered"
     digits are the harder task.
 
     - Batches of one class (or user, or scene): correct the gradient, 0.239 ->
@@ -173,11 +173,8 @@ class BatchRenormalization(BatchNormalization):
         ramps = tuple(
             value
             if isinstance(value, str) and value == "auto"
-            else schedules.limit(limit, value, minimum)
-            for limit, value, minimum in (
-                ("r_max", r_max, 1),
-                ("d_max", d_max, 0),
-            )
+            else schedules.limit(limit, value)
+            for limit, value in (("r_max", r_max), ("d_max", d_max))
         )
         if gradient_momentum is not None:
             gradient_momentum = _check_gradient_momentum(
@@ -272,7 +269,7 @@ class BatchRenormalization(BatchNormalization):
 
     @r_max.setter
     def r_max(self, value: float | LinearRamp) -> None:
-        self._set_ramp(0, schedules.limit("r_max", value, 1))
+        self._set_ramp(0, schedules.limit("r_max", value))
 
     @property
     def d_max(self) -> LinearRamp:
@@ -281,7 +278,7 @@ class BatchRenormalization(BatchNormalization):
 
     @d_max.setter
     def d_max(self, value: float | LinearRamp) -> None:
-        self._set_ramp(1, schedules.limit("d_max", value, 0))
+        self._set_ramp(1, schedules.limit("d_max", value))
 
     def current_limits(self) -> tuple[float, float]:
         """The values of r_max and d_max that the next training step uses."""

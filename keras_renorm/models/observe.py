@@ -8,8 +8,8 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import functional, graphs, kernels
+from keras_renorm.functional import Tensor
 
-Tensor = Any
 Call = Callable[..., Any]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import arguments, functional, graphs
+from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.observe import (
     Told,
@@ -23,8 +24,6 @@ from keras_renorm.models.statistics import (
     statistics_layers,
 )
 from keras_renorm.models.traversal import Choice
-
-Tensor = Any
 
 
 def recalibrate(
@@ -223,9 +222,6 @@ class StatisticsPass:
         batch_size: int = 32,
     ) -> tuple[Batches, float]:
         """The batches and the prior, if the arguments are those of `run`."""
-        if steps is not None:
-            steps = arguments.check_integer("steps", steps, minimum=1)
-        batch_size = arguments.check_integer("batch_size", batch_size, 1)
         prior = arguments.check_number("prior_examples", prior_examples)
         if not 0 <= prior < math.inf:
             raise ValueError(
