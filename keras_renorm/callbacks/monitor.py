@@ -25,11 +25,12 @@ from keras_renorm.diagnostics.verdict import (
 )
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.statistics import (
+from keras_renorm.models.finding import (
+    built_layers,
     check_no_keras_renorm,
-    statistics_layers,
+    find_layers,
+    names_of,
 )
-from keras_renorm.models.traversal import find_layers, names_of
 from keras_renorm.schedules import CLOSED
 
 # Batches of `dataset` that are looked at.
@@ -216,7 +217,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         return draw_probes(self.rows)
 
     def _find_layers(self) -> None:
-        self._layers = statistics_layers(self.model)
+        self._layers = built_layers(self.model)
         self._names = names_of(self._layers)
 
     def _synchronize(self) -> keras.Model:

@@ -7,7 +7,7 @@ import keras
 
 from keras_renorm import schedules
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.finding import find_layers
 from keras_renorm.schedules import LinearRamp
 
 Limit = float | LinearRamp | Callable[[int], float]

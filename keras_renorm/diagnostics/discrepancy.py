@@ -9,8 +9,7 @@ from keras_renorm.diagnostics.comparison import Comparison, Result
 from keras_renorm.diagnostics.report import Report
 from keras_renorm.diagnostics.verdict import verdicts_of
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.rebuild import has_graph
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.finding import find_layers, has_graph
 
 
 def discrepancy(

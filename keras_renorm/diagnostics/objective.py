@@ -12,7 +12,7 @@ from keras import ops, tree
 from keras_renorm import arguments, graphs, kernels
 from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import check_inputs
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.finding import find_layers, numbered, own_variables
 
 
 class Objective:
@@ -88,29 +88,16 @@ class Objective:
         """
         owners: dict[int, Any] = {}
         for layer in find_layers(self.model, keras.layers.Layer):
-            inner = {
-                id(variable)
-                for each in find_layers(layer, keras.layers.Layer)
-                if each is not layer
-                for variable in each.trainable_variables
-            }
-            for variable in layer.trainable_variables:
-                if id(variable) not in inner:
-                    owners.setdefault(id(variable), layer)
+            for variable in own_variables(layer):
+                owners.setdefault(id(variable), layer)
+        layers: dict[int, Any] = {}
         places: dict[int, list[int]] = {}
-        names: dict[int, str] = {}
-        seen: dict[str, int] = {}
         for at, variable in enumerate(self.model.trainable_variables):
             owner = owners[id(variable)]
-            if id(owner) not in places:
-                places[id(owner)] = []
-                count = seen.get(owner.name, 0)
-                seen[owner.name] = count + 1
-                names[id(owner)] = (
-                    f"{owner.name}_{count}" if count else owner.name
-                )
-            places[id(owner)].append(at)
-        return [(names[each], places[each]) for each in places]
+            layers[id(owner)] = owner
+            places.setdefault(id(owner), []).append(at)
+        names = numbered([layer.name for layer in layers.values()])
+        return list(zip(names, places.values(), strict=True))
 
 
 # Graphs by model and `training`, each with what it was traced for. Tracing

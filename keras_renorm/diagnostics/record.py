@@ -12,8 +12,8 @@ from keras_renorm.diagnostics.measurement import (
     jeffreys,
 )
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.observe import Total
-from keras_renorm.models.statistics import is_untrained
+from keras_renorm.models.passes import Total
+from keras_renorm.models.state import is_untrained
 from keras_renorm.schedules import D_MAX, R_MAX
 
 # Quantiles rest on at most this many batches, evenly spread over all.

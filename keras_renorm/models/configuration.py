@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.finding import find_layers
 
 
 def config_of(owner: Any) -> dict[str, Any]:

@@ -7,17 +7,17 @@ import keras
 from keras_renorm import arguments, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models import legacy
+from keras_renorm.models import from_tf_keras
+from keras_renorm.models.finding import Choice, describe, require_layers
 from keras_renorm.models.in_place import replace_in_place
-from keras_renorm.models.rebuild import describe, rebuild
-from keras_renorm.models.statistics import is_untrained
+from keras_renorm.models.rebuild import rebuild
+from keras_renorm.models.state import is_untrained
 from keras_renorm.models.translation import (
     KERAS,
     arguments_of,
     check_class,
     copy_weights,
 )
-from keras_renorm.models.traversal import Choice, choose_layers
 
 # What a layer that stays the same object cannot change.
 _FIXED = ("axis", "center", "dtype", "name", "scale", "trainable")
@@ -187,7 +187,7 @@ def _with_layers(
                     "keep theirs. Received: "
                     f"{name}={layer_arguments[name]!r}."
                 )
-    if legacy.is_tf_keras(model):
+    if from_tf_keras.is_tf_keras(model):
         if in_place or layers is not None:
             raise ValueError(
                 "`model` must be of Keras 3 to be changed in place, or in "
@@ -201,16 +201,11 @@ def _with_layers(
             made.append((to.from_config(given), given))
             return made[-1][0]
 
-        new_model = legacy.translate(model, make)
+        new_model = from_tf_keras.translate(model, make)
         for layer, given in made:
             _open_limits(layer, given)
         return new_model
-    chosen = choose_layers(model, layers)
-    if not chosen:
-        raise ValueError(
-            "`model` must have a batch normalization layer. Received: "
-            f"model={model.name}, which has none."
-        )
+    chosen = require_layers(model, layers)
     foreign = [
         layer
         for layer in chosen

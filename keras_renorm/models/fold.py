@@ -11,9 +11,8 @@ from keras import layers
 
 from keras_renorm import arguments, graphs
 from keras_renorm.models.configuration import config_of
-from keras_renorm.models.rebuild import check_has_graph, has_graph, rebuild
-from keras_renorm.models.statistics import statistics_layers
-from keras_renorm.models.traversal import Choice
+from keras_renorm.models.finding import Choice, built_layers, has_graph
+from keras_renorm.models.rebuild import check_has_graph, rebuild
 
 # The kernel that makes the outputs, and the axis of it that counts them. A
 # depthwise kernel has two: inputs, and outputs for each.
@@ -81,7 +80,7 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     ['Dense']
     """
     check_has_graph(arguments.check_model(model))
-    normalizations = statistics_layers(model, layers)
+    normalizations = built_layers(model, layers)
     if any("layers" not in config_of(graph) for graph in _graphs_of(model)):
         # A class of its own, which does not tell its graph: a plain copy does.
         model, copies = rebuild(

@@ -5,9 +5,8 @@ import warnings
 import keras
 
 from keras_renorm.layers.batch_normalization import BatchNormalization
-from keras_renorm.models.rebuild import describe
-from keras_renorm.models.statistics import is_untrained
-from keras_renorm.models.traversal import Choice, choose_layers
+from keras_renorm.models.finding import Choice, choose_layers, describe
+from keras_renorm.models.state import is_untrained
 
 
 def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import keras
 
 from keras_renorm.models.configuration import Configurations
-from keras_renorm.models.rebuild import describe
+from keras_renorm.models.finding import describe, find_layers
 from keras_renorm.models.replacing import as_asked
-from keras_renorm.models.traversal import find_layers
 
 # Weights that an optimizer knows: they stay the same variables.
 _TRAINED = ("gamma", "beta")

@@ -12,18 +12,19 @@ from keras import ops, tree
 from keras_renorm import arguments, functional, graphs
 from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.observe import (
+from keras_renorm.models.finding import (
+    Choice,
+    built_layers,
+    check_no_keras_renorm,
+    describe,
+)
+from keras_renorm.models.passes import (
+    Calls,
     Told,
     Total,
     aligned_inputs,
-    observed,
+    check_totals,
 )
-from keras_renorm.models.rebuild import describe
-from keras_renorm.models.statistics import (
-    check_no_keras_renorm,
-    statistics_layers,
-)
-from keras_renorm.models.traversal import Choice
 
 
 def recalibrate(
@@ -139,7 +140,7 @@ class StatisticsPass:
 
     def __init__(self, model: keras.Model, layers: Choice = None) -> None:
         self.model = model
-        self.layers = statistics_layers(model, layers)
+        self.layers = built_layers(model, layers)
         check_no_keras_renorm(self.layers)
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []
@@ -244,39 +245,35 @@ class StatisticsPass:
     ) -> dict[int, Total]:
         """The pooled moments of each layer; checked to be good."""
         totals = {id(layer): Total() for layer in self.layers}
-        bar = keras.utils.Progbar(
-            data.steps,
-            verbose=int(bool(verbose)),
-            unit_name="batch"
+
+        def count(batch: Any, _: Any, calls: Calls) -> None:
+            examples = int(tree.flatten(batch[0])[0].shape[0])
+            skipped = set()
+            # One element normalized by itself is zero: what comes after it
+            # says nothing of the data.
+            is_lost = False
+            for layer, moments in calls:
+                if is_lost:
+                    skipped.add(id(layer))
+                    totals[id(layer)].skipped += np.max(moments.count)
+                else:
+                    totals[id(layer)].add(*moments)
+                is_lost |= by_batch and np.max(moments.count) == 1
+            for at, total in totals.items():
+                if at not in skipped:
+                    total.examples += examples
+
+        seen = self._told.run_over(
+            data,
+            self.layers,
+            partial(self._hook, by_batch=by_batch),
+            self._gather[by_batch],
+            count,
+            verbose,
+            "batch"
             if by_batch
             else f"batch, layer {len(done) + 1} of {len(self.layers)}",
         )
-        seen = 0
-        with observed(
-            self.layers,
-            lambda layer, call: self._hook(layer, call, by_batch),
-        ):
-            for x, _, _ in data:
-                examples = int(tree.flatten(x)[0].shape[0])
-                _, calls = self._told.run(self._gather[by_batch], x)
-                skipped = set()
-                # One element normalized by itself is zero: what comes after
-                # it says nothing of the data.
-                is_lost = False
-                for layer, moments in calls:
-                    if is_lost:
-                        skipped.add(id(layer))
-                        totals[id(layer)].skipped += np.max(moments.count)
-                    else:
-                        totals[id(layer)].add(*moments)
-                    is_lost |= by_batch and np.max(moments.count) == 1
-                for at, total in totals.items():
-                    if at not in skipped:
-                        total.examples += examples
-                seen += 1
-                bar.update(seen, finalize=False)
-        bar.update(seen, finalize=True)
-        data.check_complete(seen)
         lost = [
             each
             for each in self.layers
@@ -290,19 +287,11 @@ class StatisticsPass:
                 "that can be read again. Received: one element a channel, "
                 f"normalized by itself, before {describe(lost)}."
             )
-        unseen = [each for each in self.layers if not totals[id(each)].count]
-        if unseen:
-            raise ValueError(
-                "`dataset` must reach every batch normalization layer with at "
-                f"least one unmasked element. Received: {seen} batches that "
-                f"gave none to {describe(unseen)}."
-            )
-        bad = [each for each in self.layers if not totals[id(each)].is_finite]
-        if bad:
-            raise ValueError(
-                "`dataset` must make finite activations. Received: one that "
-                f"makes the statistics of {describe(bad)} NaN or infinite."
-            )
+        check_totals(
+            [(layer, totals[id(layer)]) for layer in self.layers],
+            seen,
+            "statistics",
+        )
         return totals
 
     def _run_model(self, x: Any) -> Any:

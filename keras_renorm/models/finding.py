@@ -1,5 +1,6 @@
 """Finding layers in a model, and their names."""
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -41,6 +42,31 @@ def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
         if isinstance(layer, kind):
             found[id(layer)] = layer
     return list(found.values())
+
+
+def inside(layer: Any) -> list[Any]:
+    """The layers that a layer holds, at any depth."""
+    return find_layers(layer, keras.layers.Layer)[1:]
+
+
+def own_variables(layer: Any) -> list[keras.Variable]:
+    """The variables of a layer that belong to no layer inside it."""
+    inner = {
+        id(variable) for each in inside(layer) for variable in each.variables
+    }
+    return [each for each in layer.variables if id(each) not in inner]
+
+
+def has_graph(layer: Any) -> bool:
+    """Whether a layer is a sequential or a functional model."""
+    return isinstance(layer, keras.Sequential | _functional_class())
+
+
+@functools.cache
+def _functional_class() -> type:
+    # Keras does not export it.
+    inputs = keras.Input((1,))
+    return type(keras.Model(inputs, keras.layers.Identity()(inputs)))
 
 
 def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
@@ -136,6 +162,48 @@ def _named(model: Any, layers: Any) -> list[Any]:
     ]
 
 
+def require_layers(model: Any, layers: Choice = None) -> list[Any]:
+    """`choose_layers`, and an error where there are none."""
+    chosen = choose_layers(model, layers)
+    if not chosen:
+        raise no_normalization(model)
+    return chosen
+
+
+def no_normalization(model: Any) -> ValueError:
+    """The error for a model, of Keras or tf_keras, that does not normalize."""
+    return ValueError(
+        "`model` must have a batch normalization layer. Received: "
+        f"model={model.name}, which has none."
+    )
+
+
+def built_layers(model: Any, layers: Choice = None) -> list[Any]:
+    """`require_layers`, and an error where one is not built."""
+    chosen = require_layers(model, layers)
+    unbuilt = [layer for layer in chosen if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            "`model` must be built: call it on data, or give it an `Input`. "
+            f"Received: model={model.name}, with the layers "
+            f"{describe(unbuilt)} not built."
+        )
+    return chosen
+
+
+def check_no_keras_renorm(layers: list[Any]) -> None:
+    """Raises if a layer's moving statistics are not averages of a batch's."""
+    renormalized = [
+        layer for layer in layers if getattr(layer, "renorm", False)
+    ]
+    if renormalized:
+        raise ValueError(
+            "`model` must have no Keras layer with `renorm=True`, whose "
+            "moving statistics follow from others; `keras_renorm.convert` "
+            f"it. Received: layers {describe(renormalized)}."
+        )
+
+
 def names_of(layers: Iterable[Any]) -> list[str]:
     """Names for all batch normalization layers of a model, no two alike.
 
@@ -171,17 +239,37 @@ def unique_names(names: Sequence[str]) -> list[str]:
         stems.append(match[1] if match else name)
         at = order[match[1]][int(match[2] or 0)] if match else 0
         wanted.append(f"{stems[-1]}_{at}" if at else stems[-1])
-    taken = set(wanted)
+    return _numbered(wanted, stems)
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names, no two alike: the first of equal ones stays, others get numbers.
+
+    Each the lowest that is free: `norm`, `norm`, `norm_2` are `norm`,
+    `norm_1`, `norm_2`.
+    """
+    return _numbered(names, names)
+
+
+def _numbered(names: Sequence[str], stems: Sequence[str]) -> list[str]:
+    """`numbered`, where the numbers go after other names, the stems."""
+    taken = set(names)
     seen: set[str] = set()
     unique = []
-    for name, stem in zip(wanted, stems, strict=True):
+    for name, stem in zip(names, stems, strict=True):
         if name in seen:
             name = next(
-                numbered
+                free
                 for number in itertools.count(1)
-                if (numbered := f"{stem}_{number}") not in taken
+                if (free := f"{stem}_{number}") not in taken
             )
             taken.add(name)
         seen.add(name)
         unique.append(name)
     return unique
+
+
+def describe(layers: Sequence[Any]) -> str:
+    """Names of layers, for messages: the first few."""
+    names = [layer.name for layer in layers[:8]]
+    return ", ".join(names) + (", ..." if len(layers) > 8 else "")

@@ -1,16 +1,21 @@
-"""Watching what goes through a model's normalization, batch by batch."""
+"""Passes over data that watch what goes through a model's normalization."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops, tree
 
 from keras_renorm import functional, graphs, kernels
 from keras_renorm.functional import Tensor
+from keras_renorm.models.batches import Batches
+from keras_renorm.models.finding import describe
 
 Call = Callable[..., Any]
+# Of a batch: layers, and what a call of each told.
+Calls = list[tuple[Any, Any]]
 
 
 @contextmanager
@@ -87,9 +92,7 @@ class Told:
         axis = layer.axis % len(inputs.shape)
         return graphs.with_size(inputs, axis, channels, check)
 
-    def run(
-        self, function: Callable[[Any], Any], x: Any
-    ) -> tuple[Any, list[tuple[Any, Any]]]:
+    def run(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Calls]:
         """`function(x)`, and what was told meanwhile: `(layer, arrays)`.
 
         In the order of the calls; branches run in any order.
@@ -105,6 +108,43 @@ class Told:
         calls = sorted(self._calls, key=lambda call: call[0])
         self._calls = []
         return outputs, [(layer, found) for _, layer, found in calls]
+
+    def run_over(
+        self,
+        data: Batches,
+        layers: Sequence[Any],
+        hook: Callable[[Any, Call], Call],
+        function: Callable[[Any], Any],
+        count: Callable[[tuple[Any, Any, Any], Any, Calls], None],
+        verbose: int | bool,
+        unit: str = "batch",
+    ) -> int:
+        """Runs a function of a model over data; the number of batches.
+
+        Args:
+            data: The batches.
+            layers: What is watched.
+            hook: As for `observed`.
+            function: As for `run`.
+            count: Takes each batch, what the function gave, and what was told.
+            verbose: Whether to show a progress bar.
+            unit: What the bar counts.
+
+        Raises:
+            ValueError: As `Batches.check_complete`.
+        """
+        bar = keras.utils.Progbar(
+            data.steps, verbose=int(bool(verbose)), unit_name=unit
+        )
+        seen = 0
+        with observed(layers, hook):
+            for batch in data:
+                count(batch, *self.run(function, batch[0]))
+                seen += 1
+                bar.update(seen, finalize=False)
+        bar.update(seen, finalize=True)
+        data.check_complete(seen)
+        return seen
 
 
 class Total:
@@ -166,3 +206,28 @@ class Total:
             )
             self.within = (1 - share) * self.within + share * variance
             self.mean = self.mean + share * distance
+
+
+def check_totals(
+    totals: Sequence[tuple[Any, Total]], seen: int, statistics: str
+) -> None:
+    """Raises if data did not reach a layer, or made it NaN.
+
+    Args:
+        totals: Layers, and what was seen of their elements.
+        seen: Number of batches.
+        statistics: What is then not finite, in the words of the error.
+    """
+    unseen = [layer for layer, total in totals if not total.count]
+    if unseen:
+        raise ValueError(
+            "`dataset` must reach every batch normalization layer with at "
+            f"least one unmasked element. Received: {seen} batches that gave "
+            f"none to {describe(unseen)}."
+        )
+    bad = [layer for layer, total in totals if not total.is_finite]
+    if bad:
+        raise ValueError(
+            "`dataset` must make finite activations. Received: one that makes "
+            f"the {statistics} of {describe(bad)} NaN or infinite."
+        )
