@@ -254,7 +254,7 @@ class Feedback(NamedTuple):
     Attributes:
         mean: Accumulator of the gradient's mean, shape `(channels,)`. What a
             step gives as the gradient of an accumulator is added to it; see
-            `graphs.with_accumulators`.
+            `backend.with_accumulators`.
         projection: Accumulator of its product with the normalized inputs.
         agreement: Moving average of how alike the gradients of a batch's
             examples are, from 0 to 1.

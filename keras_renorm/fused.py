@@ -4,12 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from keras import backend, ops
+from keras import ops
 
+from keras_renorm.backend import tf
 from keras_renorm.functional import Tensor
-
-if backend.backend() == "tensorflow":
-    import tensorflow as tf
 
 # The fused operators sum in float32 over the whole tensor; where |mean| is
 # more than this many standard deviations, the rounding error of that sum is

@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from keras import backend, ops
+import keras
+from keras import ops
 
-from keras_renorm import functional, gradients, graphs, pooling
+from keras_renorm import backend, functional, gradients, pooling
+from keras_renorm.backend import tf
 from keras_renorm.functional import (
     Moments,
     Parameters,
@@ -22,9 +24,6 @@ from keras_renorm.functional import (
 )
 from keras_renorm.fused import FusedView
 from keras_renorm.pooling import ALONE, Pool
-
-if backend.backend() == "tensorflow":
-    import tensorflow as tf
 
 # A tensor of fewer elements is normalized with plain operations in a graph:
 # below, the fused operators' fixed cost outweighs what they save. A training
@@ -45,7 +44,7 @@ JOINED = ("Conv2D", "Placeholder")
 def statistics_dtype(dtype: Any) -> str:
     """The type that statistics are computed and stored in: float32 at least."""
     # Not `result_type`, which gives float32 for float64 on Keras's JAX backend.
-    is_double = backend.standardize_dtype(dtype) == "float64"
+    is_double = keras.backend.standardize_dtype(dtype) == "float64"
     return "float64" if is_double else "float32"
 
 
@@ -76,11 +75,11 @@ def choose(
     tensors there, too coarse in 16 bits, and the operator for it takes no
     other layout.
     """
-    if backend.backend() != "tensorflow" or mask is not None:
+    if not backend.has_fused_operators() or mask is not None:
         return "plain"
     if pool.virtual_batch_size is not None:
         return "plain"
-    if backend.standardize_dtype(inputs.dtype) not in (
+    if keras.backend.standardize_dtype(inputs.dtype) not in (
         "float32",
         "bfloat16",
         "float16",
@@ -92,7 +91,9 @@ def choose(
     is_sum = is_corrected or pool.spans_replicas
     if is_sum and not (is_last and inputs.dtype == tf.float32):
         return "matrix" if is_last else "plain"
-    if tf.executing_eagerly() and (is_moving or not graphs.runs_as_one_graph()):
+    if tf.executing_eagerly() and (
+        is_moving or not backend.runs_as_one_graph()
+    ):
         return "fused"  # one operator, one dispatch
     if is_moving and is_last:
         is_joined = inputs.op.type in JOINED or inputs.dtype != tf.float32
@@ -146,7 +147,7 @@ def normalize_by_batch(
     return _batch_step(path, inputs, axis, mask, state, pool)
 
 
-@graphs.as_one_graph
+@backend.as_one_graph
 def _batch_step(
     path: str,
     inputs: Tensor,
@@ -175,7 +176,7 @@ def normalize_by_moving_statistics(
     return _moving_step(path, inputs, axis, mask, parameters)
 
 
-@graphs.as_one_graph
+@backend.as_one_graph
 def _moving_step(
     path: str,
     inputs: Tensor,

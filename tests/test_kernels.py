@@ -11,7 +11,7 @@ from keras import ops
 from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
-    graphs,
+    backend,
     kernels,
 )
 from tests import helpers
@@ -634,7 +634,7 @@ def test_no_warning_of_retracing(kind, rng):
 def test_layers_share_a_graph_and_nothing_else(rng):
     calls = []
 
-    @graphs.as_one_graph
+    @backend.as_one_graph
     def scaled(inputs, factor, axis):
         calls.append(axis)
         return ops.sum(inputs, axis=axis) * factor
@@ -654,7 +654,7 @@ def test_layers_share_a_graph_and_nothing_else(rng):
 def test_a_graph_is_for_all_sizes(rng):
     seen = []
 
-    @graphs.as_one_graph
+    @backend.as_one_graph
     def total(inputs, vector):
         seen.append(tuple(inputs.shape))
         return ops.sum(inputs, axis=0) * vector

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_renorm import schedules
+from keras_renorm import backend, schedules
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models.finding import find_layers
 from keras_renorm.schedules import LinearRamp
@@ -78,8 +78,7 @@ class RenormScheduler(keras.callbacks.Callback):
         self._is_measured = False
         # What the functions said last, by layer and limit.
         self._asked: dict[tuple[int, str], float] = {}
-        # During an epoch Keras's JAX trainer holds the weights itself.
-        self._reaches_batches = keras.backend.backend() != "jax"
+        self._reaches_batches = backend.lets_callbacks_reach_batches()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Sets the ramps: everything that needs no function."""

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import functional, graphs, kernels, pooling
+from keras_renorm import backend, functional, kernels, pooling
 from keras_renorm.diagnostics.measurement import Gap, Measurement
 from keras_renorm.diagnostics.record import Record
 from keras_renorm.diagnostics.scores import Scores
@@ -53,7 +53,7 @@ class Comparison:
         self._training: set[int] | None = None
         self._called: list[Any] = []
         self._told = Told()
-        self._compare = graphs.compiled(partial(self._run_both))
+        self._compare = backend.compiled(partial(self._run_both))
 
     def run(
         self,

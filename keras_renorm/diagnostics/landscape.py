@@ -28,7 +28,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import arguments, graphs
+from keras_renorm import arguments, backend
 from keras_renorm.diagnostics.curves import (
     EffectiveSmoothness,
     GradientPredictiveness,
@@ -332,7 +332,7 @@ def _distances(
 def _arrays(tensors: list[Tensor]) -> Arrays:
     """In float64, in which differences of float32 lose nothing."""
     return [
-        np.asarray(graphs.to_numpy(each), dtype="float64") for each in tensors
+        np.asarray(backend.to_numpy(each), dtype="float64") for each in tensors
     ]
 
 

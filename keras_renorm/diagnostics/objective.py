@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import arguments, graphs, kernels
+from keras_renorm import arguments, backend, kernels
 from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import check_inputs
 from keras_renorm.models.finding import find_layers, numbered, own_variables
@@ -32,17 +32,17 @@ class Objective:
     def __init__(
         self, model: keras.Model, loss: Any, batch: Any, training: bool
     ) -> None:
-        graphs.check_no_strategy()
+        backend.check_no_strategy()
         self.model = _checked_model(model)
         checked_loss = _checked_loss(loss)
         self._batch = _checked_batch(batch)
         check_inputs(self.model, self._batch[0], "batch")
         self._state = [
-            graphs.read(variable, variable.dtype)
+            backend.read(variable, variable.dtype)
             for variable in model.non_trainable_variables
         ]
         self.weights = [
-            graphs.read(variable, variable.dtype)
+            backend.read(variable, variable.dtype)
             for variable in model.trainable_variables
         ]
         self._value, self._with_gradients = _graphs(
@@ -52,7 +52,7 @@ class Objective:
     def value(self, weights: list[Tensor]) -> float:
         """The loss at some weights."""
         return float(
-            graphs.to_numpy(self._value(weights, self._state, self._batch))
+            backend.to_numpy(self._value(weights, self._state, self._batch))
         )
 
     def gradients(self, weights: list[Tensor]) -> list[Tensor]:
@@ -118,7 +118,7 @@ def _graphs(
     shapes = tuple(tuple(each.shape)[1:] for each in tree.flatten(x))
     mark = shapes, _fingerprint(model, loss)
     if training not in held or held[training][0] != mark:
-        traced = graphs.value_and_gradients(_function(model, loss, training))
+        traced = backend.value_and_gradients(_function(model, loss, training))
         held[training] = mark, traced
     return held[training][1]
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_renorm import graphs
+from keras_renorm import backend
 from keras_renorm.diagnostics.measurement import jeffreys
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.schedules import CLOSED, D_MAX, R_MAX
@@ -149,7 +149,7 @@ def read_moved(layer: Any, before: LayerState) -> LayerState:
 
 
 def _value(variable: Any) -> np.ndarray:
-    return graphs.to_numpy(variable).astype("float64")
+    return backend.to_numpy(variable).astype("float64")
 
 
 def has_moved(layer: Any, before: LayerState, after: LayerState) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm import graphs
+from keras_renorm import backend
 from keras_renorm.diagnostics.measurement import (
     Gap,
     Measurement,
@@ -40,7 +40,7 @@ class Record:
         self.d_max = limits[1] if d_max is None else d_max
         self.epsilon = float(layer.epsilon)
         self.moving_mean, self.moving_variance = (
-            graphs.to_numpy(weight).astype("float64")
+            backend.to_numpy(weight).astype("float64")
             for weight in (layer.moving_mean, layer.moving_variance)
         )
         with np.errstate(all="ignore"):

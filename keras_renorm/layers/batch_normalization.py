@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_renorm import arguments, functional, graphs, kernels, pooling
+from keras_renorm import arguments, backend, functional, kernels, pooling
 from keras_renorm.functional import Tensor
 from keras_renorm.pooling import Pool
 
@@ -304,7 +304,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Normalizes `inputs`; moves the statistics in a training step."""
         axis = self._channel_axis(len(inputs.shape))
         channels = self.moving_mean.shape[0]
-        inputs = graphs.with_size(inputs, axis, channels)
+        inputs = backend.with_size(inputs, axis, channels)
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
         if training and self.trainable and not self.statistics_stand:
@@ -352,7 +352,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _read_parameters(self, dtype: str) -> functional.Parameters:
         """The weights, each read once, in the type to compute in."""
         gamma, beta, moving_mean, moving_variance = (
-            None if weight is None else graphs.read(weight, dtype)
+            None if weight is None else backend.read(weight, dtype)
             for weight in (
                 self.gamma,
                 self.beta,

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import arguments, functional, graphs, schedules
+from keras_renorm import arguments, backend, functional, schedules
 from keras_renorm.functional import Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
@@ -287,7 +287,7 @@ class BatchRenormalization(BatchNormalization):
 
     def current_step(self) -> int:
         """How many training calls the layer has seen."""
-        return 0 if self.step is None else int(graphs.to_numpy(self.step))
+        return 0 if self.step is None else int(backend.to_numpy(self.step))
 
     def _ramp(self, row: int) -> LinearRamp:
         if not self.built:
@@ -295,9 +295,9 @@ class BatchRenormalization(BatchNormalization):
         # `str` gives the shortest decimal: 1.1, not 1.10000002384.
         initial_value, final_value = (
             float(str(value))
-            for value in graphs.to_numpy(self.limit_values)[row]
+            for value in backend.to_numpy(self.limit_values)[row]
         )
-        begin_step, end_step = graphs.to_numpy(self.limit_steps)[row]
+        begin_step, end_step = backend.to_numpy(self.limit_steps)[row]
         return LinearRamp(initial_value, final_value, begin_step, end_step)
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
@@ -311,14 +311,14 @@ class BatchRenormalization(BatchNormalization):
             _ramp_arrays([ramp]),
             strict=True,
         ):
-            rows = np.array(graphs.to_numpy(variable))
+            rows = np.array(backend.to_numpy(variable))
             rows[row] = new[0]
             variable.assign(rows)
 
     def _limits(self) -> functional.Limits:
         return functional.Limits(
             *(
-                graphs.read(weight, weight.dtype)
+                backend.read(weight, weight.dtype)
                 for weight in (self.limit_values, self.limit_steps, self.step)
             )
         )
@@ -328,7 +328,7 @@ class BatchRenormalization(BatchNormalization):
     ) -> tuple[Tensor, functional.Feedback | None]:
         if self.gradient_momentum is None:
             return inputs, None
-        inputs, mean, projection, agreement = graphs.with_accumulators(
+        inputs, mean, projection, agreement = backend.with_accumulators(
             inputs,
             [
                 self.gradient_mean,
@@ -386,10 +386,10 @@ def _check_gradient_momentum(
             f"gradient_momentum={value}, "
             f"virtual_batch_size={virtual_batch_size}."
         )
-    if keras.backend.backend() != "tensorflow":
+    if not backend.keeps_state_backwards():
         raise ValueError(
             "`gradient_momentum` must be None on Keras's "
-            f"{keras.backend.backend()} backend, where a backward pass cannot "
+            f"{backend.name()} backend, where a backward pass cannot "
             f"keep state. Received: gradient_momentum={value}."
         )
     return momentum

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_renorm import arguments, graphs
+from keras_renorm import arguments, backend
 from keras_renorm.models.configuration import config_of
 from keras_renorm.models.finding import Choice, built_layers, has_graph
 from keras_renorm.models.rebuild import check_has_graph, rebuild
@@ -237,7 +237,7 @@ def _write_folded(pair: _Pair, new: Any) -> None:
     def values_of(weight: Any, default: float) -> Any:
         if weight is None:
             return default
-        return graphs.to_numpy(weight).astype("float64")
+        return backend.to_numpy(weight).astype("float64")
 
     mean = values_of(normalization.moving_mean, 0.0)
     variance = values_of(normalization.moving_variance, 1.0)
@@ -254,5 +254,5 @@ def _write_folded(pair: _Pair, new: Any) -> None:
     new.bias.assign(bias)
     if hasattr(new, "depthwise_kernel"):
         new.depthwise_kernel.assign(
-            graphs.to_numpy(pair.before.depthwise_kernel)
+            backend.to_numpy(pair.before.depthwise_kernel)
         )

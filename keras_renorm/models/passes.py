@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import functional, graphs, kernels
+from keras_renorm import backend, functional, kernels
 from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.finding import describe
@@ -75,7 +75,7 @@ class Told:
             self._calls.append((place, layer, told))
 
         tensors = [ops.convert_to_tensor(each) for each in tree.flatten(found)]
-        return graphs.tell(receive, tensors, outputs)
+        return backend.tell(receive, tensors, outputs)
 
     def inputs(self, layer: Any, inputs: Tensor) -> Tensor:
         """The inputs of a layer, which have its channels."""
@@ -90,7 +90,7 @@ class Told:
                 raise self._error
 
         axis = layer.axis % len(inputs.shape)
-        return graphs.with_size(inputs, axis, channels, check)
+        return backend.with_size(inputs, axis, channels, check)
 
     def run(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Calls]:
         """`function(x)`, and what was told meanwhile: `(layer, arrays)`.
@@ -100,7 +100,7 @@ class Told:
         self._calls, self._error = [], None
         try:
             outputs = function(x)
-            graphs.wait()
+            backend.wait()
         except Exception:
             if self._error is not None:  # a graph's error tells less
                 raise self._error from None

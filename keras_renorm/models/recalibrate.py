@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import arguments, functional, graphs
+from keras_renorm import arguments, backend, functional
 from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.finding import (
@@ -149,7 +149,7 @@ class StatisticsPass:
         # have no code of their own: TensorFlow counts traces by code, and would
         # warn when many models, or one model many times, are recalibrated.
         self._gather = {
-            by_batch: graphs.compiled(partial(self._run_model))
+            by_batch: backend.compiled(partial(self._run_model))
             for by_batch in (True, False)
         }
 
@@ -169,7 +169,7 @@ class StatisticsPass:
         )
         before = {
             id(layer): tuple(
-                graphs.to_numpy(weight)
+                backend.to_numpy(weight)
                 for weight in (layer.moving_mean, layer.moving_variance)
             )
             for layer in self.layers

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import graphs
+from keras_renorm import backend
 from keras_renorm.models.finding import own_variables
 
 
@@ -32,7 +32,7 @@ def copy_state(old: Any, new: Any) -> None:
     if [v.shape for v in pairs[0]] != [v.shape for v in pairs[1]]:
         raise not_made_anew(old)
     for variable, copy in zip(*pairs, strict=True):
-        copy.assign(graphs.to_numpy(variable))
+        copy.assign(backend.to_numpy(variable))
 
 
 def reload(layer: Any) -> None:
@@ -47,7 +47,7 @@ def _saved(layer: Any) -> dict[str, np.ndarray]:
     store: dict[str, Any] = {}
     layer.save_own_variables(store)
     # Copies: JAX gives the memory of a variable away.
-    return {name: graphs.to_numpy(value) for name, value in store.items()}
+    return {name: backend.to_numpy(value) for name, value in store.items()}
 
 
 def copy_assets(old: Any, new: Any) -> None:
@@ -74,8 +74,8 @@ def is_untrained(layer: Any) -> bool:
     """
     return not layer.built or all(
         np.array_equal(
-            graphs.to_numpy(weight),
-            graphs.to_numpy(initializer(weight.shape, weight.dtype)),
+            backend.to_numpy(weight),
+            backend.to_numpy(initializer(weight.shape, weight.dtype)),
         )
         for weight, initializer in (
             (layer.moving_mean, layer.moving_mean_initializer),

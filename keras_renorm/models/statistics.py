@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import graphs
+from keras_renorm import backend
 from keras_renorm.models.finding import built_layers, names_of, unique_names
 
 Statistics = dict[str, np.ndarray]
@@ -46,7 +46,7 @@ def get_statistics(model: keras.Model) -> Statistics:
     ['bn/moving_mean', 'bn/moving_variance']
     """
     return {
-        key: graphs.to_numpy(variable)
+        key: backend.to_numpy(variable)
         for key, variable in _variables(model).items()
     }
 
