@@ -21,7 +21,7 @@ from keras_renorm.diagnostics import (
     internal_covariate_shift,
     loss_along_gradient,
 )
-from keras_renorm.diagnostics.objective import Objective
+from keras_renorm.diagnostics.landscape.objective import Objective
 from tests import helpers
 
 FUNCTIONS = [

@@ -7,10 +7,10 @@ import keras
 
 from keras_renorm import arguments
 from keras_renorm.callbacks.sharing import SharesData
-from keras_renorm.diagnostics.comparison import Comparison
-from keras_renorm.diagnostics.curves import draw_probes
-from keras_renorm.diagnostics.probe import (
+from keras_renorm.diagnostics.modes.comparison import Comparison
+from keras_renorm.diagnostics.modes.step import (
     LayerState,
+    draw_steps,
     figures_of,
     has_moved,
     mean_of,
@@ -18,7 +18,7 @@ from keras_renorm.diagnostics.probe import (
     read_moved,
     read_state,
 )
-from keras_renorm.diagnostics.verdict import (
+from keras_renorm.diagnostics.modes.verdict import (
     LimitsAtEnd,
     said_of_batches,
     said_of_limits,
@@ -214,7 +214,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         Raises:
             ImportError: Without matplotlib.
         """
-        return draw_probes(self.rows)
+        return draw_steps(self.rows)
 
     def _find_layers(self) -> None:
         self._layers = built_layers(self.model)

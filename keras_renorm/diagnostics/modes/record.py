@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from keras_renorm import backend
-from keras_renorm.diagnostics.measurement import (
+from keras_renorm.diagnostics.modes.measurement import (
     Gap,
     Measurement,
     jeffreys,

@@ -1,12 +1,14 @@
 """One training step of a layer, by its moving statistics on either side."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from keras_renorm import backend
-from keras_renorm.diagnostics.measurement import jeffreys
+from keras_renorm.diagnostics.drawing import pyplot
+from keras_renorm.diagnostics.modes.measurement import jeffreys
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.schedules import CLOSED, D_MAX, R_MAX
 
@@ -227,3 +229,31 @@ def mean_of(figure: str, name: str, rows: list[dict[str, Any]]) -> float | None:
         row[figure] for row in rows if row["layer"] == name and figure in row
     ]
     return float(np.mean(values)) if values else None
+
+
+def draw_steps(rows: Sequence[dict[str, Any]]) -> Any:
+    """Draws what `RenormMonitor` wrote down; returns the figure.
+
+    A line a layer: the gap, r and d over the steps. Limits are dotted.
+    """
+    figure, panels = pyplot().subplots(
+        3, 1, figsize=(8, 8), sharex=True, layout="constrained"
+    )
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    for name in names:
+        probes = [row for row in rows if row["layer"] == name]
+        steps = [row["step"] for row in probes]
+        for ax, key in zip(panels, ("gap", "r", "d"), strict=True):
+            (line,) = ax.plot(
+                steps, [row[key] for row in probes], marker=".", label=name
+            )
+            limits = [row.get(f"{key}_max") for row in probes]
+            if None not in limits:
+                ax.plot(steps, limits, ":", color=line.get_color())
+    labels = ("gap", "max(r, 1/r), 95 % quantile", "|d|, 95 % quantile")
+    for ax, label in zip(panels, labels, strict=True):
+        ax.set_ylabel(label)
+    panels[-1].set_xlabel("step")
+    handles, _ = panels[0].get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure

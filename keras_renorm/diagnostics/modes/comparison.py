@@ -9,9 +9,9 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import backend, functional, kernels, pooling
-from keras_renorm.diagnostics.measurement import Gap, Measurement
-from keras_renorm.diagnostics.record import Record
-from keras_renorm.diagnostics.scores import Scores
+from keras_renorm.diagnostics.modes.measurement import Gap, Measurement
+from keras_renorm.diagnostics.modes.record import Record
+from keras_renorm.diagnostics.modes.scores import Scores
 from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.finding import built_layers, names_of

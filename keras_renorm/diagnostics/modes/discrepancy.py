@@ -5,9 +5,9 @@ from typing import Any
 import keras
 
 from keras_renorm import arguments, schedules
-from keras_renorm.diagnostics.comparison import Comparison, Result
-from keras_renorm.diagnostics.report import Report
-from keras_renorm.diagnostics.verdict import verdicts_of
+from keras_renorm.diagnostics.modes.comparison import Comparison, Result
+from keras_renorm.diagnostics.modes.report import Report
+from keras_renorm.diagnostics.modes.verdict import verdicts_of
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.finding import find_layers, has_graph
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from keras_renorm.diagnostics import advice
-from keras_renorm.diagnostics.measurement import Measurement
+from keras_renorm.diagnostics.modes.measurement import Measurement
 
 # Moving statistics this far from the data's, in standard deviations and beyond
 # noise, are worth acting on: the layer's outputs are off by as much.
