@@ -95,7 +95,7 @@ def check_epsilon(value: Any) -> float:
 
 
 def check_model(model: Any) -> Any:
-    """`model`, if it is of Keras 3; a layer does too."""
+    """`model`, if it is of Keras 3; a layer is accepted, too."""
     if not isinstance(model, keras.layers.Layer):
         if isinstance(model, str | os.PathLike):
             hint = " `keras.saving.load_model` reads a file."

@@ -178,10 +178,10 @@ def tell(
 ) -> Tensor:
     """`outputs`, after `receive(*arrays)` got the values of tensors.
 
-    Wherever they stand: a tensor inside a loop or a conditional cannot leave
-    it, while its values can. Once for each time that a loop runs through, and
-    not at all where nobody uses `outputs`: Keras runs the first step of a loop
-    once more, to see the shapes that it makes.
+    From any place in a graph: a tensor inside a loop or a conditional cannot
+    leave it, but its values can. `receive` is called once for each iteration of
+    a loop, and not at all where nothing uses `outputs`: Keras runs the first
+    step of a loop once more, to see the shapes that it makes.
     """
     if _is("tensorflow"):
         rank = len(outputs.shape)
@@ -209,7 +209,7 @@ def tell(
 
 
 def wait() -> None:
-    """Waits until all that was told is received."""
+    """Waits until each `receive` of `tell` has been called."""
     if _is("jax"):
         jax.effects_barrier()
 
@@ -318,9 +318,8 @@ def with_accumulators(
     What the step gives as the gradient of such a value is added to the
     variable, once for each time that the gradient of the inputs is computed.
     That waits for the additions: the backward pass of a graph computes what
-    its results need, and nothing else. In a `keras.StatelessScope`, where
-    variables stand for tensors, nothing is added, whenever the gradient is
-    asked for.
+    its results need, and nothing else. In a `keras.StatelessScope`, where the
+    value of a variable is a tensor, nothing is added, now or later.
     """
     targets = [variable.value for variable in variables]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-# Of whichever backend; none has a type that fits all.
+# Of any backend; there is no type that fits all of them.
 Tensor = Any
 
 
@@ -19,8 +19,8 @@ class Moments(NamedTuple):
     """Statistics of the examples that one training step normalizes together.
 
     Attributes:
-        count: Number of unmasked elements behind each statistic, a scalar or
-            of a shape that broadcasts against the others.
+        count: Number of unmasked elements of each statistic, a scalar or of a
+            shape that broadcasts against the others.
         shift: A value near the mean.
         residual: The mean less `shift`. Two numbers hold more digits than
             one; see `pooling`.
@@ -76,7 +76,7 @@ def element_count(
     for index in axes:
         size = sizes[index]
         if mask is not None:
-            # An entry of the mask stands for this many elements.
+            # An entry of the mask is for this many elements.
             mask_size = ops.shape(mask)[index]
             if isinstance(size, int) and isinstance(mask_size, int):
                 size = size / max(mask_size, 1)
@@ -182,10 +182,10 @@ def scale_and_offset(
     offset: Tensor | None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`centered * scale + offset`, deaf to gradients of masked elements.
+    """`centered * scale + offset`, no gradient from masked elements.
 
-    Applied to centred values: folding the mean into the offset would cancel
-    badly where |mean| is large beside the standard deviation. A masked
+    It is applied to centered values: with the mean in the offset, digits would
+    cancel where |mean| is large compared with the standard deviation. A masked
     element gets the same formula, but neither its value (NaN, say) nor the
     gradient that arrives there reaches any gradient.
     """
@@ -235,7 +235,7 @@ def renorm_correction(
 
 
 class Limits(NamedTuple):
-    """The ramps of r_max and d_max, a row each, and where they stand.
+    """The ramps of r_max and d_max, a row each, and the current step.
 
     Attributes:
         values: Where each begins and ends, shape `(2, 2)`.
@@ -332,7 +332,7 @@ class Response(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What a training step gives its layer beside the outputs.
+    """What a training step gives its layer besides the outputs.
 
     Attributes:
         moving_mean: The new moving mean, without gradient.
@@ -383,13 +383,13 @@ def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
 def respond(
     moments: Moments, state: State, total: Moments | None = None
 ) -> Response:
-    """The correction, by the moving statistics as they were; then these.
+    """The correction by the moving statistics before a step, and the new ones.
 
     Both use the one value that is passed in: a graph may order a second read
     of a variable after its assignment. `moments` are what a step normalizes
     with; `total`, where the batch has several groups of them, are those of
-    the whole. A channel where the latter are not finite, or rest on no
-    element, keeps its moving statistics: one NaN would stay in them for ever.
+    the whole. A channel where the latter are not finite, or are of no element,
+    keeps its moving statistics: one NaN would stay in them always.
     """
     moving_mean, moving_variance = state.moving_mean, state.moving_variance
     limits = state.limits
@@ -429,10 +429,10 @@ def respond(
 def align_mask(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
     """A mask as booleans of the rank of `inputs`, size 1 on all it lacks.
 
-    A mask stands for the leading non-channel axes of `inputs` and is
-    broadcast over the rest. One that does not fit them, but the leading axes
-    with the channel axis among them, stands for these: so Keras makes the
-    mask of inputs with channels first. A size that is unknown fits.
+    The axes of a mask are the leading non-channel axes of `inputs`; it is
+    broadcast over the others. A mask that does not fit these may have the
+    leading axes with the channel axis among them: Keras makes such masks of
+    inputs with channels first. An unknown size fits.
 
     Raises:
         ValueError: If it can be broadcast against neither.

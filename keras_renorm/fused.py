@@ -105,8 +105,8 @@ class FusedView:
     def normalize_accurately(self, *arguments: Any) -> tuple[Tensor, ...]:
         """`normalize` in its training form, at any mean.
 
-        The operator's sums are off by some 1e-5 of the mean. Where that is
-        much beside the spread, a channel's first value is taken off first;
+        The operator's sums are off by some 1e-5 of the mean. Where that is much
+        compared with the spread, a channel's first value is subtracted before;
         see `functional.centered_moments`.
 
         Returns:

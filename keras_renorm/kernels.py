@@ -32,7 +32,7 @@ from keras_renorm.pooling import ALONE, Pool
 # at 524,000, (32, 32, 32, 16).
 SMALL_ELEMENTS = 100_000
 # In `fit` the batch size is unknown while the graph is built; Keras's default
-# stands in for it.
+# is assumed.
 ASSUMED_BATCH_SIZE = 32
 
 # Operations after which the fused operator infers fastest: TensorFlow's
@@ -333,7 +333,7 @@ def _matrix_batch(
 
 
 def _parameters(state: State) -> list[Tensor]:
-    """What a step gives gradients of, beside the inputs."""
+    """What a step gives gradients of, besides the inputs."""
     values = [state.gamma, state.beta]
     if state.feedback is not None:
         values += [
@@ -382,7 +382,7 @@ def _taken_out(
     corrected, if that is asked for. `by_example` then gives the sums of each
     example, `(examples, channels)`, and the number of examples that have an
     element, a vector. `others` are the gradients that arrive at what a step
-    returns beside its outputs (`_moved`). Gradients of gamma and beta remain
+    returns besides its outputs (`_moved`). Gradients of gamma and beta remain
     the replica's own: the optimizer adds them up.
 
     Returns:
@@ -437,7 +437,7 @@ def _backward_scale(scale: Tensor | None, response: Response) -> Any:
 
 
 def _moved(response: Response) -> list[Tensor]:
-    """What a step returns beside its outputs; `_update` reads it."""
+    """What a step returns besides its outputs; `_update` reads it."""
     moved = [response.moving_mean, response.moving_variance]
     if response.held is not None:
         moved.append(tf.zeros([], response.held.dtype))
@@ -477,7 +477,7 @@ def _corrected_batch(
             return sums, tf.shape(sums)[:1]
         present = tf.reduce_any(mask, others)
         present = present if first < axis else tf.transpose(present)
-        # A mask of size 1 stands for every example.
+        # A mask of size 1 is for every example.
         present = tf.broadcast_to(
             present, [tf.shape(sums)[0], tf.shape(present)[1]]
         )

@@ -61,7 +61,7 @@ def sum_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def average_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
-    """The means of vectors over the replicas; where there are none, they."""
+    """The means of vectors over the replicas; alone, the vectors."""
     replicas = backend.replicas()
     if replicas is None:
         return list(values)

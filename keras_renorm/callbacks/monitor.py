@@ -41,25 +41,24 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
     """Writes down r, d and the gap between training and inference in `fit`.
 
     Every so many steps it reads the moving statistics before and after the
-    step, and takes the moving average back:
+    step, and inverts the moving average:
 
         batch_mean = (after - momentum * before) / (1 - momentum)
 
-    and the variance likewise. So it sees the statistics of the very batch
-    that was trained on, augmented and shuffled as it was, with nothing added
-    to the graph; and from them r, d and, in closed form, how far the layer's
-    training-mode outputs were from its inference-mode outputs for that batch.
+    and the variance likewise. So it sees the statistics of the batch that the
+    step trained on, augmented and shuffled, with nothing added to the graph;
+    and from them r, d and, in closed form, how far the layer's training-mode
+    outputs were from its inference-mode outputs for that batch.
 
     At the end of each epoch `logs` get the means over the epoch's probes:
-    `renorm_r` and `renorm_d` (95 % quantiles over channels of the factor by
-    which r is off 1 either way, and of |d|), `renorm_clipped` (share of
-    channels where r or d is beyond the limits; of layers without limits, 3
-    and 5), `renorm_gap`, and, of `BatchRenormalization` layers,
-    `renorm_r_max` and `renorm_d_max`; the largest of all layers under these
-    names, and with `per_layer=True` each layer's with its name before:
-    `"bn1/renorm_gap"`. History has them, and so have `CSVLogger` and
-    `TensorBoard` if they come after this callback in the list. Layers have
-    the names that `keras_renorm.get_statistics` gives them.
+    `renorm_r` and `renorm_d` (95 % quantiles over channels of max(r, 1 / r) and
+    of |d|), `renorm_clipped` (share of channels where r or d is beyond the
+    limits; of layers without limits, 3 and 5), `renorm_gap`, and, of
+    `BatchRenormalization` layers, `renorm_r_max` and `renorm_d_max`; the
+    largest of all layers under these names, and with `per_layer=True` each
+    layer's with its name before: `"bn1/renorm_gap"`. History has them, and so
+    have `CSVLogger` and `TensorBoard` if they come after this callback in the
+    list. Layers have the names that `keras_renorm.get_statistics` gives them.
 
     It warns once a run, when `fit` ends, if limits never relaxed (r_max was 1
     and d_max was 0 throughout), or if limits that have relaxed to their end
@@ -191,7 +190,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Writes the means of the epoch's probes into `logs`."""
-        # An epoch of unknown length may have had none: the last one stands.
+        # An epoch of unknown length may have had none: the last ones count.
         rows = self._epoch_rows or self.rows[-len(self._layers) :]
         if logs is not None and rows:
             logs.update(means_of(rows, self.per_layer))

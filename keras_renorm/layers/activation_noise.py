@@ -14,9 +14,10 @@ from keras_renorm.functional import Tensor
 class ActivationNoise(keras.layers.Layer):
     """Noise of time-varying, non-zero mean and non-unit variance.
 
-    The layer of the "noisy batch normalization" experiment. Behind batch
+    The layer of the "noisy batch normalization" experiment. After batch
     normalization it shifts and scales the distribution of every activation,
-    anew at each step, and so undoes what normalization is said to be for.
+    differently at each step, and so undoes what normalization is said to be
+    for.
 
     Training: each call draws, for each unit j,
 

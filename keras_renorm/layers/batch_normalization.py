@@ -105,14 +105,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
         inputs: Tensor `(batch, ..., channels)` (or channels on `axis`) of
             rank 2 or more. Batch and spatial sizes may be unknown.
         training: Whether to train or to infer. Keras sets it in `fit`.
-        mask: Tensor of 0 and 1, or booleans, whose axes stand for the
-            leading non-channel axes of `inputs`: `(batch,)`,
-            `(batch, time)`, ... It is broadcast over the rest. A mask that
-            does not fit them, but the leading axes with the channel axis,
-            stands for these, as `Masking` in front of channels first makes
-            it: `(batch, channels)` of `(batch, channels, time)` says which
-            channels of an example count. Where sizes allow both, the
-            channel axis is left out; an unknown size allows any.
+        mask: Tensor of 0 and 1, or booleans, whose axes are the leading
+            non-channel axes of `inputs`: `(batch,)`, `(batch, time)`, ... It is
+            broadcast over the others. A mask that does not fit these may have
+            the leading axes with the channel axis among them, as `Masking`
+            makes it of inputs with channels first: `(batch, channels)` of
+            `(batch, channels, time)` says which channels of an example count.
+            Where sizes allow both, the mask has no channel axis; an unknown
+            size allows any.
 
     Returns:
         A tensor of the shape of `inputs`, in the policy's compute type.
@@ -410,7 +410,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         super().set_weights(weights)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the layer, as they stand."""
+        """The arguments of the layer, with their present values."""
         config = super().get_config()
         for name in ("renorm", "renorm_clipping", "renorm_momentum"):
             config.pop(name, None)

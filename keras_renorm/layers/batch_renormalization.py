@@ -37,7 +37,7 @@ class BatchRenormalization(BatchNormalization):
     nothing is clipped, y is the inference output.
 
     **Inference**, **frozen**, **mask** and **bad batches**: as
-    `BatchNormalization`. A frozen layer's step counter stands still. Where a
+    `BatchNormalization`. A frozen layer's step counter does not change. Where a
     batch has no element, r = 1 and d = 0.
 
     **Limits are state.** `r_max` and `d_max` are ramps over the layer's own
@@ -49,23 +49,22 @@ class BatchRenormalization(BatchNormalization):
     `keras_renorm.callbacks.RenormScheduler` scales the paper's ramps, made
     for runs of about 130,000 steps, to the length of a run instead.
 
-    **The corrected gradient.** Algorithm 1 corrects what goes forward. With a
-    `gradient_momentum`, what comes back is corrected too: most of the two
-    means of the minibatch that the gradient of normalization takes out is
-    replaced by what the minibatches before had in common, which two
-    accumulators a channel hold (the control of Chiley et al. 2019, section
-    3). How much of it: 0.8 a² / (a² + 0.12²), times (r_max - 1) / 2 up to 1,
-    where a, the weight `gradient_agreement`, says how alike the gradients of
-    a batch's examples are: a moving average of (Σ s)² / (n Σ s²), s being
-    the sum of the gradient over an example, of n. It is 1 for a batch of one
-    example, 1/n or less for n independent ones, and up to 1 for like ones.
-    So the correction acts where batches are small or of one class, and
-    hardly elsewhere. It moves the accumulators where a gradient is computed:
-    each gradient of a persistent tape counts, and second derivatives hold
-    them constant. Gradients that are not finite do not move them. Under a
-    float16 policy the layer adds a zero to `model.losses`, by which it sees
-    the scale of the loss: a custom loop with loss scaling must add
-    `model.losses` to its loss. TensorFlow only.
+    **The corrected gradient.** Algorithm 1 corrects the outputs. With a
+    `gradient_momentum`, the gradient is corrected too. That of normalization
+    subtracts two means of the minibatch; most of each is replaced by what
+    earlier minibatches had in common, which two accumulators for each channel
+    hold (the control of Chiley et al. 2019, section 3). How much of it: 0.8 a²
+    / (a² + 0.12²), times (r_max - 1) / 2 up to 1, where a, the weight
+    `gradient_agreement`, says how alike the gradients of a batch's examples
+    are: a moving average of (Σ s)² / (n Σ s²), s being the sum of the gradient
+    over an example, of n. It is 1 for a batch of one example, 1/n or less for n
+    independent ones, and up to 1 for examples that are alike. So the correction
+    acts where batches are small or of one class, and little elsewhere. It moves
+    the accumulators where a gradient is computed: each gradient of a persistent
+    tape counts, and second derivatives hold them constant. Gradients that are
+    not finite do not move them. Under a float16 policy the layer adds a zero to
+    `model.losses`, by which it sees the scale of the loss: a custom loop with
+    loss scaling must add `model.losses` to its loss. TensorFlow only.
 
     **When, and with which settings.** Accuracies are of batch normalization,
     of this layer, and of it with `gradient_momentum=0.9`: means of ten seeds,
@@ -345,7 +344,7 @@ class BatchRenormalization(BatchNormalization):
         self.step.assign_add(1)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the layer, with the limits as they stand."""
+        """The arguments of the layer, with the present limits."""
         config = super().get_config()
         config["gradient_momentum"] = self.gradient_momentum
         for name, ramp in (("r_max", self.r_max), ("d_max", self.d_max)):

@@ -265,7 +265,7 @@ def _check_list(dataset: list[Any]) -> None:
 
 
 def _check_parts(others: list[Any]) -> None:
-    """Raises if what stands after x is no labels and no weights."""
+    """Raises if what comes after x are neither labels nor weights."""
     fits = len(others) <= 2 and all(
         part is None or _is_arrays(part) for part in others
     )

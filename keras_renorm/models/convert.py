@@ -39,22 +39,22 @@ def convert(
     **A copy** (the default), of a sequential or functional model; `model` is
     not changed. Batch normalization is found in nested models, in wrappers such
     as `TimeDistributed`, and in custom layers whose `get_config` holds it. If
-    the model is compiled, the copy is compiled alike, with an optimizer that
-    begins anew; what `optimizer.exclude_from_weight_decay` left out has to be
-    left out again. State besides weights (vocabularies, a stateful layer's,
-    random generators') is copied, and functions need not be registered. A
-    functional model of a class of its own becomes a plain functional model.
+    the model is compiled, the copy is compiled alike, with a new optimizer;
+    what was given to `optimizer.exclude_from_weight_decay` has to be given
+    again. State besides weights (vocabularies, a stateful layer's, random
+    generators') is copied, and functions need not be registered. A functional
+    model of a class of its own becomes a plain functional model.
 
     **In place**, of any built model: subclassed, with custom layers that make
     their normalization themselves, a backbone of keras-hub. All batch
     normalization that Keras knows of is reached: in attributes, lists and
     dicts, in wrappers, recurrent cells, nested models. The model and its layers
     stay the objects that they are: a layer turns into one of class `to`. Its
-    gamma and beta stay the same variables, so that the optimizer goes on with
-    the state that it has; its other weights are new ones. `fit`, `evaluate` and
-    `predict` of the model, and of models in it, are traced anew. What else was
-    traced before is not: your own `tf.function` or `jax.jit`, another model
-    that holds this one (compile that again).
+    gamma and beta stay the same variables, so that the optimizer keeps its
+    state for them; its other weights are new ones. `fit`, `evaluate` and
+    `predict` of the model, and of models in it, are traced again. Other
+    functions are not: your own `tf.function` or `jax.jit`, another model that
+    holds this one (compile that again).
 
     **Save and load** a model that was changed in place: `save_weights`, and
     `load_weights` into one made and converted the same way, always works. Where
@@ -74,7 +74,7 @@ def convert(
             `BatchNormalization`.
         layers: Which layers: a function of a layer that returns whether to
             convert it, a layer or its name, or a list of such. A block or a
-            nested model stands for all batch normalization in it. Defaults to
+            nested model means all batch normalization in it. Defaults to
             `None`, for all. The others stay what they are.
         in_place: Whether to change `model` instead of making a copy. Defaults
             to `False`.
@@ -142,11 +142,11 @@ def revert(
     that `model` was converted from. It needs no `keras_renorm` to load. As
     `convert` it makes a copy, or changes any built model in place, with the
     same weights, names, `trainable` flags, shared layers and compilation. In
-    place the optimizer keeps its state; that of a copy begins anew.
+    place the optimizer keeps its state; a copy has a new one.
 
     What Keras's layer lacks is dropped: limits and step counter, virtual
-    batches, `frozen_statistics`. To train it with statistics that stand, set
-    its layers' `trainable` to `False`, which holds gamma and beta as well.
+    batches, `frozen_statistics`. To train it with fixed statistics, set its
+    layers' `trainable` to `False`, which fixes gamma and beta as well.
 
     Args:
         model: A model, for a copy sequential or functional.

@@ -27,11 +27,10 @@ _GIVEN = re.compile(r"(batch_normalization|batch_renormalization)(?:_(\d+))?")
 def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
     """The layers of a kind, the model included, at any depth, each once.
 
-    Nested models, wrappers and the layers inside custom layers are searched;
-    what holds a layer comes before it.
-    Keras has no public way to reach the last; this is the one place that
-    uses its `_flatten_layers`. Every function of a model begins here, so this
-    is where it is checked that it is one.
+    Nested models, wrappers and custom layers are searched; what holds a layer
+    comes before it. Keras has no public way into custom layers; only this
+    function uses its `_flatten_layers`. Every function of a model begins here,
+    so the type of `model` is checked here.
 
     Raises:
         TypeError: If `model` is not of Keras.
@@ -78,9 +77,9 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
         model: A model.
         layers: `None` (default) for all; a function of a layer that says
             whether it is meant; a layer of the model, or its name, or a list
-            of such. A layer that holds others (a block, a nested model) stands
-            for all batch normalization in it. Names are those of the layers,
-            or those that reports and `get_statistics` give them.
+            of such. A layer that holds others (a block, a nested model) means
+            all batch normalization in it. Names are those of the layers, or
+            those that reports and `get_statistics` give them.
 
     Returns:
         The layers, in the order of the model, each once. May be empty only
@@ -113,7 +112,7 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
 
 
 def _named(model: Any, layers: Any) -> list[Any]:
-    """The layers of a model that names, or layers themselves, stand for."""
+    """The layers of a model that are meant by names, or by themselves."""
     layers = list(layers) if isinstance(layers, Iterable) else layers
     if not isinstance(layers, list) or not all(
         isinstance(each, str | keras.layers.Layer) for each in layers

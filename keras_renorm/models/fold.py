@@ -55,8 +55,8 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
             of Keras or of this package.
         layers: Which layers: a function of a layer that returns whether it is
             meant, a layer or its name, or a list of such. A block or a nested
-            model stands for all batch normalization in it. Defaults to `None`,
-            for all.
+            model means all batch normalization in it. Defaults to `None`, for
+            all.
 
     Returns:
         A new model. The normalization that remains in it infers as before.
@@ -68,7 +68,7 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
 
     Warns:
         UserWarning: What of `layers` was not folded, and why: another layer, an
-            activation or a branch stands between, a layer is shared, or the
+            activation or a branch is between the two, a layer is shared, or the
             normalization is inside a wrapper.
 
     Example:
@@ -212,7 +212,7 @@ def _output_sources(node: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _why_not(before: Any, normalization: Any) -> str:
-    """Why a layer cannot take up the normalization after it, or nothing."""
+    """Why a layer cannot absorb the normalization after it; empty if it can."""
     if type(before) not in _KERNELS:
         return f"it follows {before.name}, a {type(before).__name__}"
     if before.activation is not keras.activations.linear:

@@ -1,4 +1,4 @@
-"""Statistics that stand while everything else trains."""
+"""Statistics that stay fixed while everything else trains."""
 
 import warnings
 
@@ -21,8 +21,8 @@ def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
         model: A model with layers of this package, at any depth.
         layers: Which layers: a function of a layer that returns whether it is
             meant, a layer or its name, or a list of such. A block or a nested
-            model stands for all batch normalization in it. Defaults to `None`,
-            for all.
+            model means all batch normalization in it. Defaults to `None`, for
+            all.
 
     Raises:
         ValueError: If the model has none, or Keras's batch normalization is
@@ -86,7 +86,7 @@ def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
 
 
 def warn_of_untrained(layers: list[BatchNormalization]) -> None:
-    """Warns where statistics are to stand that were never trained."""
+    """Warns of statistics that are to be frozen and were never trained."""
     untrained = [layer for layer in layers if is_untrained(layer)]
     if untrained:
         warnings.warn(

@@ -14,7 +14,7 @@ from keras_renorm.models.batches import Batches
 from keras_renorm.models.finding import describe
 
 Call = Callable[..., Any]
-# Of a batch: layers, and what a call of each told.
+# Of a batch: layers, and what a call of each reported.
 Calls = list[tuple[Any, Any]]
 
 
@@ -24,7 +24,7 @@ def observed(
 ) -> Iterator[None]:
     """Puts `hook(layer, call)` in the place of each layer's `call`.
 
-    What stood there is there again in the end, whatever happens.
+    At the end each `call` is what it was before, also after an exception.
     """
     before = {id(layer): vars(layer).get("call") for layer in layers}
     try:
@@ -51,10 +51,10 @@ def aligned_inputs(
 
 
 class Told:
-    """What the calls of layers tell of a batch.
+    """What the calls of layers report of a batch.
 
-    A call tells tensors from wherever it stands: in a recurrent cell, a loop or
-    a branch of a conditional, too. One in a loop tells once each time.
+    A call may report tensors from any place: a recurrent cell, a loop or a
+    branch of a conditional, too. In a loop it reports at each iteration.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Told:
         self._places = 0
 
     def tell(self, layer: Any, found: Any, outputs: Tensor) -> Tensor:
-        """The outputs of a call, which tells a structure of tensors."""
+        """The outputs of a call, which reports a structure of tensors."""
         form = tree.map_structure(lambda _: None, found)
         self._places += 1
         place = self._places
@@ -93,7 +93,7 @@ class Told:
         return backend.with_size(inputs, axis, channels, check)
 
     def run(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Calls]:
-        """`function(x)`, and what was told meanwhile: `(layer, arrays)`.
+        """`function(x)`, and what it reported: `(layer, arrays)`.
 
         In the order of the calls; branches run in any order.
         """
@@ -126,7 +126,8 @@ class Told:
             layers: What is watched.
             hook: As for `observed`.
             function: As for `run`.
-            count: Takes each batch, what the function gave, and what was told.
+            count: Takes each batch, what the function gave, and what was
+                reported.
             verbose: Whether to show a progress bar.
             unit: What the bar counts.
 
@@ -197,7 +198,7 @@ class Total:
         self.batches += 1
         self._counts = self._counts + count
         share = count / np.maximum(self._counts, 1)
-        with np.errstate(all="ignore"):  # what is not finite is told later
+        with np.errstate(all="ignore"):  # not finite: an error later
             distance = (shift + residual) - self.mean
             self.variance = (
                 (1 - share) * self.variance

@@ -54,15 +54,16 @@ def recalibrate(
     the cost of a pass a layer. (A layer that feeds itself, in a recurrent
     cell, say, uses its old statistics in its own pass.)
 
-    One element a channel, normalized by itself, is zero, and says nothing of
-    the data. So one pass leaves out what comes after it in a batch: a last
-    batch of one does no harm. Where most of a layer's elements would be left
-    out, there is a pass for each layer instead.
+    A single element of a channel, normalized by itself, is zero, and says
+    nothing of the data. So one pass leaves out what comes after it in a batch:
+    a last batch of one does no harm. Where most of a layer's elements would be
+    left out, there is a pass for each layer instead.
 
     Layers count wherever they are called: in nested models, recurrent cells,
     loops and conditionals, once for each time that they run. A layer whose
     outputs nobody uses is not reached. What the model has compiled by itself
-    (`tf.function`, `jax.jit`) is not traced anew, and its layers not reached.
+    (`tf.function`, `jax.jit`) is not traced again, and its layers are not
+    reached.
 
     Only moving statistics change: no other weight, no step counter, no limit.
     They change at the end, and not at all if anything fails. Frozen layers
@@ -81,11 +82,11 @@ def recalibrate(
         steps: Number of batches, or `None` (default) for all.
         layers: Which layers: a function of a layer that returns whether it is
             meant, a layer or its name, or a list of such. A block or a nested
-            model stands for all batch normalization in it. Defaults to `None`,
-            for all. The others infer, with the statistics that they have.
+            model means all batch normalization in it. Defaults to `None`, for
+            all. The others infer, with the statistics that they have.
         layer_by_layer: Whether to make a pass for each layer. The dataset must
             be one that can be read again. `None` (default): where there are
-            `prior_examples`, so that each layer is measured behind layers that
+            `prior_examples`, so that each layer is measured after layers that
             normalize by the mixture, as they will; and where batches hold one
             element a channel.
         prior_examples: Weight of the present statistics, in examples: N in

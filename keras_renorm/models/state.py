@@ -36,7 +36,7 @@ def copy_state(old: Any, new: Any) -> None:
 
 
 def reload(layer: Any) -> None:
-    """Lets a layer work out what follows from the weights that it was given.
+    """Lets a layer compute what depends on the weights that it was given.
 
     `set_weights` does not; loading does.
     """

@@ -61,7 +61,7 @@ def set_statistics(
     Args:
         model: A built model with batch normalization, at any depth.
         statistics: What `get_statistics` returns, or a file of `np.savez`
-            with it. Names with the numbers of another session do, too.
+            with it. Names with the numbers of another session are accepted.
 
     Raises:
         ValueError: If the model has no batch normalization, or is not built;

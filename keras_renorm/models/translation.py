@@ -1,4 +1,4 @@
-"""What one class of batch normalization is of another: arguments, weights."""
+"""From one class of batch normalization to another: arguments, weights."""
 
 import inspect
 from typing import Any

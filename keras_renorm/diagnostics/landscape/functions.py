@@ -224,9 +224,9 @@ def internal_covariate_shift(
 
     and the cosine of the angle between the two: 0 and 1 where the layers
     before do not matter. A layer is what owns trainable weights, at any
-    depth, so that a normalization is a layer of its own. The layers stand in
-    the order of `model.trainable_variables`: the order of computation in
-    sequential and functional models, that of their making in subclassed ones.
+    depth, so that a normalization is a layer of its own. The layers are in the
+    order of `model.trainable_variables`: the order of computation in sequential
+    and functional models, that of their making in subclassed ones.
 
     This takes one gradient for each step size and layer but the first. The
     model is left as it was.
@@ -319,7 +319,7 @@ def _arrays(tensors: list[Tensor]) -> Arrays:
 
 
 def _difference(first: Arrays, second: Arrays) -> Arrays:
-    with np.errstate(all="ignore"):  # infinity less itself is NaN, and is told
+    with np.errstate(all="ignore"):  # infinity less itself is NaN, as returned
         return [a - b for a, b in zip(first, second, strict=True)]
 
 

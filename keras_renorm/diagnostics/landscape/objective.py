@@ -21,7 +21,7 @@ class Objective:
     The model runs in a stateless scope of Keras: it reads the values that it
     is handed, and what it assigns (moving statistics, counters, seeds) is
     dropped. So each evaluation starts from the same state, with the same
-    dropout, and there is nothing to put back, whatever fails.
+    dropout, and after an error there is nothing to restore.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -111,7 +111,7 @@ _GRAPHS: weakref.WeakKeyDictionary[keras.Model, dict[bool, Any]] = (
 def _graphs(
     model: keras.Model, loss: Any, training: bool, x: Any
 ) -> tuple[Any, Any]:
-    """The loss and its gradients as graphs, traced anew after a change."""
+    """The loss and its gradients as graphs, traced again after a change."""
     held = _GRAPHS.setdefault(model, {})
     # Keras checks the shapes that a graph is made for, and one that was made
     # for several numbers of channels would broadcast.
@@ -123,9 +123,9 @@ def _graphs(
     return held[training][1]
 
 
-# What Keras notes on a model while it trains and evaluates it: nothing that a
-# graph depends on, and new at each epoch. A name that Keras gives up or
-# adds here costs no more than a trace.
+# What Keras notes on a model while it trains and evaluates it: no graph depends
+# on it, and it is new at each epoch. If Keras removes or adds a name, the only
+# cost is a trace.
 _BOOKKEEPING = frozenset(
     {
         "_called",

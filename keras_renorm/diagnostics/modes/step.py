@@ -1,4 +1,4 @@
-"""One training step of a layer, by its moving statistics on either side."""
+"""One training step of a layer, by its moving statistics before and after."""
 
 import math
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class Probe(NamedTuple):
 def batch_statistic(
     before: np.ndarray, after: np.ndarray, momentum: float, steps: int = 1
 ) -> np.ndarray:
-    """What a moving average was moved by.
+    """What a moving average was moved by: its update, inverted.
 
     The statistic of the batch, where it moved once. Where it moved several
     times, the average of the batches', in which each weighs `momentum` times
@@ -139,7 +139,7 @@ def read_state(layer: Any) -> LayerState:
 
 
 def read_moved(layer: Any, before: LayerState) -> LayerState:
-    """The state after it: only what moves of itself is read anew."""
+    """The state after it: only what a step moves is read again."""
     step = None
     if isinstance(layer, BatchRenormalization):
         step = layer.current_step()

@@ -396,7 +396,7 @@ def _distance(
 ) -> str:
     worst = max(found, key=lambda each: each.shift)
     return (
-        f"{_where(found, layers)} moving statistics stand up to "
+        f"{_where(found, layers)} moving statistics are up to "
         f"{worst.shift:.2f} standard deviations ({worst.name}) from those of "
         "this data"
     )
