@@ -692,3 +692,18 @@ def test_layers_of_a_network_share_their_graph(kind, monkeypatch, rng):
         inputs = tf.constant(helpers.inputs_of(rng, (4, 6, 6, channels)))
         kind(epsilon=0.0123)(inputs, training=True)
     assert len(made) == 1
+
+
+def test_layers_of_other_momentum_infer_by_the_same_graph(monkeypatch, rng):
+    made = []
+    trace = tf.function
+
+    def counted(*arguments, **options):
+        made.append(arguments)
+        return trace(*arguments, **options)
+
+    monkeypatch.setattr("tensorflow.function", counted)
+    inputs = tf.constant(helpers.inputs_of(rng, (4, 6, 6, 3)))
+    for momentum in (0.5, 0.9):
+        BatchNormalization(momentum=momentum, epsilon=0.0124)(inputs)
+    assert len(made) == 1
