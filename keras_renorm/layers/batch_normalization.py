@@ -12,9 +12,9 @@ from keras_renorm.pooling import Pool
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Batch normalization that cannot be poisoned and can be frozen.
+    """Batch normalization that bad batches do not break and that can be frozen.
 
-    A drop-in for `keras.layers.BatchNormalization`: the same numbers, the
+    A replacement for `keras.layers.BatchNormalization`: the same numbers, the
     same weights in the same order, files that load both ways.
 
     **Training** (`training=True`): normalizes each channel with the mean
@@ -35,9 +35,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     **Frozen.** With `frozen_statistics=True` the layer uses its moving
     statistics in training too and never changes them; gamma and beta still
     train. With `trainable = False` nothing trains and nothing moves, as in
-    Keras. Both hold whatever `training` flag arrives and however deep the
-    layer sits in other models. A change takes effect when the model is
-    compiled next.
+    Keras. Both hold for any `training` flag, and at any depth in other models.
+    A change takes effect when the model is compiled next.
 
     **Mask.** Elements under a `False` reach neither statistics nor
     gradients, even if they hold NaN. What the layer returns there is
@@ -60,10 +59,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     batch however it is sharded, statistics are those of the whole batch with
     and without it.
 
-    **When.** For i.i.d. batches of four examples and more. Of one or two, or
-    where a batch holds one class, take `BatchRenormalization`, its gradient
-    corrected too: with two 0.780 -> 0.827 on cluttered digits, means of ten
-    seeds (`python -m benchmarks.quality --only regimes_cluttered`).
+    **When.** For i.i.d. batches of four examples and more. For batches of one
+    or two examples, or of one class, take `BatchRenormalization` with the
+    corrected gradient: with two 0.780 -> 0.827 on cluttered digits, means of
+    ten seeds (`python -m benchmarks.quality --only regimes_cluttered`).
 
     **Virtual batches.** With a `virtual_batch_size`, training normalizes each
     group of so many consecutive examples by itself ("ghost batches"); what

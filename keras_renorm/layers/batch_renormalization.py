@@ -93,7 +93,7 @@ class BatchRenormalization(BatchNormalization):
       `recalibrate` first: 0.881 [fine_tuning_digits].
     - `callbacks.FreezeStatistics()` at the end helps where the gradient is
       not corrected: one class 0.760, two images 0.784 [regimes_cluttered].
-      Where it is, the layer is ahead of that without it.
+      Where it is corrected, the layer is better than that without it.
     - `momentum`: 0.99 is best for 3,000 steps and more, 0.95 for 750
       [lengths_digits].
 

@@ -31,7 +31,7 @@ def convert(
     in_place: bool = False,
     **layer_arguments: Any,
 ) -> keras.Model:
-    """A model with our layers for the batch normalization in it.
+    """A model with our layers in the place of its batch normalization.
 
     It infers what the model infers, with the model's weights, layer names,
     `trainable` flags and shared layers. There are two ways.
@@ -61,12 +61,12 @@ def convert(
     the layers are in the configuration of the model (sequential, functional), a
     `.keras` file has them. The file of a class that makes its own layers says
     only how to make the model: load it in `replacing(to, ...)`, with the same
-    arguments, or make the model, convert it in place and load weights. `revert`
-    it before, and the file is one of Keras's layers again.
+    arguments, or make the model, convert it in place and load weights. After
+    `revert`, the file has Keras's layers again.
 
     A model of tf_keras (Keras 2) becomes one of Keras 3, not compiled. It may
     hold layers that Keras 3 has too, and sums and products; the statistics of
-    its renormalization come along.
+    its renormalization are copied.
 
     Args:
         model: A model, built; for a copy sequential or functional.
@@ -81,11 +81,12 @@ def convert(
         **layer_arguments: Arguments for each new layer, in place of the old
             layer's: `momentum=0.95`, `r_max=2.0`, `frozen_statistics=True`...
             Without them a new layer has what the old one has: a Keras layer
-            with `renorm=True` hands on its `renorm_clipping` as limits; a
-            layer of `to`, everything, step counter included. Limits that none
-            gives are open at once (r_max 3, d_max 5) where the statistics are
-            trained, and the ramp of a new layer where they are not. In place
-            not `axis`, `center`, `scale`, `dtype`, `name`, `trainable`.
+            with `renorm=True` gives its `renorm_clipping` as limits; a layer of
+            `to` gives everything, with the step counter. Limits that none gives
+            are open at once (r_max 3, d_max 5) where the statistics are
+            trained, and the ramp of a new layer where they are not. With
+            `in_place`, not `axis`, `center`, `scale`, `dtype`, `name`,
+            `trainable`.
 
     Returns:
         A new model; `model` where `in_place`.
