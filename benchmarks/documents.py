@@ -122,6 +122,12 @@ def regimes(task):
         if f"regimes_{task}" not in experiments:
             return NOT_RUN
         found = accuracies(experiments[f"regimes_{task}"]["cells"])
+        unknown = sorted(found.keys() - REGIMES.keys())
+        if unknown:
+            raise ValueError(
+                "`REGIMES` must have a label for every regime of the results. "
+                f"Received: results of {unknown}."
+            )
         names = [
             name
             for name in CONTENDERS

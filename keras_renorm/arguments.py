@@ -52,6 +52,19 @@ def check_integer(name: str, value: Any, minimum: int | None = None) -> int:
     return int(value)
 
 
+def check_at_least(
+    name: str, value: Any, minimum: float, *, is_finite: bool = False
+) -> float:
+    """`value` as a float of at least `minimum`, infinity if allowed."""
+    number = check_number(name, value)
+    if number < minimum or (is_finite and number == math.inf):
+        rule = "finite and at least" if is_finite else "at least"
+        raise ValueError(
+            f"`{name}` must be {rule} {minimum:g}. Received: {name}={value}."
+        )
+    return number
+
+
 def check_boolean(name: str, value: Any) -> bool:
     """`value` as a bool."""
     if not is_boolean(value):
@@ -82,7 +95,7 @@ def check_epsilon(value: Any) -> float:
 
 
 def check_model(model: Any) -> Any:
-    """`model`, if it is of Keras 3; a layer does too."""
+    """`model`, if it is of Keras 3; a layer is accepted, too."""
     if not isinstance(model, keras.layers.Layer):
         if isinstance(model, str | os.PathLike):
             hint = " `keras.saving.load_model` reads a file."

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_renorm import schedules
-
+# Of any backend; there is no type that fits all of them.
 Tensor = Any
 
 
@@ -20,8 +19,8 @@ class Moments(NamedTuple):
     """Statistics of the examples that one training step normalizes together.
 
     Attributes:
-        count: Number of unmasked elements behind each statistic, a scalar or
-            of a shape that broadcasts against the others.
+        count: Number of unmasked elements of each statistic, a scalar or of a
+            shape that broadcasts against the others.
         shift: A value near the mean.
         residual: The mean less `shift`. Two numbers hold more digits than
             one; see `pooling`.
@@ -77,7 +76,7 @@ def element_count(
     for index in axes:
         size = sizes[index]
         if mask is not None:
-            # An entry of the mask stands for this many elements.
+            # An entry of the mask is for this many elements.
             mask_size = ops.shape(mask)[index]
             if isinstance(size, int) and isinstance(mask_size, int):
                 size = size / max(mask_size, 1)
@@ -183,10 +182,10 @@ def scale_and_offset(
     offset: Tensor | None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`centered * scale + offset`, deaf to gradients of masked elements.
+    """`centered * scale + offset`, no gradient from masked elements.
 
-    Applied to centred values: folding the mean into the offset would cancel
-    badly where |mean| is large beside the standard deviation. A masked
+    It is applied to centered values: with the mean in the offset, digits would
+    cancel where |mean| is large compared with the standard deviation. A masked
     element gets the same formula, but neither its value (NaN, say) nor the
     gradient that arrives there reaches any gradient.
     """
@@ -236,7 +235,7 @@ def renorm_correction(
 
 
 class Limits(NamedTuple):
-    """The ramps of r_max and d_max, a row each, and where they stand.
+    """The ramps of r_max and d_max, a row each, and the current step.
 
     Attributes:
         values: Where each begins and ends, shape `(2, 2)`.
@@ -255,7 +254,7 @@ class Feedback(NamedTuple):
     Attributes:
         mean: Accumulator of the gradient's mean, shape `(channels,)`. What a
             step gives as the gradient of an accumulator is added to it; see
-            `graphs.with_accumulators`.
+            `backend.with_accumulators`.
         projection: Accumulator of its product with the normalized inputs.
         agreement: Moving average of how alike the gradients of a batch's
             examples are, from 0 to 1.
@@ -268,17 +267,35 @@ class Feedback(NamedTuple):
     momentum: float
 
 
-class State(NamedTuple):
-    """What a layer holds when a step begins.
+class Parameters(NamedTuple):
+    """What an inference step reads of a layer.
 
     Attributes:
         gamma: Scale, shape `(channels,)`, or `None` for 1.
         beta: Offset, shape `(channels,)`, or `None` for 0.
         moving_mean: Shape `(channels,)`.
         moving_variance: Shape `(channels,)`.
-        limits: Those of r and d. `None` is r = 1, d = 0.
+        epsilon: Added to variances under the root.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    moving_mean: Tensor
+    moving_variance: Tensor
+    epsilon: float
+
+
+class State(NamedTuple):
+    """What a training step reads of a layer: `Parameters`, and more.
+
+    Attributes:
+        gamma: Scale, shape `(channels,)`, or `None` for 1.
+        beta: Offset, shape `(channels,)`, or `None` for 0.
+        moving_mean: Shape `(channels,)`.
+        moving_variance: Shape `(channels,)`.
         epsilon: Added to variances under the root.
         momentum: Share of the moving statistics that is kept.
+        limits: Those of r and d. `None` is r = 1, d = 0.
         feedback: What corrects the gradient, or `None`.
     """
 
@@ -286,10 +303,10 @@ class State(NamedTuple):
     beta: Tensor | None
     moving_mean: Tensor
     moving_variance: Tensor
-    limits: Limits | None
     epsilon: float
     momentum: float
-    feedback: Feedback | None = None
+    limits: Limits | None
+    feedback: Feedback | None
 
 
 class Response(NamedTuple):
@@ -304,8 +321,6 @@ class Response(NamedTuple):
             Algorithm 1's scale, that is taken as if the statistics were
             constants.
         rest: With it, the share that is Algorithm 1's own.
-        probe: With it, a zero. Part of the loss, it tells the backward pass
-            what the loss is multiplied by.
     """
 
     r: Tensor | None
@@ -314,7 +329,38 @@ class Response(NamedTuple):
     moving_variance: Tensor
     held: Tensor | None = None
     rest: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """What a training step gives its layer besides the outputs.
+
+    Attributes:
+        moving_mean: The new moving mean, without gradient.
+        moving_variance: The new moving variance, without gradient.
+        probe: With `State.feedback`, a zero. Part of the loss, it tells the
+            backward pass what the loss is multiplied by.
+    """
+
+    moving_mean: Tensor
+    moving_variance: Tensor
     probe: Tensor | None = None
+
+
+def interpolate(
+    xp: Any, initial_value: Any, final_value: Any, elapsed: Any, span: Any
+) -> Any:
+    """The value of a linear ramp, elementwise.
+
+    `xp` is the namespace that computes it, `numpy` or `keras.ops`. `elapsed`
+    are the steps since the ramp began (negative before), `span` is how many
+    it takes, both as floats. Values are picked, not multiplied by zero, at
+    both ends: they may be infinite there.
+    """
+    progress = elapsed / xp.maximum(span, 1.0)
+    between = initial_value + (final_value - initial_value) * progress
+    value = xp.where(elapsed <= 0, initial_value, between)
+    # Last, so that a ramp of no length has switched at its step.
+    return xp.where(elapsed >= span, final_value, value)
 
 
 def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
@@ -322,7 +368,7 @@ def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
     begin_steps, end_steps = limits.steps[:, 0], limits.steps[:, 1]
     values = ops.cast(limits.values, dtype)
     r_max, d_max = ops.unstack(
-        schedules.interpolate(
+        interpolate(
             ops,
             values[:, 0],
             values[:, 1],
@@ -337,13 +383,13 @@ def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
 def respond(
     moments: Moments, state: State, total: Moments | None = None
 ) -> Response:
-    """The correction, by the moving statistics as they were; then these.
+    """The correction by the moving statistics before a step, and the new ones.
 
     Both use the one value that is passed in: a graph may order a second read
     of a variable after its assignment. `moments` are what a step normalizes
     with; `total`, where the batch has several groups of them, are those of
-    the whole. A channel where the latter are not finite, or rest on no
-    element, keeps its moving statistics: one NaN would stay in them for ever.
+    the whole. A channel where the latter are not finite, or are of no element,
+    keeps its moving statistics: one NaN would stay in them always.
     """
     moving_mean, moving_variance = state.moving_mean, state.moving_variance
     limits = state.limits
@@ -383,10 +429,10 @@ def respond(
 def align_mask(mask: Tensor, inputs: Tensor, axis: int) -> Tensor:
     """A mask as booleans of the rank of `inputs`, size 1 on all it lacks.
 
-    A mask stands for the leading non-channel axes of `inputs` and is
-    broadcast over the rest. One that does not fit them, but the leading axes
-    with the channel axis among them, stands for these: so Keras makes the
-    mask of inputs with channels first. A size that is unknown fits.
+    The axes of a mask are the leading non-channel axes of `inputs`; it is
+    broadcast over the others. A mask that does not fit these may have the
+    leading axes with the channel axis among them: Keras makes such masks of
+    inputs with channels first. An unknown size fits.
 
     Raises:
         ValueError: If it can be broadcast against neither.

@@ -4,12 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from keras import backend, ops
+from keras import ops
 
+from keras_renorm.backend import tf
 from keras_renorm.functional import Tensor
-
-if backend.backend() == "tensorflow":
-    import tensorflow as tf
 
 # The fused operators sum in float32 over the whole tensor; where |mean| is
 # more than this many standard deviations, the rounding error of that sum is
@@ -107,8 +105,8 @@ class FusedView:
     def normalize_accurately(self, *arguments: Any) -> tuple[Tensor, ...]:
         """`normalize` in its training form, at any mean.
 
-        The operator's sums are off by some 1e-5 of the mean. Where that is
-        much beside the spread, a channel's first value is taken off first;
+        The operator's sums are off by some 1e-5 of the mean. Where that is much
+        compared with the spread, a channel's first value is subtracted before;
         see `functional.centered_moments`.
 
         Returns:

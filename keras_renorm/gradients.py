@@ -1,20 +1,21 @@
 """The corrected gradient of renormalization, as functions of tensors.
 
-The gradient of normalization takes two means of the minibatch out of what
-arrives, mean(dy) and x̂ · mean(dy · x̂). Of few or like examples both are as
-wrong as the batch's mean and variance. Here most of them is replaced by what
-the minibatches before had in common, which two accumulators a channel hold.
+The gradient of normalization subtracts two means of the minibatch from the
+gradient that arrives: mean(dy) and x̂ · mean(dy · x̂). Where examples are few
+or alike, both are as inaccurate as the batch's mean and variance. Here most of
+each is replaced by what earlier minibatches had in common; two accumulators for
+each channel hold it.
 
 The control is that of Online Normalization (Chiley et al. 2019,
-arXiv:1905.05894, section 3); to average what comes back where batches are
-small is also the idea of Yan et al. 2020, arXiv:2001.06838.
+arXiv:1905.05894, section 3); to average gradients where batches are small is
+also the idea of Yan et al. 2020, arXiv:2001.06838.
 """
 
 from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_renorm import functional
+from keras_renorm import functional, schedules
 from keras_renorm.functional import Moments, Response, State, Tensor
 
 # How much of the gradient is corrected at most. With all of it, the
@@ -25,7 +26,7 @@ HIGHEST_WEIGHT = 0.8
 HALF_WEIGHT_AGREEMENT = 0.12
 AGREEMENT_MOMENTUM = 0.98
 # The correction is at its highest where r may be as large as in the paper.
-OPEN_R_MAX = 3.0
+OPEN_R_MAX = schedules.R_MAX
 
 
 def respond(
@@ -123,8 +124,8 @@ def correct(
     this is the first formula with other means, and its scale times
     `response.held + response.rest`.
 
-    The accumulators stay where what arrives is not finite or the batch has no
-    element; the agreement also where no gradient arrives.
+    The accumulators do not change where the gradient that arrives is not finite
+    or the batch has no element; the agreement, also where no gradient arrives.
 
     Args:
         moments: Those of the batch.

@@ -9,15 +9,21 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from keras import backend, ops
+import keras
+from keras import ops
 
-from keras_renorm import functional, gradients, graphs, pooling
-from keras_renorm.functional import Moments, Response, State, Tensor
+from keras_renorm import backend, functional, gradients, pooling
+from keras_renorm.backend import tf
+from keras_renorm.functional import (
+    Moments,
+    Parameters,
+    Response,
+    State,
+    Tensor,
+    Update,
+)
 from keras_renorm.fused import FusedView
 from keras_renorm.pooling import ALONE, Pool
-
-if backend.backend() == "tensorflow":
-    import tensorflow as tf
 
 # A tensor of fewer elements is normalized with plain operations in a graph:
 # below, the fused operators' fixed cost outweighs what they save. A training
@@ -26,7 +32,7 @@ if backend.backend() == "tensorflow":
 # at 524,000, (32, 32, 32, 16).
 SMALL_ELEMENTS = 100_000
 # In `fit` the batch size is unknown while the graph is built; Keras's default
-# stands in for it.
+# is assumed.
 ASSUMED_BATCH_SIZE = 32
 
 # Operations after which the fused operator infers fastest: TensorFlow's
@@ -38,7 +44,7 @@ JOINED = ("Conv2D", "Placeholder")
 def statistics_dtype(dtype: Any) -> str:
     """The type that statistics are computed and stored in: float32 at least."""
     # Not `result_type`, which gives float32 for float64 on Keras's JAX backend.
-    is_double = backend.standardize_dtype(dtype) == "float64"
+    is_double = keras.backend.standardize_dtype(dtype) == "float64"
     return "float64" if is_double else "float32"
 
 
@@ -69,11 +75,11 @@ def choose(
     tensors there, too coarse in 16 bits, and the operator for it takes no
     other layout.
     """
-    if backend.backend() != "tensorflow" or mask is not None:
+    if not backend.has_fused_operators() or mask is not None:
         return "plain"
     if pool.virtual_batch_size is not None:
         return "plain"
-    if backend.standardize_dtype(inputs.dtype) not in (
+    if keras.backend.standardize_dtype(inputs.dtype) not in (
         "float32",
         "bfloat16",
         "float16",
@@ -85,7 +91,9 @@ def choose(
     is_sum = is_corrected or pool.spans_replicas
     if is_sum and not (is_last and inputs.dtype == tf.float32):
         return "matrix" if is_last else "plain"
-    if tf.executing_eagerly() and (is_moving or not graphs.runs_as_one_graph()):
+    if tf.executing_eagerly() and (
+        is_moving or not backend.runs_as_one_graph()
+    ):
         return "fused"  # one operator, one dispatch
     if is_moving and is_last:
         is_joined = inputs.op.type in JOINED or inputs.dtype != tf.float32
@@ -120,7 +128,7 @@ def normalize_by_batch(
     mask: Tensor | None,
     state: State,
     pool: Pool,
-) -> tuple[Tensor, Response]:
+) -> tuple[Tensor, Update]:
     """A training step: γ ((x − μ_B) / σ_B · r + d) + β.
 
     Args:
@@ -132,15 +140,14 @@ def normalize_by_batch(
         pool: Who shares statistics.
 
     Returns:
-        `(outputs, response)`: the outputs, in the type of the inputs or of
-        the statistics, and the new moving statistics, which carry no
-        gradient.
+        `(outputs, update)`: the outputs, in the type of the inputs or of the
+        statistics, and the new moving statistics.
     """
     path = choose(inputs, axis, mask, pool, state.feedback is not None)
     return _batch_step(path, inputs, axis, mask, state, pool)
 
 
-@graphs.as_one_graph
+@backend.as_one_graph
 def _batch_step(
     path: str,
     inputs: Tensor,
@@ -148,7 +155,7 @@ def _batch_step(
     mask: Tensor | None,
     state: State,
     pool: Pool,
-) -> tuple[Tensor, Response]:
+) -> tuple[Tensor, Update]:
     if path == "fused":
         return _fused_batch(inputs, axis, state, pool)
     if path == "matrix":
@@ -159,54 +166,58 @@ def _batch_step(
 
 
 def normalize_by_moving_statistics(
-    inputs: Tensor, axis: int, mask: Tensor | None, state: State
+    inputs: Tensor, axis: int, mask: Tensor | None, parameters: Parameters
 ) -> Tensor:
     """An inference step, or a training step with frozen statistics.
 
     γ (x − μ) / σ + β, with the arguments of `normalize_by_batch`.
     """
     path = choose(inputs, axis, mask, is_moving=True)
-    return _moving_step(path, inputs, axis, mask, state)
+    return _moving_step(path, inputs, axis, mask, parameters)
 
 
-@graphs.as_one_graph
+@backend.as_one_graph
 def _moving_step(
-    path: str, inputs: Tensor, axis: int, mask: Tensor | None, state: State
+    path: str,
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    parameters: Parameters,
 ) -> Tensor:
     if path == "fused":
         view = FusedView(inputs, axis)
         outputs, *_ = view.normalize(
-            state.gamma,
-            state.beta,
-            state.epsilon,
-            mean=state.moving_mean,
-            variance=state.moving_variance,
+            parameters.gamma,
+            parameters.beta,
+            parameters.epsilon,
+            mean=parameters.moving_mean,
+            variance=parameters.moving_variance,
         )
         return view.restore(outputs)
     if path == "affine":
-        return _affine(inputs, axis, state)
+        return _affine(inputs, axis, parameters)
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
     rank = len(inputs.shape)
-    centered = inputs - functional.spread(state.moving_mean, rank, (axis,))
-    scale = ops.rsqrt(state.moving_variance + state.epsilon)
-    if state.gamma is not None:
-        scale = scale * state.gamma
+    centered = inputs - functional.spread(parameters.moving_mean, rank, (axis,))
+    scale = ops.rsqrt(parameters.moving_variance + parameters.epsilon)
+    if parameters.gamma is not None:
+        scale = scale * parameters.gamma
     return functional.scale_and_offset(
-        centered, (axis,), scale, state.beta, mask
+        centered, (axis,), scale, parameters.beta, mask
     )
 
 
-def _affine(inputs: Tensor, axis: int, state: State) -> Tensor:
+def _affine(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
     """An inference step as x a + b, a = γ/σ and b = β − μ a; channels last.
 
     Three roundings of the size of μ/σ, where the inputs come with one. Its
     gradient is that of the fused operator, which has none of them.
     """
-    scale = tf.math.rsqrt(state.moving_variance + state.epsilon)
-    if state.gamma is not None:
-        scale = scale * state.gamma
-    centre = state.moving_mean * scale
-    offset = -centre if state.beta is None else state.beta - centre
+    scale = tf.math.rsqrt(parameters.moving_variance + parameters.epsilon)
+    if parameters.gamma is not None:
+        scale = scale * parameters.gamma
+    centre = parameters.moving_mean * scale
+    offset = -centre if parameters.beta is None else parameters.beta - centre
 
     @tf.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
@@ -215,21 +226,22 @@ def _affine(inputs: Tensor, axis: int, state: State) -> Tensor:
             d_x, d_gamma, d_beta = view.gradient(
                 view.of(upstream),
                 view.inputs,
-                state.gamma,
-                state.epsilon,
-                (state.moving_mean, state.moving_variance, scale),
+                parameters.gamma,
+                parameters.epsilon,
+                (parameters.moving_mean, parameters.moving_variance, scale),
                 is_training=False,
             )
             gradients = [view.restore(d_x)]
-            if state.gamma is not None:
+            if parameters.gamma is not None:
                 gradients.append(d_gamma)
-            if state.beta is not None:
+            if parameters.beta is not None:
                 gradients.append(d_beta)
             return tuple(gradients)
 
         return x * scale + offset, gradient
 
-    return step(inputs, *_parameters(state))
+    given = [parameters.gamma, parameters.beta]
+    return step(inputs, *(each for each in given if each is not None))
 
 
 def _renormalized(
@@ -250,7 +262,7 @@ def _renormalized(
 
 def _plain_batch(
     inputs: Tensor, axis: int, mask: Tensor | None, state: State, pool: Pool
-) -> tuple[Tensor, Response]:
+) -> tuple[Tensor, Update]:
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
     kept: tuple[int, ...] = (axis,)
     if pool.virtual_batch_size is not None:
@@ -269,12 +281,13 @@ def _plain_batch(
     if factor is not None:
         scale = scale * factor
     outputs = functional.scale_and_offset(centered, kept, scale, offset, mask)
-    return outputs if len(kept) == 1 else restore(outputs), response
+    update = Update(response.moving_mean, response.moving_variance)
+    return outputs if len(kept) == 1 else restore(outputs), update
 
 
 def _matrix_batch(
     inputs: Tensor, state: State, pool: Pool
-) -> tuple[Tensor, Response]:
+) -> tuple[Tensor, Update]:
     """`_plain_batch` with channels last, with fewer operations each way."""
     shape = ops.shape(inputs)
     rows = tf.reshape(inputs, [-1, shape[-1]])
@@ -316,11 +329,11 @@ def _matrix_batch(
         return (outputs, *_moved(response)), gradient
 
     outputs, *moved = step(rows, *_parameters(state))
-    return tf.reshape(outputs, tf.shape(inputs)), _response(moved)
+    return tf.reshape(outputs, tf.shape(inputs)), _update(moved)
 
 
 def _parameters(state: State) -> list[Tensor]:
-    """What a step gives gradients of, beside the inputs."""
+    """What a step gives gradients of, besides the inputs."""
     values = [state.gamma, state.beta]
     if state.feedback is not None:
         values += [
@@ -369,7 +382,7 @@ def _taken_out(
     corrected, if that is asked for. `by_example` then gives the sums of each
     example, `(examples, channels)`, and the number of examples that have an
     element, a vector. `others` are the gradients that arrive at what a step
-    returns beside its outputs (`_moved`). Gradients of gamma and beta remain
+    returns besides its outputs (`_moved`). Gradients of gamma and beta remain
     the replica's own: the optimizer adds them up.
 
     Returns:
@@ -424,24 +437,21 @@ def _backward_scale(scale: Tensor | None, response: Response) -> Any:
 
 
 def _moved(response: Response) -> list[Tensor]:
-    """What a step returns beside its outputs; `_response` reads it."""
+    """What a step returns besides its outputs; `_update` reads it."""
     moved = [response.moving_mean, response.moving_variance]
     if response.held is not None:
         moved.append(tf.zeros([], response.held.dtype))
     return moved
 
 
-def _response(moved: list[Tensor]) -> Response:
-    mean, variance, *rest = moved
-    response = Response(
-        None, None, tf.stop_gradient(mean), tf.stop_gradient(variance)
-    )
-    return response._replace(probe=rest[0]) if rest else response
+def _update(moved: list[Tensor]) -> Update:
+    mean, variance, *probe = moved
+    return Update(tf.stop_gradient(mean), tf.stop_gradient(variance), *probe)
 
 
 def _corrected_batch(
     inputs: Tensor, axis: int, mask: Tensor | None, state: State, pool: Pool
-) -> tuple[Tensor, Response]:
+) -> tuple[Tensor, Update]:
     """`_plain_batch` with the corrected gradient, written out.
 
     No group has statistics of its own here; the layer sees to that.
@@ -467,7 +477,7 @@ def _corrected_batch(
             return sums, tf.shape(sums)[:1]
         present = tf.reduce_any(mask, others)
         present = present if first < axis else tf.transpose(present)
-        # A mask of size 1 stands for every example.
+        # A mask of size 1 is for every example.
         present = tf.broadcast_to(
             present, [tf.shape(sums)[0], tf.shape(present)[1]]
         )
@@ -513,12 +523,12 @@ def _corrected_batch(
     outputs, *moved = step(
         tf.cast(inputs, statistics_dtype(inputs.dtype)), *_parameters(state)
     )
-    return outputs, _response(moved)
+    return outputs, _update(moved)
 
 
 def _fused_batch(
     inputs: Tensor, axis: int, state: State, pool: Pool
-) -> tuple[Tensor, Response]:
+) -> tuple[Tensor, Update]:
     """A training step on the fused operators, with its own gradient.
 
     The gradient is that of the fused operator with scale γr; then
@@ -587,4 +597,4 @@ def _fused_batch(
         return (outputs, *_moved(response)), gradient
 
     outputs, *moved = step(view.inputs, *_parameters(state))
-    return view.restore(outputs), _response(moved)
+    return view.restore(outputs), _update(moved)

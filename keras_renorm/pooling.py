@@ -7,17 +7,13 @@ sums over everything that they were pooled over.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from keras import backend, ops
+from keras import ops
 
-from keras_renorm import functional
+from keras_renorm import backend, functional
+from keras_renorm.backend import tf
 from keras_renorm.functional import Moments, Tensor
-
-if backend.backend() == "tensorflow":
-    import tensorflow as tf
-elif backend.backend() == "torch":
-    from torch import distributed
 
 # A pooled variance is a difference of float64 numbers of the size of the
 # squared distance between the replicas' means and the moving mean. Below
@@ -45,36 +41,13 @@ class Pool(NamedTuple):
         Raises:
             RuntimeError: If they would have to be, by processes of PyTorch.
         """
-        if self.synchronized and backend.backend() == "torch":
-            _check_one_process()
-        return self.synchronized and _replicas() is not None
+        if not self.synchronized:
+            return False
+        backend.check_one_process()
+        return backend.replicas() is not None
 
 
 ALONE = Pool()
-
-
-def _replicas() -> Any:
-    """The replica context that this runs in, if there are others beside it."""
-    if backend.backend() != "tensorflow":
-        return None
-    # `None` outside the replicas: where a strategy builds or saves a model.
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return None
-    return context
-
-
-def _check_one_process() -> None:
-    """Raises where PyTorch trains in several, which do not share statistics."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return
-    count = distributed.get_world_size()
-    if count > 1:
-        raise RuntimeError(
-            "`synchronized` must be False where several processes of PyTorch "
-            "train: each would normalize its own examples. Received: "
-            f"synchronized=True, {count} processes."
-        )
 
 
 def sum_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
@@ -83,13 +56,13 @@ def sum_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
     Differentiable: the gradient is summed over the replicas as well.
     """
     sizes = [value.shape[0] for value in values]
-    total = _replicas().all_reduce("SUM", tf.concat(values, axis=0))
+    total = backend.replicas().all_reduce("SUM", tf.concat(values, axis=0))
     return tf.split(total, sizes)
 
 
 def average_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
-    """The means of vectors over the replicas; where there are none, they."""
-    replicas = _replicas()
+    """The means of vectors over the replicas; alone, the vectors."""
+    replicas = backend.replicas()
     if replicas is None:
         return list(values)
     return tf.unstack(replicas.all_reduce("MEAN", tf.stack(values)))

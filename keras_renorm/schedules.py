@@ -8,27 +8,15 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import arguments
+from keras_renorm import arguments, functional
 
-# Ioffe 2017, section 4.2: r_max and d_max of a run of about 130,000 steps.
+# No limit is lower. With both here, nothing is corrected: plain batch
+# normalization.
+MINIMA = {"r_max": 1.0, "d_max": 0.0}
+CLOSED = (MINIMA["r_max"], MINIMA["d_max"])
+# Ioffe 2017, section 4.2: where the limits end, in runs of 130,000 steps.
+R_MAX, D_MAX = 3.0, 5.0
 _PAPER_TOTAL_STEPS = 130_000
-
-
-def interpolate(
-    xp: Any, initial_value: Any, final_value: Any, elapsed: Any, span: Any
-) -> Any:
-    """The value of a linear ramp, elementwise.
-
-    `xp` is the namespace that computes it, `numpy` or `keras.ops`. `elapsed`
-    are the steps since the ramp began (negative before), `span` is how many
-    it takes, both as floats. Values are picked, not multiplied by zero, at
-    both ends: they may be infinite there.
-    """
-    progress = elapsed / xp.maximum(span, 1.0)
-    between = initial_value + (final_value - initial_value) * progress
-    value = xp.where(elapsed <= 0, initial_value, between)
-    # Last, so that a ramp of no length has switched at its step.
-    return xp.where(elapsed >= span, final_value, value)
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
@@ -103,7 +91,7 @@ class LinearRamp:
     def __call__(self, step: Any) -> Any:
         """The value at `step`: a float, or an array for an array of steps."""
         with np.errstate(invalid="ignore"):  # inf - inf, never picked
-            value = interpolate(
+            value = functional.interpolate(
                 np,
                 self.initial_value,
                 self.final_value,
@@ -158,8 +146,8 @@ class LinearRamp:
         return cls(**config)
 
 
-_PAPER_R_MAX = LinearRamp(1.0, 3.0, begin_step=5_000, end_step=40_000)
-_PAPER_D_MAX = LinearRamp(0.0, 5.0, begin_step=5_000, end_step=25_000)
+_PAPER_R_MAX = LinearRamp(CLOSED[0], R_MAX, begin_step=5_000, end_step=40_000)
+_PAPER_D_MAX = LinearRamp(CLOSED[1], D_MAX, begin_step=5_000, end_step=25_000)
 
 
 def ioffe2017(
@@ -220,26 +208,28 @@ def default_limits(momentum: float) -> tuple[LinearRamp, LinearRamp]:
     Example:
 
     >>> r_max, d_max = default_limits(momentum=0.99)
-    >>> r_max
-    LinearRamp(initial_value=1.0, final_value=3.0, begin_step=300, end_step=1000)
+    >>> (r_max.begin_step, r_max.end_step, r_max.final_value)
+    (300, 1000, 3.0)
     """
     if momentum == 1:
-        return LinearRamp(1.0, 1.0, 0, 0), LinearRamp(0.0, 0.0, 0, 0)
+        r_max, d_max = (LinearRamp(value, value, 0, 0) for value in CLOSED)
+        return r_max, d_max
     remembered = round(1 / (1 - momentum))
     steps = 3 * remembered, 10 * remembered
     return (
-        LinearRamp(1.0, _PAPER_R_MAX.final_value, *steps),
-        LinearRamp(0.0, _PAPER_D_MAX.final_value, *steps),
+        LinearRamp(CLOSED[0], R_MAX, *steps),
+        LinearRamp(CLOSED[1], D_MAX, *steps),
     )
 
 
-def limit(name: str, value: Any, minimum: float) -> LinearRamp:
-    """The ramp that `value`, a ramp or a number, gives the limit `name`.
+def limit(name: str, value: Any) -> LinearRamp:
+    """The ramp that `value`, a ramp or a number, gives `name`, a limit.
 
     Raises:
         TypeError: If `value` is neither.
-        ValueError: If it ever goes below `minimum`, or is NaN.
+        ValueError: If it ever goes below the limit's minimum, or is NaN.
     """
+    minimum = MINIMA[name]
     value = arguments.plain(value)
     if isinstance(value, LinearRamp):
         ramp = value

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_renorm import graphs
+from keras_renorm import backend
 
 # Keras's `fit` takes one step after the other on PyTorch.
 SEVERAL_STEPS = (pytest.mark.tensorflow, pytest.mark.jax)
@@ -42,7 +42,7 @@ def randomize(layer, rng):
 
 
 def to_numpy(tensor):
-    return graphs.to_numpy(tensor)
+    return backend.to_numpy(tensor)
 
 
 def statistics(layer):

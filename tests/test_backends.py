@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_renorm import BatchNormalization, pooling
+from keras_renorm import BatchNormalization, backend
 from tests import helpers
 
 # Everything that the package has a file for, but what needs the backend
@@ -76,8 +76,8 @@ def test_synchronized_processes_of_torch_are_an_error(
     x = helpers.inputs_of(rng, (8, 3))
     layer(x, training=True)
     before = helpers.statistics(layer)
-    monkeypatch.setattr(pooling.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(pooling.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(backend.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(backend.distributed, "get_world_size", lambda: 2)
     layer(x)  # what is served has statistics already
     if not is_synchronized:
         layer(x, training=True)

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import operator
 import re
 from pathlib import Path
 
 import pytest
 
 import keras_renorm
+from tests import helpers
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "documents.py"
@@ -64,6 +66,8 @@ def test_every_public_name_has_its_place_in_the_api():
         names = getattr(keras_renorm, package).__all__
         expected += [f"{package}.{name}" for name in names]
     assert set(expected) <= set(shown)
+    for name in shown:
+        assert operator.attrgetter(name)(keras_renorm) is not None
 
 
 def test_every_page_and_tutorial_is_in_the_menu():
@@ -91,6 +95,16 @@ def test_tables_are_those_of_the_results(page, documents):
     assert set(named) <= set(documents.PARTS)
     assert text.count("<!-- end -->") == len(named)
     assert documents.written(text) == text, "run benchmarks/documents.py"
+
+
+def test_a_regime_without_a_label_is_an_error(documents, monkeypatch):
+    monkeypatch.delitem(documents.REGIMES, "iid_2")
+    with helpers.raises(
+        ValueError,
+        "`REGIMES` must have a label for every regime of the results. "
+        "Received: results of ['iid_2'].",
+    ):
+        documents.PARTS["cluttered"]()
 
 
 def test_every_table_is_in_a_document(documents):

@@ -11,7 +11,7 @@ from keras import ops
 from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
-    graphs,
+    backend,
     kernels,
 )
 from tests import helpers
@@ -634,7 +634,7 @@ def test_no_warning_of_retracing(kind, rng):
 def test_layers_share_a_graph_and_nothing_else(rng):
     calls = []
 
-    @graphs.as_one_graph
+    @backend.as_one_graph
     def scaled(inputs, factor, axis):
         calls.append(axis)
         return ops.sum(inputs, axis=axis) * factor
@@ -654,7 +654,7 @@ def test_layers_share_a_graph_and_nothing_else(rng):
 def test_a_graph_is_for_all_sizes(rng):
     seen = []
 
-    @graphs.as_one_graph
+    @backend.as_one_graph
     def total(inputs, vector):
         seen.append(tuple(inputs.shape))
         return ops.sum(inputs, axis=0) * vector
@@ -691,4 +691,19 @@ def test_layers_of_a_network_share_their_graph(kind, monkeypatch, rng):
     for channels in (3, 5, 8):
         inputs = tf.constant(helpers.inputs_of(rng, (4, 6, 6, channels)))
         kind(epsilon=0.0123)(inputs, training=True)
+    assert len(made) == 1
+
+
+def test_layers_of_other_momentum_infer_by_the_same_graph(monkeypatch, rng):
+    made = []
+    trace = tf.function
+
+    def counted(*arguments, **options):
+        made.append(arguments)
+        return trace(*arguments, **options)
+
+    monkeypatch.setattr("tensorflow.function", counted)
+    inputs = tf.constant(helpers.inputs_of(rng, (4, 6, 6, 3)))
+    for momentum in (0.5, 0.9):
+        BatchNormalization(momentum=momentum, epsilon=0.0124)(inputs)
     assert len(made) == 1

@@ -13,8 +13,7 @@ from keras import layers, ops
 from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
-    graphs,
-    kernels,
+    backend,
 )
 from keras_renorm.diagnostics import (
     effective_smoothness,
@@ -22,7 +21,7 @@ from keras_renorm.diagnostics import (
     internal_covariate_shift,
     loss_along_gradient,
 )
-from keras_renorm.diagnostics.objective import Objective
+from keras_renorm.diagnostics.landscape.objective import Objective
 from tests import helpers
 
 FUNCTIONS = [
@@ -730,7 +729,7 @@ def test_gradients_are_dense_and_zero_where_nothing_depends():
         return ops.sum(ops.take(weights[0], rows, axis=0) * 2.0)
 
     weights = [ops.ones((3, 2)), ops.ones((2,))]
-    _, graph = graphs.value_and_gradients(function)
+    _, graph = backend.value_and_gradients(function)
     value, (table, unused) = graph(weights, ops.convert_to_tensor([2, 0, 2]))
     assert float(value) == 12.0
     assert not getattr(table, "is_sparse", hasattr(table, "indices"))
@@ -739,13 +738,13 @@ def test_gradients_are_dense_and_zero_where_nothing_depends():
 
 
 def test_another_backend_is_an_error(monkeypatch):
-    monkeypatch.setattr(kernels.backend, "backend", lambda: "openvino")
+    monkeypatch.setattr(keras.backend, "backend", lambda: "openvino")
     message = (
         "The backend of Keras must be TensorFlow, JAX or PyTorch. "
         "Received: openvino."
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        graphs.value_and_gradients(ops.sum)
+        backend.value_and_gradients(ops.sum)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -18,7 +18,7 @@ from keras_renorm import (
 )
 from keras_renorm.callbacks import RenormMonitor, RenormScheduler
 from keras_renorm.diagnostics import discrepancy
-from keras_renorm.diagnostics.probe import (
+from keras_renorm.diagnostics.modes.step import (
     batch_statistic,
     has_moved,
     read_moved,

@@ -16,9 +16,9 @@ USED = {
     ("models/in_place.py", "_track_variable"),
     ("models/in_place.py", "_tracker"),
     ("models/in_place.py", "_untrack_variable"),
-    ("models/legacy.py", "_flatten_layers"),
-    ("models/legacy.py", "_nodes_by_depth"),
-    ("models/traversal.py", "_flatten_layers"),
+    ("models/from_tf_keras.py", "_flatten_layers"),
+    ("models/from_tf_keras.py", "_nodes_by_depth"),
+    ("models/finding.py", "_flatten_layers"),
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from keras_renorm import BatchRenormalization
-from tests.helpers import assert_close
+from tests.helpers import assert_close, raises
 from tests.reference import Reference
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
@@ -25,9 +25,9 @@ pytestmark = [
 
 @pytest.fixture
 def quality(monkeypatch):
-    """Imports a module of the benchmark, whose folder is no package."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
+    """Imports a module of the benchmark, which is not installed."""
+    monkeypatch.syspath_prepend(str(FOLDER.parent.parent))
+    return lambda name: importlib.import_module(f"benchmarks.quality.{name}")
 
 
 def batch_of(rng, count=12):
@@ -70,6 +70,16 @@ def test_iid_minibatches_draw_from_everything(quality, rng):
         assert rows.shape == (2_000, size)
         seen = np.bincount(LABELS[rows].reshape(-1)) / rows.size
         np.testing.assert_allclose(seen, np.bincount(LABELS) / 150, atol=0.03)
+
+
+def test_an_unknown_regime_is_an_error(quality, rng):
+    with raises(
+        ValueError,
+        "`regime` must be among iid_32, iid_16, iid_8, iid_4, iid_2, iid_1, "
+        "one_class, two_classes, sorted, fine_tuning_4, fine_tuning_2. "
+        "Received: regime='three_classes'.",
+    ):
+        quality("batches").draw("three_classes", LABELS, 2, rng)
 
 
 def test_tasks_keep_test_images_out_of_training(quality):
@@ -240,14 +250,14 @@ def test_rates_are_tuned_on_seeds_that_do_not_count(quality):
                 } == {counted[0].steps}
 
 
-def run_benchmark(*arguments):
-    environment = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3")
-    environment["PYTHONPATH"] = str(FOLDER.parent.parent)
+def run_benchmark(*arguments, how=("-m", "benchmarks.quality")):
+    root = str(FOLDER.parent.parent)
     return subprocess.run(
-        [sys.executable, str(FOLDER), *map(str, arguments)],
+        [sys.executable, *how, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        cwd=root,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": root},
     )
 
 
@@ -293,7 +303,7 @@ def test_a_run_resumes_and_repeats(tmp_path):
 
     # And a figure repeats from the name that the summary gives.
     name = cells[0]["run"]
-    single = run_benchmark("--run", name)
+    single = run_benchmark("--run", name, how=(str(FOLDER),))
     assert single.returncode == 0, single.stderr
     assert json.loads(single.stdout)["accuracy"] == cells[0]["values"][0]
 

@@ -85,10 +85,10 @@ def test_numbers_of_numpy_are_numbers(number):
     ramp = LinearRamp(number, number, np.int64(3), np.array(3))
     assert all(type(each) is float for each in (ramp(0), ramp.final_value))
     assert type(ramp.begin_step) is type(ramp.end_step) is int
-    assert ramp == limit("r_max", number, 1.0) == number
+    assert ramp == limit("r_max", number) == number
     with pytest.raises(TypeError, match="`r_max` must be a number or a"):
-        limit("r_max", np.array([2.0]), 1.0)
+        limit("r_max", np.array([2.0]))
     with pytest.raises(TypeError, match="`r_max` must be a number or a"):
-        limit("r_max", np.array(True), 1.0)
+        limit("r_max", np.array(True))
     with pytest.raises(TypeError, match="`total_steps` must be an integer"):
         ioffe2017(np.array(2.0))

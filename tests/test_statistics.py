@@ -16,7 +16,7 @@ from keras_renorm import (
     set_statistics,
     unfreeze_statistics,
 )
-from keras_renorm.models.traversal import unique_names
+from keras_renorm.models.finding import unique_names
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]

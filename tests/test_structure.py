@@ -3,7 +3,9 @@
 import ast
 import doctest
 import importlib
+import itertools
 import pkgutil
+import re
 from pathlib import Path
 
 import keras
@@ -14,20 +16,11 @@ from keras import ops
 import keras_renorm
 
 ROOT = Path(keras_renorm.__file__).parent
-# A module may import from its own layer of the package and those before it.
-ORDER = [
-    {"arguments"},
-    {"schedules"},
-    {"functional"},
-    {"gradients"},
-    {"graphs"},
-    {"fused"},
-    {"pooling"},
-    {"kernels"},
-    {"layers"},
-    {"models", "diagnostics"},
-    {"callbacks"},
-]
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+in_a_checkout = pytest.mark.skipif(
+    not CONTRIBUTING.exists(), reason="outside a checkout"
+)
+BACKENDS = {"tensorflow", "jax", "torch"}
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages([str(ROOT)], "keras_renorm.")
@@ -35,10 +28,30 @@ MODULES = sorted(
 )
 
 
+def layout():
+    """Rows of CONTRIBUTING's table: the modules and packages of each."""
+    section = CONTRIBUTING.read_text().split("## Layout")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?`) \| ", section, re.MULTILINE)
+    return [
+        [
+            name.removesuffix(".py").rstrip("/").replace("/", ".")
+            for name in re.findall(r"`([\w/]+(?:\.py|/))`", row)
+        ]
+        for row in rows
+    ]
+
+
 def rank(module):
-    name = module.split(".")[1]
-    (found,) = [at for at, names in enumerate(ORDER) if name in names]
-    return found
+    """The row of what a module is in, the most particular first."""
+    rows = layout()
+    parts = module.removeprefix("keras_renorm.").split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        found = [at for at, names in enumerate(rows) if name in names]
+        if found:
+            assert len(found) == 1, f"{name} is in two rows"
+            return found[0]
+    raise AssertionError(f"{module} is in no row of CONTRIBUTING's table")
 
 
 def imports(module):
@@ -55,18 +68,32 @@ def test_there_are_modules():
     assert "keras_renorm.layers.batch_normalization" in MODULES
 
 
+@in_a_checkout
+def test_the_layout_names_what_there_is():
+    for name in itertools.chain(*layout()):
+        path = ROOT.joinpath(*name.split("."))
+        assert path.is_dir() or path.with_suffix(".py").exists(), name
+
+
+@in_a_checkout
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module):
     for name in imports(module):
         if name.startswith("keras_renorm."):
             assert rank(name) <= rank(module), f"{module} imports {name}"
-        if name.split(".")[0] == "tensorflow":
-            assert module.split(".")[1] in (
-                "fused",
-                "graphs",
-                "kernels",
-                "pooling",
-            ), module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_one_module_knows_the_backend(module):
+    if module == "keras_renorm.backend":
+        return
+    for name in imports(module):
+        assert name.split(".")[0] not in BACKENDS, f"{module} imports {name}"
+        assert name != "keras.backend"
+    path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) != "keras.backend.backend", module
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 import keras_renorm
 from keras_renorm import BatchNormalization, BatchRenormalization
 from keras_renorm.diagnostics import advice, discrepancy
-from keras_renorm.diagnostics.measurement import Measurement
-from keras_renorm.diagnostics.verdict import verdicts_of
+from keras_renorm.diagnostics.modes.measurement import Measurement
+from keras_renorm.diagnostics.modes.verdict import verdicts_of
 
 ROOT = Path(__file__).parents[1]
 SEEDS = [0, 1]

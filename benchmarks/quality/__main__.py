@@ -3,22 +3,24 @@
 Trains the same networks over many seeds, in regimes and with normalizations
 that `experiments.py` lists, and writes tables, JSON and pictures.
 
-    python benchmarks/quality --quick    # about three minutes on two cores
-    python benchmarks/quality            # hours; see results/ for what came out
+    python -m benchmarks.quality --quick    # about three minutes on two cores
+    python -m benchmarks.quality            # hours; results/ has what came out
 
-Every training stands in `runs.jsonl` of the output folder; what stands there
-is not trained again, so a run that was stopped goes on where it stood.
-One training by itself, to repeat its figure, by the name that `summary.json`
-gives:
+Every training is written into `runs.jsonl` of the output folder, and what is
+there is not trained again: a run that was stopped goes on where it ended. One
+training by itself, to repeat its figure, by the name that `summary.json` gives:
 
-    python benchmarks/quality --run digits/one_class/renorm/sgd/0.015/3000/0
+    python -m benchmarks.quality --run digits/one_class/renorm/sgd/0.015/3000/0
 """
 
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 
+if not __package__:  # run as a folder: `python benchmarks/quality`
+    sys.path[0] = str(Path(__file__).parents[2])
 # Before TensorFlow starts; workers inherit it. Steps this small gain nothing
 # from threads: each core takes a training of its own, and a training of one
 # thread gives the same figures again.
@@ -28,8 +30,6 @@ os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 # Several trainings share a GPU, where there is one.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
-import report
-from command import parse_arguments
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -39,8 +39,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from training import train
-from workers import Results, train_all
+
+from benchmarks.quality import report
+from benchmarks.quality.command import parse_arguments
+from benchmarks.quality.training import train
+from benchmarks.quality.workers import Results, train_all
 
 
 def main():

@@ -19,6 +19,11 @@ def draw(regime, labels, steps, rng):
     minibatch from that; `sorted` goes through the data by class, class 0
     first, again and again, shuffled within a class.
     """
+    if regime not in REGIMES:
+        raise ValueError(
+            f"`regime` must be among {', '.join(REGIMES)}. Received: "
+            f"regime={regime!r}."
+        )
     size = REGIMES[regime]
     if regime.startswith(("iid", "fine_tuning")):
         return rng.integers(len(labels), size=(steps, size))

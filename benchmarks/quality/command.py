@@ -4,12 +4,10 @@ import argparse
 import os
 from pathlib import Path
 
-import batches
-import experiments
-import tasks
-from contenders import CONTENDERS
-from experiments import Plan
-from training import EPOCHS, Run
+from benchmarks.quality import batches, experiments, tasks
+from benchmarks.quality.contenders import CONTENDERS
+from benchmarks.quality.experiments import Plan
+from benchmarks.quality.training import EPOCHS, Run
 
 FULL = Plan(seeds=10, tuning_seeds=1, steps=3_000)
 QUICK = Plan(seeds=2, tuning_seeds=1, steps=300)
@@ -20,7 +18,7 @@ FEWEST_STEPS = 6 * EPOCHS
 def parse_arguments(values=None, description=None):
     """The arguments; `plan` and `experiments` are what they come to."""
     parser = argparse.ArgumentParser(
-        prog="python benchmarks/quality",
+        prog="python -m benchmarks.quality",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

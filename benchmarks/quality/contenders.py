@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
-from variants import AdaptiveRenormalization, VariantRenormalization
 
 import keras_renorm
+from benchmarks.quality.variants import (
+    AdaptiveRenormalization,
+    VariantRenormalization,
+)
 from keras_renorm.schedules import LinearRamp
 
 

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from contenders import CONTENDERS
-from training import TUNING_SEED, Run
+from benchmarks.quality.contenders import CONTENDERS
+from benchmarks.quality.training import TUNING_SEED, Run
 
 _SGD_RATES = (0.005, 0.015, 0.05, 0.15)
 _ADAM_RATES = (0.0003, 0.001, 0.003, 0.01)

@@ -1,6 +1,6 @@
 """Why the optimizer matters where minibatches hold one class.
 
-    python benchmarks/quality/optimizers.py    # three minutes on two cores
+    python -m benchmarks.quality.optimizers    # three minutes on two cores
 
 Three measurements in the middle third of runs with both optimizers and all
 rates, beside the accuracy that came of them:
@@ -24,7 +24,6 @@ Prints tables; writes `optimizers.json` and `optimizers.png` into `--output`.
 import argparse
 import functools
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,13 +36,16 @@ import keras
 import matplotlib as mpl
 import numpy as np
 import tensorflow as tf
-from batches import draw
-from experiments import RATES
-from quiet import silence
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from training import (
+
+import keras_renorm
+from benchmarks import timing
+from benchmarks.quality.batches import draw
+from benchmarks.quality.experiments import RATES
+from benchmarks.quality.quiet import silence
+from benchmarks.quality.training import (
     Run,
     Trainer,
     accuracy,
@@ -54,11 +56,6 @@ from training import (
     minibatches,
     task_of,
 )
-
-import keras_renorm
-
-sys.path.append(str(Path(__file__).parent.parent))
-import timing
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

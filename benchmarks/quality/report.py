@@ -1,15 +1,11 @@
 """Tables, JSON and pictures of what was trained."""
 
-import sys
-from pathlib import Path
-
 import matplotlib as mpl
 import numpy as np
-from contenders import CONTENDERS
 from rich.table import Table
 
-sys.path.append(str(Path(__file__).parent.parent))  # for `timing`
-import timing
+from benchmarks import timing
+from benchmarks.quality.contenders import CONTENDERS
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -4,17 +4,14 @@ import functools
 import time
 from dataclasses import asdict, dataclass
 
-import batches
 import keras
-import networks
 import numpy as np
-import rest
-import tasks
 import tensorflow as tf
-from contenders import CONTENDERS
 from keras import layers
 
 import keras_renorm
+from benchmarks.quality import batches, networks, rest, tasks
+from benchmarks.quality.contenders import CONTENDERS
 from keras_renorm.callbacks import RenormScheduler
 
 EPOCHS = 10  # how often accuracy is measured on the way

@@ -5,8 +5,9 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np
-from quiet import silence
-from training import Run, train
+
+from benchmarks.quality.quiet import silence
+from benchmarks.quality.training import Run, train
 
 
 class Results:

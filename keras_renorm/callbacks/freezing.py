@@ -1,4 +1,4 @@
-"""Statistics that stand for the last part of `fit`."""
+"""Statistics that stay fixed in the last part of `fit`."""
 
 import itertools
 import math
@@ -15,8 +15,8 @@ from keras_renorm.models.freeze import (
     warn_of_untrained,
 )
 
-# A loss that rises by more than this share of itself after the freezing, and
-# by more than it ever rose from one epoch to the next before, is no accident.
+# A loss that rises by more than this share of itself after the freezing, and by
+# more than it rose from any epoch to the next before, is not by chance.
 LOSS_RISE = 0.5
 
 
@@ -27,18 +27,18 @@ class FreezeStatistics(keras.callbacks.Callback):
     inference uses, and the network adapts to those: what is validated is what
     is trained (`keras_renorm.freeze_statistics`).
 
-    **Let the learning rate decay.** Weights that still move fast leave the
-    statistics that stand: at a rate that stays where it began, this can
-    destroy a trained network. All that follows was measured with cosine
-    decay. The callback warns if it freezes while the rate is as high as it
-    ever was in this run, and if the loss rises afterwards.
+    **Let the learning rate decay.** The statistics are fixed, and weights that
+    still move fast no longer fit them: at a rate that does not decay, this can
+    destroy a trained network. All figures below were measured with cosine
+    decay. The callback warns if it freezes while the rate is as high as it ever
+    was in this run, and if the loss rises afterwards.
 
-    Accuracy on digits without
-    and with it, means of ten seeds (`python benchmarks/quality --only
-    regimes_digits`): batch normalization 0.561 -> 0.973 where a minibatch
-    holds one class, 0.819 -> 0.957 where it holds one image, 0.988 -> 0.992
-    with two; renormalization 0.986 -> 0.990, 0.960 -> 0.965, 0.988 -> 0.990.
-    With i.i.d. minibatches of four it makes no difference.
+    Accuracy on digits without and with it, means of ten seeds (`python -m
+    benchmarks.quality --only regimes_digits`): batch normalization 0.561 ->
+    0.973 where a minibatch holds one class, 0.819 -> 0.957 where it holds one
+    image, 0.988 -> 0.992 with two; renormalization 0.986 -> 0.990, 0.960 ->
+    0.965, 0.988 -> 0.990. With i.i.d. minibatches of four it makes no
+    difference.
 
     **Where the gradient is corrected, it is not needed**:
     `BatchRenormalization(gradient_momentum=0.9)` alone is within a standard
@@ -46,18 +46,18 @@ class FreezeStatistics(keras.callbacks.Callback):
     with one class and 0.414 -> 0.671 with one image (`--only
     regimes_cluttered`).
 
-    At the first epoch of that part the training step is traced anew, once.
-    When `fit` ends, the layers are as they were: those that were frozen
-    before stay so, the others would move again. The freezing is no
-    configuration: what `ModelCheckpoint` or `model.save` writes meanwhile has
-    `frozen_statistics` as you set it. After a `fit` that an error ended in
-    that part, the next `fit` with this callback begins unfrozen; without it,
-    call `keras_renorm.unfreeze_statistics(model)` and compile.
+    At the first epoch of that part the training step is traced again, once.
+    When `fit` ends, the layers are as they were: those that were frozen before
+    stay so, the others would move again. The freezing is no configuration: what
+    `ModelCheckpoint` or `model.save` writes in that part has
+    `frozen_statistics` as you set it. After a `fit` that an error ended in that
+    part, the next `fit` with this callback begins unfrozen; without it, call
+    `keras_renorm.unfreeze_statistics(model)` and compile.
 
     Args:
-        begin: Share of the epochs of `fit` after which the statistics stand,
-            in (0, 1). Defaults to 0.8: the last fifth. The part begins with
-            an epoch: with 12 epochs, 0.8 means that nine move them.
+        begin: Share of the epochs of `fit` after which the statistics are
+            fixed, in (0, 1). Defaults to 0.8: the last fifth. The part begins
+            with an epoch: with 12 epochs, 0.8 means that nine move them.
 
     Raises:
         TypeError: If `begin` is not a number.
@@ -67,10 +67,10 @@ class FreezeStatistics(keras.callbacks.Callback):
 
     Warns:
         UserWarning: If the learning rate has not decayed where the part
-            begins; if the loss of an epoch in it is half as much again as
-            before (and rose by more than it did between epochs before), or
-            not finite; if `fit` ends before it, as with `EarlyStopping`; if
-            statistics were never trained.
+            begins; if the loss of an epoch in it is 1.5 times that before (and
+            rose by more than between any two epochs before), or not finite; if
+            `fit` ends before it, as with `EarlyStopping`; if statistics were
+            never trained.
 
     Example:
 
@@ -118,7 +118,7 @@ class FreezeStatistics(keras.callbacks.Callback):
         if not self._first_epoch:
             raise ValueError(
                 "`epochs` must be at least 1 / begin, so that the statistics "
-                f"move before they stand. Received: epochs={epochs}, "
+                f"move before they are frozen. Received: epochs={epochs}, "
                 f"begin={self.begin}."
             )
         self._rates, self._losses = [], []
@@ -175,7 +175,7 @@ class FreezeStatistics(keras.callbacks.Callback):
             self._loss_before = math.nan
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Puts the layers back."""
+        """Makes the layers as they were before `fit`."""
         if self._rates and not self._is_frozen:
             warnings.warn(
                 "`FreezeStatistics` froze nothing: `fit` ended before epoch "

@@ -1,35 +1,38 @@
 """How far training is from inference, while `fit` runs."""
 
-import math
 import warnings
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_renorm import arguments
 from keras_renorm.callbacks.sharing import SharesData
-from keras_renorm.diagnostics.comparison import Comparison
-from keras_renorm.diagnostics.curves import draw_probes
-from keras_renorm.diagnostics.probe import (
+from keras_renorm.diagnostics.modes.comparison import Comparison
+from keras_renorm.diagnostics.modes.step import (
     LayerState,
+    draw_steps,
     figures_of,
     has_moved,
+    mean_of,
+    means_of,
     read_moved,
     read_state,
 )
-from keras_renorm.diagnostics.verdict import GROUPED
+from keras_renorm.diagnostics.modes.verdict import (
+    LimitsAtEnd,
+    said_of_batches,
+    said_of_limits,
+)
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.statistics import (
+from keras_renorm.models.finding import (
+    built_layers,
     check_no_keras_renorm,
-    statistics_layers,
+    find_layers,
+    names_of,
 )
-from keras_renorm.models.traversal import find_layers, names_of
+from keras_renorm.schedules import CLOSED
 
-# Limits that cut more than this share of the values, when they have relaxed
-# to their end, leave training and inference apart.
-SATURATED = 0.25
 # Batches of `dataset` that are looked at.
 DATASET_BATCHES = 16
 
@@ -38,25 +41,24 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
     """Writes down r, d and the gap between training and inference in `fit`.
 
     Every so many steps it reads the moving statistics before and after the
-    step, and takes the moving average back:
+    step, and inverts the moving average:
 
         batch_mean = (after - momentum * before) / (1 - momentum)
 
-    and the variance likewise. So it sees the statistics of the very batch
-    that was trained on, augmented and shuffled as it was, with nothing added
-    to the graph; and from them r, d and, in closed form, how far the layer's
-    training-mode outputs were from its inference-mode outputs for that batch.
+    and the variance likewise. So it sees the statistics of the batch that the
+    step trained on, augmented and shuffled, with nothing added to the graph;
+    and from them r, d and, in closed form, how far the layer's training-mode
+    outputs were from its inference-mode outputs for that batch.
 
     At the end of each epoch `logs` get the means over the epoch's probes:
-    `renorm_r` and `renorm_d` (95 % quantiles over channels of the factor by
-    which r is off 1 either way, and of |d|), `renorm_clipped` (share of
-    channels where r or d is beyond the limits; of layers without limits, 3
-    and 5), `renorm_gap`, and, of `BatchRenormalization` layers,
-    `renorm_r_max` and `renorm_d_max`; the largest of all layers under these
-    names, and with `per_layer=True` each layer's with its name before:
-    `"bn1/renorm_gap"`. History has them, and so have `CSVLogger` and
-    `TensorBoard` if they come after this callback in the list. Layers have
-    the names that `keras_renorm.get_statistics` gives them.
+    `renorm_r` and `renorm_d` (95 % quantiles over channels of max(r, 1 / r) and
+    of |d|), `renorm_clipped` (share of channels where r or d is beyond the
+    limits; of layers without limits, 3 and 5), `renorm_gap`, and, of
+    `BatchRenormalization` layers, `renorm_r_max` and `renorm_d_max`; the
+    largest of all layers under these names, and with `per_layer=True` each
+    layer's with its name before: `"bn1/renorm_gap"`. History has them, and so
+    have `CSVLogger` and `TensorBoard` if they come after this callback in the
+    list. Layers have the names that `keras_renorm.get_statistics` gives them.
 
     It warns once a run, when `fit` ends, if limits never relaxed (r_max was 1
     and d_max was 0 throughout), or if limits that have relaxed to their end
@@ -188,10 +190,10 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Writes the means of the epoch's probes into `logs`."""
-        # An epoch of unknown length may have had none: the last one stands.
+        # An epoch of unknown length may have had none: the last ones count.
         rows = self._epoch_rows or self.rows[-len(self._layers) :]
         if logs is not None and rows:
-            logs.update(_summary(rows, self.per_layer))
+            logs.update(means_of(rows, self.per_layer))
         if not self._is_compared:
             self._is_compared = True
             self._compare_batches()
@@ -211,10 +213,10 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         Raises:
             ImportError: Without matplotlib.
         """
-        return draw_probes(self.rows)
+        return draw_steps(self.rows)
 
     def _find_layers(self) -> None:
-        self._layers = statistics_layers(self.model)
+        self._layers = built_layers(self.model)
         self._names = names_of(self._layers)
 
     def _synchronize(self) -> keras.Model:
@@ -246,97 +248,30 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
                         )
 
     def _compare_batches(self) -> None:
-        known = Batches(self.dataset, 1, 32, self.model).known
-        steps = DATASET_BATCHES
-        if known is not None:
-            steps = int(min(steps, known))
-        batches = list(Batches(self.dataset, steps, 32, self.model))
-        found = Comparison(self.model).run(batches, None, verbose=False)
-        grouped = [
-            layer
-            for layer in found.layers
-            if layer.f > layer.f_limit and layer.scatter > GROUPED
-        ]
-        if grouped:
-            worst = max(grouped, key=lambda layer: layer.f)
-            warnings.warn(
-                "Batches of `dataset` do not look i.i.d.: their means vary "
-                f"{worst.f:.1f} times as much as random draws make them "
-                f"({worst.name}; by chance below {worst.f_limit:.1f}). "
-                "Shuffle before batching, or renormalize.",
-                stacklevel=2,
-            )
+        data = Batches(
+            self.dataset, DATASET_BATCHES, 32, self.model, is_most=True
+        )
+        found = Comparison(self.model).run(data, verbose=False)
+        said = said_of_batches(found.layers)
+        if said is not None:
+            warnings.warn(said, stacklevel=2)
 
     def _warn_of_limits(self) -> None:
-        layers = {
-            name: layer
+        layers = [
+            LimitsAtEnd(
+                name,
+                layer.current_limits() == CLOSED,
+                layer.current_step()
+                >= max(layer.r_max.end_step, layer.d_max.end_step),
+                mean_of("clipped", name, self._epoch_rows),
+            )
             for name, layer in zip(self._names, self._layers, strict=True)
             if isinstance(layer, BatchRenormalization)
             and layer.trainable
             and not layer.frozen_statistics
-        }
-        closed = [
-            name
-            for name, layer in layers.items()
-            if layer.current_limits() == (1.0, 0.0)
         ]
-        if closed:
-            warnings.warn(
-                "Limits of renormalization never relaxed in this run: r_max "
-                f"is 1 and d_max is 0 still, in layers {', '.join(closed)}. "
-                "That is plain batch normalization; `RenormScheduler()` "
-                "scales the ramps to the run.",
-                stacklevel=2,
-            )
-        shares = {}
-        for name, layer in layers.items():
-            step = layer.current_step()
-            has_relaxed = step >= max(
-                ramp.end_step for ramp in (layer.r_max, layer.d_max)
-            )
-            clipped = [
-                row["clipped"]
-                for row in self._epoch_rows
-                if row["layer"] == name
-            ]
-            if has_relaxed and name not in closed and clipped:
-                shares[name] = float(np.mean(clipped))
-        saturated = [
-            name for name, share in shares.items() if share > SATURATED
-        ]
-        if saturated:
-            worst = max(saturated, key=lambda name: shares[name])
-            warnings.warn(
-                f"Limits of renormalization clip {shares[worst]:.0%} of the "
-                f"channels in {worst} (above {SATURATED:.0%} in layers "
-                f"{', '.join(saturated)}), though they have relaxed: training "
-                "and inference stay apart. Raise r_max and d_max, or see "
-                "`keras_renorm.diagnostics.discrepancy`.",
-                stacklevel=2,
-            )
-
-
-_LOGGED = ("r", "d", "clipped", "gap", "r_max", "d_max")
-
-
-def _summary(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
-    """Means over probes, a layer each, and the largest of all layers."""
-    summary: dict[str, float] = {}
-    layers: dict[str, float] = {}
-    names = dict.fromkeys(row["layer"] for row in rows)
-    for figure in _LOGGED:
-        for name in names:
-            values = [
-                row[figure]
-                for row in rows
-                if row["layer"] == name and figure in row
-            ]
-            if values:
-                mean = float(np.mean(values))
-                layers[f"{name}/renorm_{figure}"] = mean
-                key = f"renorm_{figure}"
-                summary[key] = max(summary.get(key, -math.inf), mean)
-    return {**summary, **(layers if per_layer else {})}
+        for said in said_of_limits(layers):
+            warnings.warn(said, stacklevel=2)
 
 
 def _writer(log_dir: Any) -> Any:

@@ -13,15 +13,15 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
     """Recalibrates the moving statistics after each epoch of `fit`.
 
     Before validation, so that it sees the new statistics, and, without
-    validation, at the end of the epoch; see `keras_renorm.recalibrate`. What
-    stands behind this callback in the list, such as `ModelCheckpoint`, saves
-    them. Put Keras's `SwapEMAWeights` before it, and the statistics are those
-    of the averaged weights. Training goes on from the new statistics.
+    validation, at the end of the epoch; see `keras_renorm.recalibrate`.
+    Callbacks after this one in the list, such as `ModelCheckpoint`, save them.
+    Put Keras's `SwapEMAWeights` before it, and the statistics are those of the
+    averaged weights. Training continues with the new statistics.
 
     Args:
-        dataset: As for `recalibrate`; read anew after each epoch, so no
-            generator, but one that never ends: of it, each epoch takes
-            `steps` batches more. It should not be the validation data. Copies
+        dataset: As for `recalibrate`; read again after each epoch, so no
+            generator, except one that never ends: of it, each epoch takes the
+            next `steps` batches. It should not be the validation data. Copies
             of the callback (`copy.deepcopy`) share it.
         steps: Number of batches, or `None` (default) for all.
         **arguments: Others of `recalibrate`; `verbose` is `False` by default.
@@ -86,7 +86,7 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
         self._recalibrate()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Lets go of the model."""
+        """Forgets the model."""
         self._pass = None
         self._is_due = False
 

@@ -5,14 +5,12 @@ from typing import Any
 
 import keras
 
-from keras_renorm import schedules
+from keras_renorm import backend, schedules
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.finding import find_layers
 from keras_renorm.schedules import LinearRamp
 
 Limit = float | LinearRamp | Callable[[int], float]
-
-_MINIMA = {"r_max": 1, "d_max": 0}
 
 
 class RenormScheduler(keras.callbacks.Callback):
@@ -23,17 +21,16 @@ class RenormScheduler(keras.callbacks.Callback):
     begins, and relax inside the graph: nothing runs per step.
 
     The ramps are over each layer's own step counter, which is saved with the
-    model and never reset here. So a run that `BackupAndRestore`, or loading
-    and `initial_epoch=`, takes up again goes on where it stood; and a second
-    `fit` of a trained model stays relaxed (`layer.step.assign(0)` begins
-    anew). A layer that is called several times a step (shared branches, the
-    discriminator of a GAN) counts each call: the scaled ramps are stretched
+    model and never reset here. So a run that is resumed, by `BackupAndRestore`
+    or by loading and `initial_epoch=`, continues its ramps; and in a second
+    `fit` of a trained model the limits stay relaxed (`layer.step.assign(0)`
+    begins again). A layer that is called several times a step (shared branches,
+    the discriminator of a GAN) counts each call: the scaled ramps are stretched
     by that number, as measured on the first batch.
 
-    At the end of each epoch it writes the limits as they stand, the largest
-    of all layers, into `logs` as `r_max` and `d_max`: History has them, and
-    so have `CSVLogger` and `TensorBoard` if they stand behind this callback
-    in the list.
+    At the end of each epoch it writes the present limits, the largest of all
+    layers, into `logs` as `r_max` and `d_max`: History has them, and so have
+    `CSVLogger` and `TensorBoard` if they come after this callback in the list.
 
     Args:
         r_max: `None` (default) for the paper's ramp scaled to the run; a
@@ -74,14 +71,13 @@ class RenormScheduler(keras.callbacks.Callback):
         self.limits: dict[str, Any] = {"r_max": r_max, "d_max": d_max}
         for name, value in self.limits.items():
             if value is not None and not _is_function(value):
-                schedules.limit(name, value, _MINIMA[name])
+                schedules.limit(name, value)
         self._layers: list[BatchRenormalization] = []
         self._steps_before: list[int] | None = None
         self._is_measured = False
         # What the functions said last, by layer and limit.
         self._asked: dict[tuple[int, str], float] = {}
-        # During an epoch Keras's JAX trainer holds the weights itself.
-        self._reaches_batches = keras.backend.backend() != "jax"
+        self._reaches_batches = backend.lets_callbacks_reach_batches()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Sets the ramps: everything that needs no function."""
@@ -102,11 +98,11 @@ class RenormScheduler(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """Asks the functions; notes where the counters stand."""
+        """Asks the functions; notes the counters."""
         self._ask_functions()
         if self._steps_before is None:
-            # Not in `on_train_begin`: a callback behind this one may restore
-            # the counters there.
+            # Not in `on_train_begin`: a callback after this one may restore the
+            # counters there.
             self._steps_before = [
                 layer.current_step() for layer in self._layers
             ]

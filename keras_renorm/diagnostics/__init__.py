@@ -1,15 +1,15 @@
 """Measurements of a model that leave it as it was."""
 
-from keras_renorm.diagnostics.discrepancy import discrepancy
-from keras_renorm.diagnostics.landscape import (
+from keras_renorm.diagnostics.landscape.functions import (
     effective_smoothness,
     gradient_predictiveness,
     internal_covariate_shift,
     loss_along_gradient,
 )
-from keras_renorm.diagnostics.noise import ActivationNoise
-from keras_renorm.diagnostics.report import Report
-from keras_renorm.diagnostics.verdict import Verdict
+from keras_renorm.diagnostics.modes.discrepancy import discrepancy
+from keras_renorm.diagnostics.modes.report import Report
+from keras_renorm.diagnostics.modes.verdict import Verdict
+from keras_renorm.layers.activation_noise import ActivationNoise
 
 __all__ = [
     "ActivationNoise",

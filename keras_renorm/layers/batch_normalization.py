@@ -5,16 +5,16 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_renorm import arguments, functional, graphs, kernels, pooling
+from keras_renorm import arguments, backend, functional, kernels, pooling
 from keras_renorm.functional import Tensor
 from keras_renorm.pooling import Pool
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Batch normalization that cannot be poisoned and can be frozen.
+    """Batch normalization that bad batches do not break and that can be frozen.
 
-    A drop-in for `keras.layers.BatchNormalization`: the same numbers, the
+    A replacement for `keras.layers.BatchNormalization`: the same numbers, the
     same weights in the same order, files that load both ways.
 
     **Training** (`training=True`): normalizes each channel with the mean
@@ -35,9 +35,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     **Frozen.** With `frozen_statistics=True` the layer uses its moving
     statistics in training too and never changes them; gamma and beta still
     train. With `trainable = False` nothing trains and nothing moves, as in
-    Keras. Both hold whatever `training` flag arrives and however deep the
-    layer sits in other models. A change takes effect when the model is
-    compiled next.
+    Keras. Both hold for any `training` flag, and at any depth in other models.
+    A change takes effect when the model is compiled next.
 
     **Mask.** Elements under a `False` reach neither statistics nor
     gradients, even if they hold NaN. What the layer returns there is
@@ -60,10 +59,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     batch however it is sharded, statistics are those of the whole batch with
     and without it.
 
-    **When.** For i.i.d. batches of four examples and more. Of one or two, or
-    where a batch holds one class, take `BatchRenormalization`, its gradient
-    corrected too: with two 0.780 -> 0.827 on cluttered digits, means of ten
-    seeds (`python benchmarks/quality --only regimes_cluttered`).
+    **When.** For i.i.d. batches of four examples and more. For batches of one
+    or two examples, or of one class, take `BatchRenormalization` with the
+    corrected gradient: with two 0.780 -> 0.827 on cluttered digits, means of
+    ten seeds (`python -m benchmarks.quality --only regimes_cluttered`).
 
     **Virtual batches.** With a `virtual_batch_size`, training normalizes each
     group of so many consecutive examples by itself ("ghost batches"); what
@@ -105,14 +104,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
         inputs: Tensor `(batch, ..., channels)` (or channels on `axis`) of
             rank 2 or more. Batch and spatial sizes may be unknown.
         training: Whether to train or to infer. Keras sets it in `fit`.
-        mask: Tensor of 0 and 1, or booleans, whose axes stand for the
-            leading non-channel axes of `inputs`: `(batch,)`,
-            `(batch, time)`, ... It is broadcast over the rest. A mask that
-            does not fit them, but the leading axes with the channel axis,
-            stands for these, as `Masking` in front of channels first makes
-            it: `(batch, channels)` of `(batch, channels, time)` says which
-            channels of an example count. Where sizes allow both, the
-            channel axis is left out; an unknown size allows any.
+        mask: Tensor of 0 and 1, or booleans, whose axes are the leading
+            non-channel axes of `inputs`: `(batch,)`, `(batch, time)`, ... It is
+            broadcast over the others. A mask that does not fit these may have
+            the leading axes with the channel axis among them, as `Masking`
+            makes it of inputs with channels first: `(batch, channels)` of
+            `(batch, channels, time)` says which channels of an example count.
+            Where sizes allow both, the mask has no channel axis; an unknown
+            size allows any.
 
     Returns:
         A tensor of the shape of `inputs`, in the policy's compute type.
@@ -168,15 +167,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     "is the layer `keras_renorm.BatchRenormalization`. "
                     f"Received: {argument}={value!r}."
                 )
-        pool = Pool(
-            arguments.check_boolean("synchronized", synchronized),
-            virtual_batch_size
-            if virtual_batch_size is None
-            else arguments.check_integer(
+        synchronized = arguments.check_boolean("synchronized", synchronized)
+        if virtual_batch_size is not None:
+            virtual_batch_size = arguments.check_integer(
                 "virtual_batch_size", virtual_batch_size, minimum=1
-            ),
-        )
-        if pool.synchronized and pool.virtual_batch_size is not None:
+            )
+        if synchronized and virtual_batch_size is not None:
             raise ValueError(
                 "`virtual_batch_size` must be None where synchronized=True: "
                 "one narrows the examples that share statistics, the other "
@@ -203,8 +199,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             **layer_arguments,
         )
         # Not through Keras's constructor, which takes it on TensorFlow only.
-        self.synchronized = pool.synchronized
-        self.virtual_batch_size = pool.virtual_batch_size
+        self.synchronized = synchronized
+        self.virtual_batch_size = virtual_batch_size
         self.frozen_statistics = frozen_statistics
         self._holds_statistics = False
 
@@ -307,7 +303,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Normalizes `inputs`; moves the statistics in a training step."""
         axis = self._channel_axis(len(inputs.shape))
         channels = self.moving_mean.shape[0]
-        inputs = graphs.with_size(inputs, axis, channels)
+        inputs = backend.with_size(inputs, axis, channels)
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
         if training and self.trainable and not self.statistics_stand:
@@ -319,36 +315,43 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _train(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
         dtype = kernels.statistics_dtype(inputs.dtype)
         inputs, feedback = self._feedback(inputs, dtype)
-        state = self._state(dtype)._replace(
-            limits=self._limits(), feedback=feedback
+        state = functional.State(
+            *self._read_parameters(dtype),
+            self.momentum,
+            self._limits(),
+            feedback,
         )
         pool = Pool(self.synchronized, self.virtual_batch_size)
-        outputs, response = kernels.normalize_by_batch(
+        outputs, update = kernels.normalize_by_batch(
             inputs, axis, mask, state, pool
         )
-        self.moving_mean.assign(response.moving_mean)
-        self.moving_variance.assign(response.moving_variance)
-        self._end_step(response)
-        if response.probe is not None and self.compute_dtype == "float16":
+        self.moving_mean.assign(update.moving_mean)
+        self.moving_variance.assign(update.moving_variance)
+        self._end_step()
+        if update.probe is not None and self.compute_dtype == "float16":
             # So that the backward pass sees the scale of the loss.
-            self.add_loss(response.probe)
+            self.add_loss(update.probe)
         return outputs
 
     def _infer(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-        state = self._state(kernels.statistics_dtype(inputs.dtype))
+        parameters = self._read_parameters(
+            kernels.statistics_dtype(inputs.dtype)
+        )
         if not self.synchronized:
             moving_mean, moving_variance = pooling.average_over_replicas(
-                [state.moving_mean, state.moving_variance]
+                [parameters.moving_mean, parameters.moving_variance]
             )
-            state = state._replace(
+            parameters = parameters._replace(
                 moving_mean=moving_mean, moving_variance=moving_variance
             )
-        return kernels.normalize_by_moving_statistics(inputs, axis, mask, state)
+        return kernels.normalize_by_moving_statistics(
+            inputs, axis, mask, parameters
+        )
 
-    def _state(self, dtype: str) -> functional.State:
+    def _read_parameters(self, dtype: str) -> functional.Parameters:
         """The weights, each read once, in the type to compute in."""
         gamma, beta, moving_mean, moving_variance = (
-            None if weight is None else graphs.read(weight, dtype)
+            None if weight is None else backend.read(weight, dtype)
             for weight in (
                 self.gamma,
                 self.beta,
@@ -356,14 +359,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 self.moving_variance,
             )
         )
-        return functional.State(
-            gamma,
-            beta,
-            moving_mean,
-            moving_variance,
-            None,
-            self.epsilon,
-            self.momentum,
+        return functional.Parameters(
+            gamma, beta, moving_mean, moving_variance, self.epsilon
         )
 
     def _channel_axis(self, rank: int) -> int:
@@ -384,7 +381,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """The inputs, and what corrects the gradient; `None` for nothing."""
         return inputs, None
 
-    def _end_step(self, response: functional.Response) -> None:
+    def _end_step(self) -> None:
         """Called after each training step that moved the statistics."""
 
     def load_own_variables(self, store: Any) -> None:
@@ -412,7 +409,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         super().set_weights(weights)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the layer, as they stand."""
+        """The arguments of the layer, with their present values."""
         config = super().get_config()
         for name in ("renorm", "renorm_clipping", "renorm_momentum"):
             config.pop(name, None)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import arguments, functional, graphs, schedules
+from keras_renorm import arguments, backend, functional, schedules
 from keras_renorm.functional import Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
@@ -37,7 +37,7 @@ class BatchRenormalization(BatchNormalization):
     nothing is clipped, y is the inference output.
 
     **Inference**, **frozen**, **mask** and **bad batches**: as
-    `BatchNormalization`. A frozen layer's step counter stands still. Where a
+    `BatchNormalization`. A frozen layer's step counter does not change. Where a
     batch has no element, r = 1 and d = 0.
 
     **Limits are state.** `r_max` and `d_max` are ramps over the layer's own
@@ -49,28 +49,27 @@ class BatchRenormalization(BatchNormalization):
     `keras_renorm.callbacks.RenormScheduler` scales the paper's ramps, made
     for runs of about 130,000 steps, to the length of a run instead.
 
-    **The corrected gradient.** Algorithm 1 corrects what goes forward. With a
-    `gradient_momentum`, what comes back is corrected too: most of the two
-    means of the minibatch that the gradient of normalization takes out is
-    replaced by what the minibatches before had in common, which two
-    accumulators a channel hold (the control of Chiley et al. 2019, section
-    3). How much of it: 0.8 a² / (a² + 0.12²), times (r_max - 1) / 2 up to 1,
-    where a, the weight `gradient_agreement`, says how alike the gradients of
-    a batch's examples are: a moving average of (Σ s)² / (n Σ s²), s being
-    the sum of the gradient over an example, of n. It is 1 for a batch of one
-    example, 1/n or less for n independent ones, and up to 1 for like ones.
-    So the correction acts where batches are small or of one class, and
-    hardly elsewhere. It moves the accumulators where a gradient is computed:
-    each gradient of a persistent tape counts, and second derivatives hold
-    them constant. Gradients that are not finite do not move them. Under a
-    float16 policy the layer adds a zero to `model.losses`, by which it sees
-    the scale of the loss: a custom loop with loss scaling must add
-    `model.losses` to its loss. TensorFlow only.
+    **The corrected gradient.** Algorithm 1 corrects the outputs. With a
+    `gradient_momentum`, the gradient is corrected too. That of normalization
+    subtracts two means of the minibatch; most of each is replaced by what
+    earlier minibatches had in common, which two accumulators for each channel
+    hold (the control of Chiley et al. 2019, section 3). How much of it: 0.8 a²
+    / (a² + 0.12²), times (r_max - 1) / 2 up to 1, where a, the weight
+    `gradient_agreement`, says how alike the gradients of a batch's examples
+    are: a moving average of (Σ s)² / (n Σ s²), s being the sum of the gradient
+    over an example, of n. It is 1 for a batch of one example, 1/n or less for n
+    independent ones, and up to 1 for examples that are alike. So the correction
+    acts where batches are small or of one class, and little elsewhere. It moves
+    the accumulators where a gradient is computed: each gradient of a persistent
+    tape counts, and second derivatives hold them constant. Gradients that are
+    not finite do not move them. Under a float16 policy the layer adds a zero to
+    `model.losses`, by which it sees the scale of the loss: a custom loop with
+    loss scaling must add `model.losses` to its loss. TensorFlow only.
 
     **When, and with which settings.** Accuracies are of batch normalization,
     of this layer, and of it with `gradient_momentum=0.9`: means of ten seeds,
-    each at its best rate. In brackets, the experiment: `python
-    benchmarks/quality --only NAME`; the README there has spreads. "Cluttered"
+    each at its best rate. In brackets, the experiment: `python -m
+    benchmarks.quality --only NAME`; the README there has spreads. "Cluttered"
     digits are the harder task.
 
     - Batches of one class (or user, or scene): correct the gradient, 0.239 ->
@@ -94,7 +93,7 @@ class BatchRenormalization(BatchNormalization):
       `recalibrate` first: 0.881 [fine_tuning_digits].
     - `callbacks.FreezeStatistics()` at the end helps where the gradient is
       not corrected: one class 0.760, two images 0.784 [regimes_cluttered].
-      Where it is, the layer is ahead of that without it.
+      Where it is corrected, the layer is better than that without it.
     - `momentum`: 0.99 is best for 3,000 steps and more, 0.95 for 750
       [lengths_digits].
 
@@ -173,11 +172,8 @@ class BatchRenormalization(BatchNormalization):
         ramps = tuple(
             value
             if isinstance(value, str) and value == "auto"
-            else schedules.limit(limit, value, minimum)
-            for limit, value, minimum in (
-                ("r_max", r_max, 1),
-                ("d_max", d_max, 0),
-            )
+            else schedules.limit(limit, value)
+            for limit, value in (("r_max", r_max), ("d_max", d_max))
         )
         if gradient_momentum is not None:
             gradient_momentum = _check_gradient_momentum(
@@ -272,7 +268,7 @@ class BatchRenormalization(BatchNormalization):
 
     @r_max.setter
     def r_max(self, value: float | LinearRamp) -> None:
-        self._set_ramp(0, schedules.limit("r_max", value, 1))
+        self._set_ramp(0, schedules.limit("r_max", value))
 
     @property
     def d_max(self) -> LinearRamp:
@@ -281,7 +277,7 @@ class BatchRenormalization(BatchNormalization):
 
     @d_max.setter
     def d_max(self, value: float | LinearRamp) -> None:
-        self._set_ramp(1, schedules.limit("d_max", value, 0))
+        self._set_ramp(1, schedules.limit("d_max", value))
 
     def current_limits(self) -> tuple[float, float]:
         """The values of r_max and d_max that the next training step uses."""
@@ -290,7 +286,7 @@ class BatchRenormalization(BatchNormalization):
 
     def current_step(self) -> int:
         """How many training calls the layer has seen."""
-        return 0 if self.step is None else int(graphs.to_numpy(self.step))
+        return 0 if self.step is None else int(backend.to_numpy(self.step))
 
     def _ramp(self, row: int) -> LinearRamp:
         if not self.built:
@@ -298,9 +294,9 @@ class BatchRenormalization(BatchNormalization):
         # `str` gives the shortest decimal: 1.1, not 1.10000002384.
         initial_value, final_value = (
             float(str(value))
-            for value in graphs.to_numpy(self.limit_values)[row]
+            for value in backend.to_numpy(self.limit_values)[row]
         )
-        begin_step, end_step = graphs.to_numpy(self.limit_steps)[row]
+        begin_step, end_step = backend.to_numpy(self.limit_steps)[row]
         return LinearRamp(initial_value, final_value, begin_step, end_step)
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
@@ -314,14 +310,14 @@ class BatchRenormalization(BatchNormalization):
             _ramp_arrays([ramp]),
             strict=True,
         ):
-            rows = np.array(graphs.to_numpy(variable))
+            rows = np.array(backend.to_numpy(variable))
             rows[row] = new[0]
             variable.assign(rows)
 
     def _limits(self) -> functional.Limits:
         return functional.Limits(
             *(
-                graphs.read(weight, weight.dtype)
+                backend.read(weight, weight.dtype)
                 for weight in (self.limit_values, self.limit_steps, self.step)
             )
         )
@@ -331,7 +327,7 @@ class BatchRenormalization(BatchNormalization):
     ) -> tuple[Tensor, functional.Feedback | None]:
         if self.gradient_momentum is None:
             return inputs, None
-        inputs, mean, projection, agreement = graphs.with_accumulators(
+        inputs, mean, projection, agreement = backend.with_accumulators(
             inputs,
             [
                 self.gradient_mean,
@@ -344,11 +340,11 @@ class BatchRenormalization(BatchNormalization):
             mean, projection, agreement, self.gradient_momentum
         )
 
-    def _end_step(self, response: functional.Response) -> None:
+    def _end_step(self) -> None:
         self.step.assign_add(1)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the layer, with the limits as they stand."""
+        """The arguments of the layer, with the present limits."""
         config = super().get_config()
         config["gradient_momentum"] = self.gradient_momentum
         for name, ramp in (("r_max", self.r_max), ("d_max", self.d_max)):
@@ -389,10 +385,10 @@ def _check_gradient_momentum(
             f"gradient_momentum={value}, "
             f"virtual_batch_size={virtual_batch_size}."
         )
-    if keras.backend.backend() != "tensorflow":
+    if not backend.keeps_state_backwards():
         raise ValueError(
             "`gradient_momentum` must be None on Keras's "
-            f"{keras.backend.backend()} backend, where a backward pass cannot "
+            f"{backend.name()} backend, where a backward pass cannot "
             f"keep state. Received: gradient_momentum={value}."
         )
     return momentum

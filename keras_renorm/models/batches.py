@@ -9,31 +9,49 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_renorm import arguments
+
 
 class Batches:
     """Batches, from whatever holds them.
 
     Iterating gives `(x, y, sample_weight)`; the last two are `None` where the
-    data has none. See `recalibrate` for what `dataset` can be; whether arrays
-    are one input or several is told by `model`, whose inputs they must fit.
+    data has none.
+
+    Args:
+        dataset: As for `recalibrate`.
+        steps: Number of batches, or `None` for all.
+        batch_size: Examples a batch where `dataset` is arrays.
+        model: Its inputs say whether arrays are one input or several, and what
+            they must fit.
+        is_most: Whether `steps` are the most, and fewer are no error.
 
     Raises:
-        TypeError: If `dataset` is of another kind.
-        ValueError: If it is empty, never ends while `steps` is `None`, has
-            arrays of unequal length, is a list of inputs and labels, does not
-            fit the inputs of the model, or is known to hold fewer than `steps`
-            batches.
+        TypeError: If an argument is of another kind.
+        ValueError: If an argument is out of range; if the dataset is empty,
+            never ends while `steps` is `None`, has arrays of unequal length,
+            is a list of inputs and labels, does not fit the inputs of the
+            model, or is known to hold fewer than `steps` batches.
     """
 
     def __init__(
-        self, dataset: Any, steps: int | None, batch_size: int, model: Any
+        self,
+        dataset: Any,
+        steps: int | None,
+        batch_size: int,
+        model: Any,
+        *,
+        is_most: bool = False,
     ) -> None:
+        if steps is not None:
+            steps = arguments.check_integer("steps", steps, minimum=1)
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size = arguments.check_integer("batch_size", batch_size, 1)
         self.model = model
         inputs = len(_inputs_of(model) or [None])
         self._arrays = _as_arrays(dataset, inputs)
         self.asked = steps
+        self._is_most = is_most
         self.known = self._known_steps()
         if self.known == 0:
             raise ValueError(
@@ -45,17 +63,16 @@ class Batches:
                 "`steps` must be given for a dataset that never ends. "
                 "Received: steps=None."
             )
-        if steps is not None and self.known is not None and steps > self.known:
-            raise self._too_few(self.known)
+        if self.known is not None:
+            self._check_enough(self.known)
         if self._arrays is not None:
             check_inputs(model, self._arrays[0])
 
     @property
     def steps(self) -> int | None:
         """Number of batches to come, where it is known."""
-        if self.asked is not None:
-            return self.asked
-        return None if self.known is None else int(self.known)
+        known = [each for each in (self.asked, self.known) if each is not None]
+        return int(min(known)) if known else None
 
     @property
     def is_repeatable(self) -> bool:
@@ -75,8 +92,7 @@ class Batches:
                 "`dataset` must hold at least one batch. Received: "
                 f"dataset={_described(self.dataset)}, which is empty."
             )
-        if self.asked is not None and seen < self.asked:
-            raise self._too_few(seen)
+        self._check_enough(seen)
 
     def check_repeatable(self) -> None:
         """Raises if the data can be read only once."""
@@ -87,8 +103,10 @@ class Batches:
                 f"{_described(self.dataset)}."
             )
 
-    def _too_few(self, found: float) -> ValueError:
-        return ValueError(
+    def _check_enough(self, found: float) -> None:
+        if self.asked is None or self._is_most or self.asked <= found:
+            return
+        raise ValueError(
             "`steps` must not be above the number of batches in `dataset`. "
             f"Received: steps={self.asked}, for {found} batches."
         )
@@ -247,7 +265,7 @@ def _check_list(dataset: list[Any]) -> None:
 
 
 def _check_parts(others: list[Any]) -> None:
-    """Raises if what stands after x is no labels and no weights."""
+    """Raises if what comes after x are neither labels nor weights."""
     fits = len(others) <= 2 and all(
         part is None or _is_arrays(part) for part in others
     )

@@ -1,7 +1,7 @@
 """Objects of the configuration of others, for copies within a process.
 
 A configuration is made for files: a function in it is a name. A copy needs no
-file, so what a name cannot bring back is handed on itself.
+file, so what cannot be found by a name is passed on itself.
 """
 
 import types
@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_renorm.models.traversal import find_layers
+from keras_renorm.models.finding import find_layers
 
 
 def config_of(owner: Any) -> dict[str, Any]:
@@ -24,7 +24,7 @@ class Configurations:
     """Configurations whose functions can be read, by this object only."""
 
     def __init__(self) -> None:
-        # Functions and classes, by the names that stand for them.
+        # Functions and classes, by the names in their place.
         self._known: dict[str, Any] = {}
 
     def of(self, owner: Any) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _is_of_keras(value: Any) -> bool:
 
 
 def _must_be_kept(node: Any, value: Any) -> bool:
-    """Whether a node stands for a function, or an object like one."""
+    """Whether a node represents a function, or an object like one."""
     if not callable(value) or isinstance(value, keras.layers.Layer | type):
         return False
     is_function = isinstance(value, types.FunctionType)
@@ -147,7 +147,7 @@ def _member(owner: Any, name: str) -> Any:
 
 
 def compile_alike(old: keras.Model, new: keras.Model) -> None:
-    """Compiles a model as another is, with an optimizer that begins anew."""
+    """Compiles a model as another is, with a new optimizer."""
     configurations = Configurations()
     # `get_compile_config` has names only, and nothing public the functions.
     given = dict(old._compile_config.config)

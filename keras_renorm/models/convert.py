@@ -7,17 +7,17 @@ import keras
 from keras_renorm import arguments, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models import legacy
+from keras_renorm.models import from_tf_keras
+from keras_renorm.models.finding import Choice, describe, require_layers
 from keras_renorm.models.in_place import replace_in_place
-from keras_renorm.models.rebuild import describe, rebuild
-from keras_renorm.models.statistics import is_untrained
+from keras_renorm.models.rebuild import rebuild
+from keras_renorm.models.state import is_untrained
 from keras_renorm.models.translation import (
     KERAS,
     arguments_of,
     check_class,
     copy_weights,
 )
-from keras_renorm.models.traversal import Choice, choose_layers
 
 # What a layer that stays the same object cannot change.
 _FIXED = ("axis", "center", "dtype", "name", "scale", "trainable")
@@ -31,7 +31,7 @@ def convert(
     in_place: bool = False,
     **layer_arguments: Any,
 ) -> keras.Model:
-    """A model with our layers for the batch normalization in it.
+    """A model with our layers in the place of its batch normalization.
 
     It infers what the model infers, with the model's weights, layer names,
     `trainable` flags and shared layers. There are two ways.
@@ -39,34 +39,34 @@ def convert(
     **A copy** (the default), of a sequential or functional model; `model` is
     not changed. Batch normalization is found in nested models, in wrappers such
     as `TimeDistributed`, and in custom layers whose `get_config` holds it. If
-    the model is compiled, the copy is compiled alike, with an optimizer that
-    begins anew; what `optimizer.exclude_from_weight_decay` left out has to be
-    left out again. State besides weights (vocabularies, a stateful layer's,
-    random generators') is copied, and functions need not be registered. A
-    functional model of a class of its own becomes a plain functional model.
+    the model is compiled, the copy is compiled alike, with a new optimizer;
+    what was given to `optimizer.exclude_from_weight_decay` has to be given
+    again. State besides weights (vocabularies, a stateful layer's, random
+    generators') is copied, and functions need not be registered. A functional
+    model of a class of its own becomes a plain functional model.
 
     **In place**, of any built model: subclassed, with custom layers that make
     their normalization themselves, a backbone of keras-hub. All batch
     normalization that Keras knows of is reached: in attributes, lists and
     dicts, in wrappers, recurrent cells, nested models. The model and its layers
     stay the objects that they are: a layer turns into one of class `to`. Its
-    gamma and beta stay the same variables, so that the optimizer goes on with
-    the state that it has; its other weights are new ones. `fit`, `evaluate` and
-    `predict` of the model, and of models in it, are traced anew. What else was
-    traced before is not: your own `tf.function` or `jax.jit`, another model
-    that holds this one (compile that again).
+    gamma and beta stay the same variables, so that the optimizer keeps its
+    state for them; its other weights are new ones. `fit`, `evaluate` and
+    `predict` of the model, and of models in it, are traced again. Other
+    functions are not: your own `tf.function` or `jax.jit`, another model that
+    holds this one (compile that again).
 
     **Save and load** a model that was changed in place: `save_weights`, and
     `load_weights` into one made and converted the same way, always works. Where
     the layers are in the configuration of the model (sequential, functional), a
     `.keras` file has them. The file of a class that makes its own layers says
     only how to make the model: load it in `replacing(to, ...)`, with the same
-    arguments, or make the model, convert it in place and load weights. `revert`
-    it before, and the file is one of Keras's layers again.
+    arguments, or make the model, convert it in place and load weights. After
+    `revert`, the file has Keras's layers again.
 
     A model of tf_keras (Keras 2) becomes one of Keras 3, not compiled. It may
     hold layers that Keras 3 has too, and sums and products; the statistics of
-    its renormalization come along.
+    its renormalization are copied.
 
     Args:
         model: A model, built; for a copy sequential or functional.
@@ -74,18 +74,19 @@ def convert(
             `BatchNormalization`.
         layers: Which layers: a function of a layer that returns whether to
             convert it, a layer or its name, or a list of such. A block or a
-            nested model stands for all batch normalization in it. Defaults to
+            nested model means all batch normalization in it. Defaults to
             `None`, for all. The others stay what they are.
         in_place: Whether to change `model` instead of making a copy. Defaults
             to `False`.
         **layer_arguments: Arguments for each new layer, in place of the old
             layer's: `momentum=0.95`, `r_max=2.0`, `frozen_statistics=True`...
             Without them a new layer has what the old one has: a Keras layer
-            with `renorm=True` hands on its `renorm_clipping` as limits; a
-            layer of `to`, everything, step counter included. Limits that none
-            gives are open at once (r_max 3, d_max 5) where the statistics are
-            trained, and the ramp of a new layer where they are not. In place
-            not `axis`, `center`, `scale`, `dtype`, `name`, `trainable`.
+            with `renorm=True` gives its `renorm_clipping` as limits; a layer of
+            `to` gives everything, with the step counter. Limits that none gives
+            are open at once (r_max 3, d_max 5) where the statistics are
+            trained, and the ramp of a new layer where they are not. With
+            `in_place`, not `axis`, `center`, `scale`, `dtype`, `name`,
+            `trainable`.
 
     Returns:
         A new model; `model` where `in_place`.
@@ -142,11 +143,11 @@ def revert(
     that `model` was converted from. It needs no `keras_renorm` to load. As
     `convert` it makes a copy, or changes any built model in place, with the
     same weights, names, `trainable` flags, shared layers and compilation. In
-    place the optimizer keeps its state; that of a copy begins anew.
+    place the optimizer keeps its state; a copy has a new one.
 
     What Keras's layer lacks is dropped: limits and step counter, virtual
-    batches, `frozen_statistics`. To train it with statistics that stand, set
-    its layers' `trainable` to `False`, which holds gamma and beta as well.
+    batches, `frozen_statistics`. To train it with fixed statistics, set its
+    layers' `trainable` to `False`, which fixes gamma and beta as well.
 
     Args:
         model: A model, for a copy sequential or functional.
@@ -187,7 +188,7 @@ def _with_layers(
                     "keep theirs. Received: "
                     f"{name}={layer_arguments[name]!r}."
                 )
-    if legacy.is_tf_keras(model):
+    if from_tf_keras.is_tf_keras(model):
         if in_place or layers is not None:
             raise ValueError(
                 "`model` must be of Keras 3 to be changed in place, or in "
@@ -201,16 +202,11 @@ def _with_layers(
             made.append((to.from_config(given), given))
             return made[-1][0]
 
-        new_model = legacy.translate(model, make)
+        new_model = from_tf_keras.translate(model, make)
         for layer, given in made:
             _open_limits(layer, given)
         return new_model
-    chosen = choose_layers(model, layers)
-    if not chosen:
-        raise ValueError(
-            "`model` must have a batch normalization layer. Received: "
-            f"model={model.name}, which has none."
-        )
+    chosen = require_layers(model, layers)
     foreign = [
         layer
         for layer in chosen

@@ -9,11 +9,10 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_renorm import arguments, graphs
+from keras_renorm import arguments, backend
 from keras_renorm.models.configuration import config_of
-from keras_renorm.models.rebuild import check_has_graph, has_graph, rebuild
-from keras_renorm.models.statistics import statistics_layers
-from keras_renorm.models.traversal import Choice
+from keras_renorm.models.finding import Choice, built_layers, has_graph
+from keras_renorm.models.rebuild import check_has_graph, rebuild
 
 # The kernel that makes the outputs, and the axis of it that counts them. A
 # depthwise kernel has two: inputs, and outputs for each.
@@ -56,8 +55,8 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
             of Keras or of this package.
         layers: Which layers: a function of a layer that returns whether it is
             meant, a layer or its name, or a list of such. A block or a nested
-            model stands for all batch normalization in it. Defaults to `None`,
-            for all.
+            model means all batch normalization in it. Defaults to `None`, for
+            all.
 
     Returns:
         A new model. The normalization that remains in it infers as before.
@@ -69,7 +68,7 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
 
     Warns:
         UserWarning: What of `layers` was not folded, and why: another layer, an
-            activation or a branch stands between, a layer is shared, or the
+            activation or a branch is between the two, a layer is shared, or the
             normalization is inside a wrapper.
 
     Example:
@@ -81,7 +80,7 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     ['Dense']
     """
     check_has_graph(arguments.check_model(model))
-    normalizations = statistics_layers(model, layers)
+    normalizations = built_layers(model, layers)
     if any("layers" not in config_of(graph) for graph in _graphs_of(model)):
         # A class of its own, which does not tell its graph: a plain copy does.
         model, copies = rebuild(
@@ -213,7 +212,7 @@ def _output_sources(node: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _why_not(before: Any, normalization: Any) -> str:
-    """Why a layer cannot take up the normalization after it, or nothing."""
+    """Why a layer cannot absorb the normalization after it; empty if it can."""
     if type(before) not in _KERNELS:
         return f"it follows {before.name}, a {type(before).__name__}"
     if before.activation is not keras.activations.linear:
@@ -238,7 +237,7 @@ def _write_folded(pair: _Pair, new: Any) -> None:
     def values_of(weight: Any, default: float) -> Any:
         if weight is None:
             return default
-        return graphs.to_numpy(weight).astype("float64")
+        return backend.to_numpy(weight).astype("float64")
 
     mean = values_of(normalization.moving_mean, 0.0)
     variance = values_of(normalization.moving_variance, 1.0)
@@ -255,5 +254,5 @@ def _write_folded(pair: _Pair, new: Any) -> None:
     new.bias.assign(bias)
     if hasattr(new, "depthwise_kernel"):
         new.depthwise_kernel.assign(
-            graphs.to_numpy(pair.before.depthwise_kernel)
+            backend.to_numpy(pair.before.depthwise_kernel)
         )

@@ -1,13 +1,12 @@
-"""Statistics that stand while everything else trains."""
+"""Statistics that stay fixed while everything else trains."""
 
 import warnings
 
 import keras
 
 from keras_renorm.layers.batch_normalization import BatchNormalization
-from keras_renorm.models.rebuild import describe
-from keras_renorm.models.statistics import is_untrained
-from keras_renorm.models.traversal import Choice, choose_layers
+from keras_renorm.models.finding import Choice, choose_layers, describe
+from keras_renorm.models.state import is_untrained
 
 
 def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
@@ -22,8 +21,8 @@ def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
         model: A model with layers of this package, at any depth.
         layers: Which layers: a function of a layer that returns whether it is
             meant, a layer or its name, or a list of such. A block or a nested
-            model stands for all batch normalization in it. Defaults to `None`,
-            for all.
+            model means all batch normalization in it. Defaults to `None`, for
+            all.
 
     Raises:
         ValueError: If the model has none, or Keras's batch normalization is
@@ -87,7 +86,7 @@ def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
 
 
 def warn_of_untrained(layers: list[BatchNormalization]) -> None:
-    """Warns where statistics are to stand that were never trained."""
+    """Warns of statistics that are to be frozen and were never trained."""
     untrained = [layer for layer in layers if is_untrained(layer)]
     if untrained:
         warnings.warn(

@@ -1,7 +1,7 @@
 """Other layers in the place of some, in a model that stays the same object.
 
-Whatever refers to a layer (an attribute, a list, a graph, a closure) goes on
-referring to it: the layer itself becomes another.
+What refers to a layer (an attribute, a list, a graph, a closure) still refers
+to it: the layer itself becomes another.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,8 @@ from typing import Any
 import keras
 
 from keras_renorm.models.configuration import Configurations
-from keras_renorm.models.rebuild import describe
+from keras_renorm.models.finding import describe, find_layers
 from keras_renorm.models.replacing import as_asked
-from keras_renorm.models.traversal import find_layers
 
 # Weights that an optimizer knows: they stay the same variables.
 _TRAINED = ("gamma", "beta")
@@ -65,7 +64,7 @@ def replace_in_place(
     ):
         _become(layer, new, old_names, new_names)
     for each in find_layers(model, keras.Model):
-        # Else what was traced goes on.
+        # Otherwise the graphs of before would still run.
         each.make_predict_function(force=True)
         if each.compiled:
             each.make_train_function(force=True)
@@ -85,7 +84,7 @@ def _build_alike(layer: Any, new: Any) -> None:
 
 def _names(layer: Any) -> list[str]:
     """The attributes that a layer has and not every layer."""
-    # Named, lest they count among those that Keras names.
+    # Named, so that Keras does not count them.
     made, plain = type(layer)(name="layer"), keras.layers.Layer(name="layer")
     names = vars(made).keys() - vars(plain).keys()
     return [
@@ -98,7 +97,7 @@ def _names(layer: Any) -> list[str]:
 def _become(
     layer: Any, new: Any, old_names: Sequence[str], new_names: Sequence[str]
 ) -> None:
-    """Turns a layer into another, which is of no use afterwards.
+    """Turns a layer into another, which must not be used afterwards.
 
     What every layer has (name, path, calls, `trainable`, policy) stays, and
     gamma and beta stay the same variables.

@@ -1,6 +1,5 @@
 """A copy of a model with other layers in the place of some."""
 
-import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -11,23 +10,17 @@ from keras_renorm.models.configuration import (
     compile_alike,
     name_in,
 )
+from keras_renorm.models.finding import (
+    describe,
+    find_layers,
+    has_graph,
+    inside,
+)
 from keras_renorm.models.replacing import as_asked
 from keras_renorm.models.state import copy_state, not_made_anew
-from keras_renorm.models.traversal import find_layers
 
 # From a layer and its configuration to class and configuration of the new one.
 Replace = Callable[[Any, dict[str, Any]], tuple[type, dict[str, Any]]]
-
-
-def describe(layers: Sequence[Any]) -> str:
-    """Names of layers, for messages: the first few."""
-    names = [layer.name for layer in layers[:8]]
-    return ", ".join(names) + (", ..." if len(layers) > 8 else "")
-
-
-def has_graph(layer: Any) -> bool:
-    """Whether a layer is a sequential or a functional model."""
-    return isinstance(layer, keras.Sequential | _functional_class())
 
 
 def check_has_graph(model: Any) -> None:
@@ -42,13 +35,6 @@ def check_has_graph(model: Any) -> None:
         "any with in_place=True). Received: model="
         f"{model.name}, of class {type(model).__name__}{layers}."
     )
-
-
-@functools.cache
-def _functional_class() -> type:
-    # Keras does not export it.
-    inputs = keras.Input((1,))
-    return type(keras.Model(inputs, keras.layers.Identity()(inputs)))
 
 
 def rebuild(
@@ -85,54 +71,84 @@ def rebuild(
     """
     check_has_graph(model)
     with as_asked():
-        return _rebuild(model, list(layers), replace, dropped)
+        return _Rebuilding(model, list(layers), replace, dropped).run()
 
 
-def _rebuild(
-    model: keras.Model,
-    layers: Sequence[Any],
-    replace: Replace,
-    dropped: Collection[int],
-) -> tuple[keras.Model, dict[int, Any]]:
-    replaced = {id(layer) for layer in layers}
-    configurations = Configurations()
-    copies: dict[int, Any] = {}
-    stand_ins: set[int] = set()
+class _Rebuilding:
+    def __init__(
+        self,
+        model: keras.Model,
+        layers: Sequence[Any],
+        replace: Replace,
+        dropped: Collection[int],
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._replaced = {id(layer) for layer in layers}
+        self._replace = replace
+        self._dropped = dropped
+        self._configurations = Configurations()
+        # By the `id` of the old layer; across nested models, so that what they
+        # share they share.
+        self._copies: dict[int, Any] = {}
+        # By their own `id`, layers that take the place of dropped ones.
+        self._stand_ins: set[int] = set()
 
-    def copy(layer: Any) -> Any:
-        # Remembered across nested models, so that what they share they share.
-        if id(layer) not in copies:
-            copies[id(layer)] = new_of(layer)
-        return copies[id(layer)]
+    def run(self) -> tuple[keras.Model, dict[int, Any]]:
+        new_model = self._clone(self._model)
+        self._copies[id(self._model)] = new_model
+        held = find_layers(self._model, keras.layers.Layer)
+        for layer in held:
+            if id(layer) in self._copies and not has_graph(layer):
+                self._pair_contents(layer)
+        missed = [each for each in self._layers if id(each) not in self._copies]
+        if missed:
+            raise _out_of_reach(missed)
+        self._copy_state(held)
+        for each in held:
+            # The last thing: now it is known what trains.
+            new = self._copies.get(id(each))
+            if (
+                isinstance(each, keras.Model)
+                and each.compiled
+                and new is not None
+            ):
+                compile_alike(each, new)
+        return new_model, self._copies
 
-    def new_of(layer: Any) -> Any:
-        if id(layer) in dropped:
+    def _copy(self, layer: Any) -> Any:
+        if id(layer) not in self._copies:
+            self._copies[id(layer)] = self._new_of(layer)
+        return self._copies[id(layer)]
+
+    def _new_of(self, layer: Any) -> Any:
+        if id(layer) in self._dropped:
             new = keras.layers.Identity(name=layer.name)
-            stand_ins.add(id(new))
+            self._stand_ins.add(id(new))
             return new
         if not isinstance(layer, keras.layers.Layer):  # an operation: x + y
             return type(layer).from_config(layer.get_config())
-        if id(layer) in replaced:
-            return configurations.make(
-                *replace(layer, configurations.of(layer))
-            )
+        if id(layer) in self._replaced:
+            config = self._configurations.of(layer)
+            return self._configurations.make(*self._replace(layer, config))
         if has_graph(layer):
-            return clone(layer)
-        if any(id(each) in replaced for each in _inside(layer)):
-            return _rewritten(layer, replaced, replace, configurations)
-        return configurations.alike(layer)
+            return self._clone(layer)
+        held = inside(layer)
+        if any(id(each) in self._replaced for each in held):
+            return self._rewritten(layer, held)
+        return self._configurations.alike(layer)
 
-    def call(layer: Any, *arguments: Any, **named: Any) -> Any:
-        if id(layer) in stand_ins:
+    def _call(self, layer: Any, *arguments: Any, **named: Any) -> Any:
+        if id(layer) in self._stand_ins:
             return arguments[0]
         return layer(*arguments, **named)
 
-    def clone(nested: keras.Model) -> keras.Model:
+    def _clone(self, nested: keras.Model) -> keras.Model:
         if isinstance(nested, keras.Sequential):
             kept = [
                 new
-                for new in map(copy, nested.layers)
-                if id(new) not in stand_ins
+                for new in map(self._copy, nested.layers)
+                if id(new) not in self._stand_ins
             ]
             if hasattr(nested, "inputs"):
                 kept = [_new_inputs(nested, nested.inputs[0]), *kept]
@@ -143,24 +159,72 @@ def _rebuild(
         return keras.models.clone_model(
             graph,
             input_tensors=_new_inputs(nested, nested.input),
-            clone_function=copy,
-            call_function=call,
+            clone_function=self._copy,
+            call_function=self._call,
         )
 
-    new_model = clone(model)
-    copies[id(model)] = new_model
-    for layer in find_layers(model, keras.layers.Layer):
-        if id(layer) in copies and not has_graph(layer):
-            _pair_contents(layer, copies)
-    missed = [layer for layer in layers if id(layer) not in copies]
-    if missed:
-        raise _out_of_reach(missed)
-    _copy_state(model, replaced, dropped, copies)
-    for each in find_layers(model, keras.Model):
-        # The last thing: now it is known what trains.
-        if each.compiled and id(each) in copies:
-            compile_alike(each, copies[id(each)])
-    return new_model, copies
+    def _rewritten(self, layer: Any, inner: Sequence[Any]) -> Any:
+        """A layer that holds others, from its configuration with others."""
+        held = [each for each in inner if id(each) in self._replaced]
+        # In a configuration a layer is known by its class and its name.
+        wanted = {(type(each).__name__, each.name) for each in held}
+        kept = {
+            (type(each).__name__, each.name)
+            for each in inner
+            if id(each) not in self._replaced
+        }
+        if wanted & kept:
+            raise _out_of_reach(held)
+        found: list[tuple[str, str]] = []
+        configurations = self._configurations
+
+        def rewrite(node: Any) -> Any:
+            if isinstance(node, list | tuple):
+                return type(node)(map(rewrite, node))
+            if not isinstance(node, dict):
+                return node
+            key = (node.get("class_name"), name_in(node))
+            if key in wanted:
+                # The rest of the node says how it was built and called.
+                new = configurations.serialized(
+                    configurations.make(
+                        *self._replace(
+                            configurations.read(node), node["config"]
+                        )
+                    )
+                )
+                new.pop("build_config", None)
+                found.append(key)
+                return {**node, **new}
+            return {key: rewrite(value) for key, value in node.items()}
+
+        try:
+            new = configurations.make(
+                type(layer), rewrite(configurations.of(layer))
+            )
+        except (NotImplementedError, TypeError) as error:
+            raise _out_of_reach(held) from error
+        if len(found) < len(held):
+            raise _out_of_reach(held)
+        return new
+
+    def _pair_contents(self, layer: Any) -> None:
+        """Finds the copies of the layers inside a wrapper or custom layer."""
+        old, new = inside(layer), inside(self._copies[id(layer)])
+        if len(old) != len(new):
+            raise not_made_anew(layer)
+        for before, after in zip(old, new, strict=True):
+            self._copies.setdefault(id(before), after)
+
+    def _copy_state(self, layers: Sequence[Any]) -> None:
+        """Copies weights and flags; containers come before what they hold."""
+        for layer in layers:
+            if id(layer) not in self._copies or id(layer) in self._dropped:
+                continue
+            new = self._copies[id(layer)]
+            new.trainable = layer.trainable
+            if id(layer) not in self._replaced:
+                copy_state(layer, new)
 
 
 def _new_inputs(model: keras.Model, inputs: Any) -> Any:
@@ -182,59 +246,6 @@ def _new_inputs(model: keras.Model, inputs: Any) -> Any:
     )
 
 
-def _inside(layer: Any) -> list[Any]:
-    """The layers that a layer holds, at any depth."""
-    return find_layers(layer, keras.layers.Layer)[1:]
-
-
-def _rewritten(
-    layer: Any,
-    replaced: Collection[int],
-    replace: Replace,
-    configurations: Configurations,
-) -> Any:
-    """A layer that holds others, from its configuration with others."""
-    held = [each for each in _inside(layer) if id(each) in replaced]
-    # In a configuration a layer is known by its class and its name.
-    wanted = {(type(each).__name__, each.name) for each in held}
-    kept = {
-        (type(each).__name__, each.name)
-        for each in _inside(layer)
-        if id(each) not in replaced
-    }
-    if wanted & kept:
-        raise _out_of_reach(held)
-    found: list[tuple[str, str]] = []
-
-    def rewrite(node: Any) -> Any:
-        if isinstance(node, list | tuple):
-            return type(node)(map(rewrite, node))
-        if not isinstance(node, dict):
-            return node
-        key = (node.get("class_name"), name_in(node))
-        if key in wanted:
-            # The rest of the node says how it was built and called.
-            new = configurations.serialized(
-                configurations.make(
-                    *replace(configurations.read(node), node["config"])
-                )
-            )
-            new.pop("build_config", None)
-            found.append(key)
-            return {**node, **new}
-        return {key: rewrite(value) for key, value in node.items()}
-
-    try:
-        new = configurations.make(
-            type(layer), rewrite(configurations.of(layer))
-        )
-    except (NotImplementedError, TypeError) as error:
-        raise _out_of_reach(held) from error
-    if len(found) < len(held):
-        raise _out_of_reach(held)
-    return new
-
-
 def _out_of_reach(layers: Sequence[Any]) -> ValueError:
     return ValueError(
         "`model` must hold its batch normalization where it can be replaced: "
@@ -243,28 +254,3 @@ def _out_of_reach(layers: Sequence[Any]) -> ValueError:
         "in_place=True. Received: "
         f"a model with these inside custom layers: {describe(layers)}."
     )
-
-
-def _pair_contents(layer: Any, copies: dict[int, Any]) -> None:
-    """Finds the copies of the layers inside a wrapper or custom layer."""
-    inner = [_inside(each) for each in (layer, copies[id(layer)])]
-    if len(inner[0]) != len(inner[1]):
-        raise not_made_anew(layer)
-    for old, new in zip(*inner, strict=True):
-        copies.setdefault(id(old), new)
-
-
-def _copy_state(
-    model: keras.Model,
-    replaced: Collection[int],
-    dropped: Collection[int],
-    copies: dict[int, Any],
-) -> None:
-    """Copies weights and flags; containers come before what they hold."""
-    for layer in find_layers(model, keras.layers.Layer):
-        if id(layer) not in copies or id(layer) in dropped:
-            continue
-        new = copies[id(layer)]
-        new.trainable = layer.trainable
-        if id(layer) not in replaced:
-            copy_state(layer, new)

@@ -9,22 +9,22 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import arguments, functional, graphs
+from keras_renorm import arguments, backend, functional
+from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.observe import (
+from keras_renorm.models.finding import (
+    Choice,
+    built_layers,
+    check_no_keras_renorm,
+    describe,
+)
+from keras_renorm.models.passes import (
+    Calls,
     Told,
     Total,
     aligned_inputs,
-    observed,
+    check_totals,
 )
-from keras_renorm.models.rebuild import describe
-from keras_renorm.models.statistics import (
-    check_no_keras_renorm,
-    statistics_layers,
-)
-from keras_renorm.models.traversal import Choice
-
-Tensor = Any
 
 
 def recalibrate(
@@ -54,15 +54,16 @@ def recalibrate(
     the cost of a pass a layer. (A layer that feeds itself, in a recurrent
     cell, say, uses its old statistics in its own pass.)
 
-    One element a channel, normalized by itself, is zero, and says nothing of
-    the data. So one pass leaves out what comes after it in a batch: a last
-    batch of one does no harm. Where most of a layer's elements would be left
-    out, there is a pass for each layer instead.
+    A single element of a channel, normalized by itself, is zero, and says
+    nothing of the data. So one pass leaves out what comes after it in a batch:
+    a last batch of one does no harm. Where most of a layer's elements would be
+    left out, there is a pass for each layer instead.
 
     Layers count wherever they are called: in nested models, recurrent cells,
     loops and conditionals, once for each time that they run. A layer whose
     outputs nobody uses is not reached. What the model has compiled by itself
-    (`tf.function`, `jax.jit`) is not traced anew, and its layers not reached.
+    (`tf.function`, `jax.jit`) is not traced again, and its layers are not
+    reached.
 
     Only moving statistics change: no other weight, no step counter, no limit.
     They change at the end, and not at all if anything fails. Frozen layers
@@ -81,11 +82,11 @@ def recalibrate(
         steps: Number of batches, or `None` (default) for all.
         layers: Which layers: a function of a layer that returns whether it is
             meant, a layer or its name, or a list of such. A block or a nested
-            model stands for all batch normalization in it. Defaults to `None`,
-            for all. The others infer, with the statistics that they have.
+            model means all batch normalization in it. Defaults to `None`, for
+            all. The others infer, with the statistics that they have.
         layer_by_layer: Whether to make a pass for each layer. The dataset must
             be one that can be read again. `None` (default): where there are
-            `prior_examples`, so that each layer is measured behind layers that
+            `prior_examples`, so that each layer is measured after layers that
             normalize by the mixture, as they will; and where batches hold one
             element a channel.
         prior_examples: Weight of the present statistics, in examples: N in
@@ -140,7 +141,7 @@ class StatisticsPass:
 
     def __init__(self, model: keras.Model, layers: Choice = None) -> None:
         self.model = model
-        self.layers = statistics_layers(model, layers)
+        self.layers = built_layers(model, layers)
         check_no_keras_renorm(self.layers)
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []
@@ -149,7 +150,7 @@ class StatisticsPass:
         # have no code of their own: TensorFlow counts traces by code, and would
         # warn when many models, or one model many times, are recalibrated.
         self._gather = {
-            by_batch: graphs.compiled(partial(self._run_model))
+            by_batch: backend.compiled(partial(self._run_model))
             for by_batch in (True, False)
         }
 
@@ -169,7 +170,7 @@ class StatisticsPass:
         )
         before = {
             id(layer): tuple(
-                graphs.to_numpy(weight)
+                backend.to_numpy(weight)
                 for weight in (layer.moving_mean, layer.moving_variance)
             )
             for layer in self.layers
@@ -223,9 +224,6 @@ class StatisticsPass:
         batch_size: int = 32,
     ) -> tuple[Batches, float]:
         """The batches and the prior, if the arguments are those of `run`."""
-        if steps is not None:
-            steps = arguments.check_integer("steps", steps, minimum=1)
-        batch_size = arguments.check_integer("batch_size", batch_size, 1)
         prior = arguments.check_number("prior_examples", prior_examples)
         if not 0 <= prior < math.inf:
             raise ValueError(
@@ -248,39 +246,35 @@ class StatisticsPass:
     ) -> dict[int, Total]:
         """The pooled moments of each layer; checked to be good."""
         totals = {id(layer): Total() for layer in self.layers}
-        bar = keras.utils.Progbar(
-            data.steps,
-            verbose=int(bool(verbose)),
-            unit_name="batch"
+
+        def count(batch: Any, _: Any, calls: Calls) -> None:
+            examples = int(tree.flatten(batch[0])[0].shape[0])
+            skipped = set()
+            # One element normalized by itself is zero: what comes after it
+            # says nothing of the data.
+            is_lost = False
+            for layer, moments in calls:
+                if is_lost:
+                    skipped.add(id(layer))
+                    totals[id(layer)].skipped += np.max(moments.count)
+                else:
+                    totals[id(layer)].add(*moments)
+                is_lost |= by_batch and np.max(moments.count) == 1
+            for at, total in totals.items():
+                if at not in skipped:
+                    total.examples += examples
+
+        seen = self._told.run_over(
+            data,
+            self.layers,
+            partial(self._hook, by_batch=by_batch),
+            self._gather[by_batch],
+            count,
+            verbose,
+            "batch"
             if by_batch
             else f"batch, layer {len(done) + 1} of {len(self.layers)}",
         )
-        seen = 0
-        with observed(
-            self.layers,
-            lambda layer, call: self._hook(layer, call, by_batch),
-        ):
-            for x, _, _ in data:
-                examples = int(tree.flatten(x)[0].shape[0])
-                _, calls = self._told.run(self._gather[by_batch], x)
-                skipped = set()
-                # One element normalized by itself is zero: what comes after
-                # it says nothing of the data.
-                is_lost = False
-                for layer, moments in calls:
-                    if is_lost:
-                        skipped.add(id(layer))
-                        totals[id(layer)].skipped += np.max(moments.count)
-                    else:
-                        totals[id(layer)].add(*moments)
-                    is_lost |= by_batch and np.max(moments.count) == 1
-                for at, total in totals.items():
-                    if at not in skipped:
-                        total.examples += examples
-                seen += 1
-                bar.update(seen, finalize=False)
-        bar.update(seen, finalize=True)
-        data.check_complete(seen)
         lost = [
             each
             for each in self.layers
@@ -294,19 +288,11 @@ class StatisticsPass:
                 "that can be read again. Received: one element a channel, "
                 f"normalized by itself, before {describe(lost)}."
             )
-        unseen = [each for each in self.layers if not totals[id(each)].count]
-        if unseen:
-            raise ValueError(
-                "`dataset` must reach every batch normalization layer with at "
-                f"least one unmasked element. Received: {seen} batches that "
-                f"gave none to {describe(unseen)}."
-            )
-        bad = [each for each in self.layers if not totals[id(each)].is_finite]
-        if bad:
-            raise ValueError(
-                "`dataset` must make finite activations. Received: one that "
-                f"makes the statistics of {describe(bad)} NaN or infinite."
-            )
+        check_totals(
+            [(layer, totals[id(layer)]) for layer in self.layers],
+            seen,
+            "statistics",
+        )
         return totals
 
     def _run_model(self, x: Any) -> Any:

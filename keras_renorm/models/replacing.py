@@ -36,16 +36,16 @@ def replacing(
         with keras_renorm.replacing(BatchNormalization):
             model = MyModel()
 
-    Layers that there are already stay as they are (`convert`), and so does a
-    subclass of Keras's layer. Scopes may be nested; the innermost counts. A
-    scope is that of its thread (and of the `asyncio` task); others make
-    Keras's layers meanwhile. `convert`, `revert` and `fold` do the same inside
-    as outside. What was before is again when the block ends, after an exception
-    too.
+    Layers that exist already stay as they are (`convert` changes them), and so
+    does a subclass of Keras's layer. Scopes may be nested; the innermost
+    counts. A scope is that of its thread (and of the `asyncio` task); others
+    make Keras's layers at the same time. `convert`, `revert` and `fold` do the
+    same inside as outside. When the block ends, also by an exception, all is as
+    before.
 
     **Save and load.** A file of a model that makes its own layers says how to
     make the model, and not of which class its normalization was made. So load
-    in the same scope: `keras.saving.load_model`, or a model made anew and
+    in the same scope: `keras.saving.load_model`, or a new model and
     `load_weights`. Outside, the model has Keras's layers: files of
     `BatchRenormalization` do not fit them, which is an error, and files of
     `BatchNormalization` do.
@@ -82,7 +82,7 @@ def replacing(
 
 @contextmanager
 def as_asked() -> Iterator[None]:
-    """A scope in which Keras's layers are made as such, whatever is around."""
+    """A scope in which Keras's layers are made as such, inside others too."""
     with _makes(None):
         yield
 
@@ -104,7 +104,7 @@ def _maker_of(to: Any, layer_arguments: dict[str, Any]) -> type:
             "`name` must not be given: layers keep theirs. Received: "
             f"name={layer_arguments['name']!r}."
         )
-    # Raises; with a name, lest it counts among those that Keras gives.
+    # Raises; with a name, so that Keras does not count it.
     to(name="checked", **layer_arguments)
     signature = inspect.signature(KERAS.__init__)
 
@@ -135,7 +135,7 @@ def _hooked() -> Iterator[None]:
         with _lock:
             _scopes -= 1
             if not _scopes:
-                del KERAS.__new__  # the one that it inherits is there again
+                del KERAS.__new__  # it inherits one again
 
 
 def _new_of(inherited: Callable[..., Any]) -> Callable[..., Any]:

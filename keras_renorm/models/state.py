@@ -6,8 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import graphs
-from keras_renorm.models.traversal import find_layers
+from keras_renorm import backend
+from keras_renorm.models.finding import own_variables
 
 
 def copy_state(old: Any, new: Any) -> None:
@@ -25,18 +25,18 @@ def copy_state(old: Any, new: Any) -> None:
         copy_assets(old, new)
     except (ValueError, KeyError, AttributeError) as error:
         raise not_made_anew(old) from error
-    pairs = [_own_variables(old), _own_variables(new)]
+    pairs = [own_variables(old), own_variables(new)]
     if getattr(old, "stateful", False) and hasattr(old, "states"):
         pairs[0] += keras.tree.flatten(old.states)
         pairs[1] += keras.tree.flatten(new.states)
     if [v.shape for v in pairs[0]] != [v.shape for v in pairs[1]]:
         raise not_made_anew(old)
     for variable, copy in zip(*pairs, strict=True):
-        copy.assign(graphs.to_numpy(variable))
+        copy.assign(backend.to_numpy(variable))
 
 
 def reload(layer: Any) -> None:
-    """Lets a layer work out what follows from the weights that it was given.
+    """Lets a layer compute what depends on the weights that it was given.
 
     `set_weights` does not; loading does.
     """
@@ -47,7 +47,7 @@ def _saved(layer: Any) -> dict[str, np.ndarray]:
     store: dict[str, Any] = {}
     layer.save_own_variables(store)
     # Copies: JAX gives the memory of a variable away.
-    return {name: graphs.to_numpy(value) for name, value in store.items()}
+    return {name: backend.to_numpy(value) for name, value in store.items()}
 
 
 def copy_assets(old: Any, new: Any) -> None:
@@ -67,11 +67,18 @@ def not_made_anew(layer: Any) -> ValueError:
     )
 
 
-def _own_variables(layer: Any) -> list[keras.Variable]:
-    """The variables of a layer that belong to no layer inside it."""
-    inner = {
-        id(variable)
-        for each in find_layers(layer, keras.layers.Layer)[1:]
-        for variable in each.variables
-    }
-    return [each for each in layer.variables if id(each) not in inner]
+def is_untrained(layer: Any) -> bool:
+    """Whether moving statistics are as they were made: mean 0, variance 1.
+
+    Or what other initializers of the layer give.
+    """
+    return not layer.built or all(
+        np.array_equal(
+            backend.to_numpy(weight),
+            backend.to_numpy(initializer(weight.shape, weight.dtype)),
+        )
+        for weight, initializer in (
+            (layer.moving_mean, layer.moving_mean_initializer),
+            (layer.moving_variance, layer.moving_variance_initializer),
+        )
+    )

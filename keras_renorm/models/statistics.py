@@ -6,14 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import graphs
-from keras_renorm.models.rebuild import describe
-from keras_renorm.models.traversal import (
-    Choice,
-    choose_layers,
-    names_of,
-    unique_names,
-)
+from keras_renorm import backend
+from keras_renorm.models.finding import built_layers, names_of, unique_names
 
 Statistics = dict[str, np.ndarray]
 _NAMES = ("moving_mean", "moving_variance")
@@ -52,7 +46,7 @@ def get_statistics(model: keras.Model) -> Statistics:
     ['bn/moving_mean', 'bn/moving_variance']
     """
     return {
-        key: graphs.to_numpy(variable)
+        key: backend.to_numpy(variable)
         for key, variable in _variables(model).items()
     }
 
@@ -67,7 +61,7 @@ def set_statistics(
     Args:
         model: A built model with batch normalization, at any depth.
         statistics: What `get_statistics` returns, or a file of `np.savez`
-            with it. Names with the numbers of another session do, too.
+            with it. Names with the numbers of another session are accepted.
 
     Raises:
         ValueError: If the model has no batch normalization, or is not built;
@@ -113,7 +107,7 @@ def set_statistics(
 
 
 def _variables(model: keras.Model) -> dict[str, Any]:
-    layers = statistics_layers(model)
+    layers = built_layers(model)
     return {
         f"{name}/{kind}": getattr(layer, kind)
         for name, layer in zip(names_of(layers), layers, strict=True)
@@ -132,51 +126,3 @@ def _renamed(
         f"{new[layer]}{slash}{kind}": statistics[f"{layer}{slash}{kind}"]
         for layer, slash, kind in parts
     }
-
-
-def statistics_layers(model: keras.Model, layers: Choice = None) -> list[Any]:
-    """The batch normalization of a model, or some of it; all of that built."""
-    chosen = choose_layers(model, layers)
-    if not chosen:
-        raise ValueError(
-            "`model` must have a batch normalization layer. Received: "
-            f"model={model.name}, which has none."
-        )
-    unbuilt = [layer for layer in chosen if not layer.built]
-    if unbuilt:
-        raise ValueError(
-            "`model` must be built: call it on data, or give it an `Input`. "
-            f"Received: model={model.name}, with the layers "
-            f"{describe(unbuilt)} not built."
-        )
-    return chosen
-
-
-def is_untrained(layer: Any) -> bool:
-    """Whether moving statistics are as they were made: mean 0, variance 1.
-
-    Or what other initializers of the layer give.
-    """
-    return not layer.built or all(
-        np.array_equal(
-            graphs.to_numpy(weight),
-            graphs.to_numpy(initializer(weight.shape, weight.dtype)),
-        )
-        for weight, initializer in (
-            (layer.moving_mean, layer.moving_mean_initializer),
-            (layer.moving_variance, layer.moving_variance_initializer),
-        )
-    )
-
-
-def check_no_keras_renorm(layers: list[Any]) -> None:
-    """Raises if a layer's moving statistics are not averages of a batch's."""
-    renormalized = [
-        layer for layer in layers if getattr(layer, "renorm", False)
-    ]
-    if renormalized:
-        raise ValueError(
-            "`model` must have no Keras layer with `renorm=True`, whose "
-            "moving statistics follow from others; `keras_renorm.convert` "
-            f"it. Received: layers {describe(renormalized)}."
-        )

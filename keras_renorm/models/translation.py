@@ -1,11 +1,11 @@
-"""What one class of batch normalization is of another: arguments, weights."""
+"""From one class of batch normalization to another: arguments, weights."""
 
 import inspect
 from typing import Any
 
 import keras
 
-from keras_renorm import graphs
+from keras_renorm import backend
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 
@@ -36,7 +36,7 @@ def arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
         for name, value in without_renorm(config, to).items()
         if name in accepted
     }
-    if to is KERAS and keras.backend.backend() != "tensorflow":
+    if to is KERAS and not backend.lets_keras_synchronize():
         arguments["synchronized"] = False  # True is refused there
     return arguments
 
@@ -73,4 +73,4 @@ def copy_weights(old: Any, new: Any) -> None:
     weights = {weight.name: weight for weight in new.weights}
     for weight in old.weights:
         if weight.name in weights.keys() - _GIVEN:
-            weights[weight.name].assign(graphs.to_numpy(weight))
+            weights[weight.name].assign(backend.to_numpy(weight))

@@ -9,11 +9,10 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import arguments, graphs, kernels
+from keras_renorm import arguments, backend, kernels
+from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import check_inputs
-from keras_renorm.models.traversal import find_layers
-
-Tensor = Any
+from keras_renorm.models.finding import find_layers, numbered, own_variables
 
 
 class Objective:
@@ -22,7 +21,7 @@ class Objective:
     The model runs in a stateless scope of Keras: it reads the values that it
     is handed, and what it assigns (moving statistics, counters, seeds) is
     dropped. So each evaluation starts from the same state, with the same
-    dropout, and there is nothing to put back, whatever fails.
+    dropout, and after an error there is nothing to restore.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -33,17 +32,17 @@ class Objective:
     def __init__(
         self, model: keras.Model, loss: Any, batch: Any, training: bool
     ) -> None:
-        graphs.check_no_strategy()
+        backend.check_no_strategy()
         self.model = _checked_model(model)
         checked_loss = _checked_loss(loss)
         self._batch = _checked_batch(batch)
         check_inputs(self.model, self._batch[0], "batch")
         self._state = [
-            graphs.read(variable, variable.dtype)
+            backend.read(variable, variable.dtype)
             for variable in model.non_trainable_variables
         ]
         self.weights = [
-            graphs.read(variable, variable.dtype)
+            backend.read(variable, variable.dtype)
             for variable in model.trainable_variables
         ]
         self._value, self._with_gradients = _graphs(
@@ -53,7 +52,7 @@ class Objective:
     def value(self, weights: list[Tensor]) -> float:
         """The loss at some weights."""
         return float(
-            graphs.to_numpy(self._value(weights, self._state, self._batch))
+            backend.to_numpy(self._value(weights, self._state, self._batch))
         )
 
     def gradients(self, weights: list[Tensor]) -> list[Tensor]:
@@ -89,29 +88,16 @@ class Objective:
         """
         owners: dict[int, Any] = {}
         for layer in find_layers(self.model, keras.layers.Layer):
-            inner = {
-                id(variable)
-                for each in find_layers(layer, keras.layers.Layer)
-                if each is not layer
-                for variable in each.trainable_variables
-            }
-            for variable in layer.trainable_variables:
-                if id(variable) not in inner:
-                    owners.setdefault(id(variable), layer)
+            for variable in own_variables(layer):
+                owners.setdefault(id(variable), layer)
+        layers: dict[int, Any] = {}
         places: dict[int, list[int]] = {}
-        names: dict[int, str] = {}
-        seen: dict[str, int] = {}
         for at, variable in enumerate(self.model.trainable_variables):
             owner = owners[id(variable)]
-            if id(owner) not in places:
-                places[id(owner)] = []
-                count = seen.get(owner.name, 0)
-                seen[owner.name] = count + 1
-                names[id(owner)] = (
-                    f"{owner.name}_{count}" if count else owner.name
-                )
-            places[id(owner)].append(at)
-        return [(names[each], places[each]) for each in places]
+            layers[id(owner)] = owner
+            places.setdefault(id(owner), []).append(at)
+        names = numbered([layer.name for layer in layers.values()])
+        return list(zip(names, places.values(), strict=True))
 
 
 # Graphs by model and `training`, each with what it was traced for. Tracing
@@ -125,21 +111,21 @@ _GRAPHS: weakref.WeakKeyDictionary[keras.Model, dict[bool, Any]] = (
 def _graphs(
     model: keras.Model, loss: Any, training: bool, x: Any
 ) -> tuple[Any, Any]:
-    """The loss and its gradients as graphs, traced anew after a change."""
+    """The loss and its gradients as graphs, traced again after a change."""
     held = _GRAPHS.setdefault(model, {})
     # Keras checks the shapes that a graph is made for, and one that was made
     # for several numbers of channels would broadcast.
     shapes = tuple(tuple(each.shape)[1:] for each in tree.flatten(x))
     mark = shapes, _fingerprint(model, loss)
     if training not in held or held[training][0] != mark:
-        traced = graphs.value_and_gradients(_function(model, loss, training))
+        traced = backend.value_and_gradients(_function(model, loss, training))
         held[training] = mark, traced
     return held[training][1]
 
 
-# What Keras notes on a model while it trains and evaluates it: nothing that a
-# graph depends on, and new at each epoch. A name that Keras gives up or
-# adds here costs no more than a trace.
+# What Keras notes on a model while it trains and evaluates it: no graph depends
+# on it, and it is new at each epoch. If Keras removes or adds a name, the only
+# cost is a trace.
 _BOOKKEEPING = frozenset(
     {
         "_called",

@@ -5,17 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from keras_renorm import graphs
-from keras_renorm.diagnostics.measurement import (
-    D_MAX,
-    R_MAX,
+from keras_renorm import backend
+from keras_renorm.diagnostics.modes.measurement import (
     Gap,
     Measurement,
     jeffreys,
 )
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.observe import Total
-from keras_renorm.models.statistics import is_untrained
+from keras_renorm.models.passes import Total
+from keras_renorm.models.state import is_untrained
+from keras_renorm.schedules import D_MAX, R_MAX
 
 # Quantiles rest on at most this many batches, evenly spread over all.
 KEPT_BATCHES = 512
@@ -41,7 +40,7 @@ class Record:
         self.d_max = limits[1] if d_max is None else d_max
         self.epsilon = float(layer.epsilon)
         self.moving_mean, self.moving_variance = (
-            graphs.to_numpy(weight).astype("float64")
+            backend.to_numpy(weight).astype("float64")
             for weight in (layer.moving_mean, layer.moving_variance)
         )
         with np.errstate(all="ignore"):

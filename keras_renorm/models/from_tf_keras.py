@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import layers, tree
 
+from keras_renorm.models.finding import no_normalization
 from keras_renorm.models.state import copy_assets, reload
 
 # Layers for the operations that tf_keras has no layer for: on two tensors, on
@@ -91,10 +92,7 @@ class _Translation:
     def run(self, model: Any) -> keras.Model:
         new = self._new_of(model)
         if not self._normalizations:
-            raise ValueError(
-                "`model` must have a batch normalization layer. Received: "
-                f"model={model.name}, which has none."
-            )
+            raise no_normalization(model)
         for old, layer in self._normalizations:
             for name in _WEIGHTS:
                 if getattr(old, name) is not None:

@@ -1,22 +1,23 @@
 """Noise that makes the distribution of activations unstable."""
 
+from functools import partial
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_renorm import arguments, kernels
-
-Tensor = Any
+from keras_renorm.functional import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
 class ActivationNoise(keras.layers.Layer):
     """Noise of time-varying, non-zero mean and non-unit variance.
 
-    The layer of the "noisy batch normalization" experiment. Behind batch
+    The layer of the "noisy batch normalization" experiment. After batch
     normalization it shifts and scales the distribution of every activation,
-    anew at each step, and so undoes what normalization is said to be for.
+    differently at each step, and so undoes what normalization is said to be
+    for.
 
     Training: each call draws, for each unit j,
 
@@ -80,10 +81,11 @@ class ActivationNoise(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.mean_limit = _at_least("mean_limit", mean_limit, 0)
-        self.scale_limit = _at_least("scale_limit", scale_limit, 1)
-        self.mean_spread = _at_least("mean_spread", mean_spread, 0)
-        self.scale_spread = _at_least("scale_spread", scale_spread, 0)
+        check = partial(arguments.check_at_least, is_finite=True)
+        self.mean_limit = check("mean_limit", mean_limit, 0)
+        self.scale_limit = check("scale_limit", scale_limit, 1)
+        self.mean_spread = check("mean_spread", mean_spread, 0)
+        self.scale_spread = check("scale_spread", scale_spread, 0)
         self.seed = (
             None if seed is None else arguments.check_integer("seed", seed)
         )
@@ -130,13 +132,3 @@ class ActivationNoise(keras.layers.Layer):
             "scale_spread": self.scale_spread,
             "seed": self.seed,
         }
-
-
-def _at_least(name: str, value: Any, minimum: int) -> float:
-    number = arguments.check_number(name, value)
-    if not minimum <= number < float("inf"):
-        raise ValueError(
-            f"`{name}` must be finite and at least {minimum}. Received: "
-            f"{name}={value}."
-        )
-    return number

@@ -5,9 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The final limits of the paper (Ioffe 2017, section 4).
-R_MAX, D_MAX = 3.0, 5.0
-
 
 class Gap(NamedTuple):
     """Sums of squares of training-mode outputs less inference-mode outputs.
@@ -75,8 +72,8 @@ class Measurement(NamedTuple):
             the moving statistics are those of all data: root mean square over
             batches and channels of (1 − r, d), with the pooled mean and
             variance in the place of the moving ones.
-        from_start: Where the moving statistics stand on the way from (0, 1)
-            to the data's, 0 to 1, if they stand on that line; else NaN.
+        from_start: How far the moving statistics are on the way from (0, 1) to
+            the data's, 0 to 1, if they are on that line; else NaN.
         constant_channels: Indices of the channels whose variance over all
             data is below a hundredth of epsilon: normalization divides by
             epsilon's root, and what comes out is nearly constant.

@@ -8,17 +8,19 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import arguments, functional, graphs, kernels, pooling
-from keras_renorm.diagnostics.measurement import Gap, Measurement
-from keras_renorm.diagnostics.record import Record
-from keras_renorm.diagnostics.scores import Scores
+from keras_renorm import backend, functional, kernels, pooling
+from keras_renorm.diagnostics.modes.measurement import Gap, Measurement
+from keras_renorm.diagnostics.modes.record import Record
+from keras_renorm.diagnostics.modes.scores import Scores
+from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.observe import Told, aligned_inputs, observed
-from keras_renorm.models.rebuild import describe
-from keras_renorm.models.statistics import statistics_layers
-from keras_renorm.models.traversal import names_of
-
-Tensor = Any
+from keras_renorm.models.finding import built_layers, names_of
+from keras_renorm.models.passes import (
+    Calls,
+    Told,
+    aligned_inputs,
+    check_totals,
+)
 
 
 class Result(NamedTuple):
@@ -44,29 +46,23 @@ class Comparison:
 
     def __init__(self, model: keras.Model) -> None:
         self.model = model
-        self.layers = statistics_layers(model)
+        self.layers = built_layers(model)
         self._mode = ""
         # The layers that normalize by batch when the model trains; known
         # once a batch was seen. So are those that were called, in order.
         self._training: set[int] | None = None
         self._called: list[Any] = []
         self._told = Told()
-        self._compare = graphs.compiled(partial(self._run_both))
+        self._compare = backend.compiled(partial(self._run_both))
 
     def run(
         self,
-        dataset: Any,
-        steps: int | None,
+        data: Batches,
         r_max: float | None = None,
         d_max: float | None = None,
-        batch_size: int = 32,
         verbose: int | bool = True,
     ) -> Result:
         """As `discrepancy`."""
-        if steps is not None:
-            steps = arguments.check_integer("steps", steps, minimum=1)
-        batch_size = arguments.check_integer("batch_size", batch_size, 1)
-        data = Batches(dataset, steps, batch_size, self.model)
         records = {
             id(layer): Record(layer, name, r_max, d_max)
             for layer, name in zip(
@@ -75,36 +71,42 @@ class Comparison:
         }
         gaps: list[Gap] = []
         scores = (Scores(self.model), Scores(self.model))
-        bar = keras.utils.Progbar(
-            data.steps, verbose=int(bool(verbose)), unit_name="batch"
+
+        def count(batch: Any, found: Any, calls: Calls) -> None:
+            nonlocal gaps
+            outputs, losses = found
+            for layer, told in calls:
+                _count(records[id(layer)], told)
+            gaps = _added(gaps, outputs)
+            for score, *given in zip(scores, outputs, losses, strict=True):
+                score.add(*batch, *given)
+
+        seen = self._told.run_over(
+            data,
+            self.layers,
+            self._hook,
+            self._compare,
+            count,
+            verbose,
         )
-        seen = 0
-        with observed(self.layers, self._hook):
-            for x, y, weight in data:
-                (outputs, losses), calls = self._told.run(self._compare, x)
-                for layer, found in calls:
-                    _count(records[id(layer)], found)
-                gaps = _added(gaps, outputs)
-                for score, output, loss in zip(
-                    scores, outputs, losses, strict=True
-                ):
-                    score.add(x, y, weight, output, loss)
-                seen += 1
-                bar.update(seen, finalize=False)
-        bar.update(seen, finalize=True)
-        data.check_complete(seen)
-        _check(records, seen)
-        order = dict.fromkeys(id(layer) for layer in self._called)
+        check_totals(
+            [(each.layer, each.elements) for each in records.values()],
+            seen,
+            "batch statistics",
+        )
+        order = {id(layer): layer for layer in self._called}
         return Result(
-            [records[at].measure(self._is_frozen(at)) for at in order],
+            [
+                records[at].measure(self._is_frozen(layer))
+                for at, layer in order.items()
+            ],
             float(max((gap.relative for gap in gaps), default=0.0)),
             (scores[0].values(), scores[1].values()),
         )
 
-    def _is_frozen(self, at: int) -> bool:
-        (layer,) = [each for each in self.layers if id(each) == at]
+    def _is_frozen(self, layer: Any) -> bool:
         return bool(
-            at not in (self._training or ())
+            id(layer) not in (self._training or ())
             or not layer.trainable
             or getattr(layer, "statistics_stand", False)
         )
@@ -229,23 +231,3 @@ def _added(gaps: list[Gap], outputs: Any) -> list[Gap]:
     if not gaps:
         return new
     return [old.plus(each) for old, each in zip(gaps, new, strict=True)]
-
-
-def _check(records: dict[int, Record], seen: int) -> None:
-    unseen = [
-        each.layer for each in records.values() if not each.elements.count
-    ]
-    if unseen:
-        raise ValueError(
-            "`dataset` must reach every batch normalization layer with at "
-            f"least one unmasked element. Received: {seen} batches that gave "
-            f"none to {describe(unseen)}."
-        )
-    bad = [
-        each.layer for each in records.values() if not each.elements.is_finite
-    ]
-    if bad:
-        raise ValueError(
-            "`dataset` must make finite activations. Received: one that makes "
-            f"the batch statistics of {describe(bad)} NaN or infinite."
-        )

@@ -4,12 +4,12 @@ from typing import Any
 
 import keras
 
-from keras_renorm import arguments
-from keras_renorm.diagnostics.comparison import Comparison
-from keras_renorm.diagnostics.report import Report
-from keras_renorm.diagnostics.verdict import verdicts_of
-from keras_renorm.models.rebuild import has_graph
-from keras_renorm.models.traversal import find_layers
+from keras_renorm import arguments, schedules
+from keras_renorm.diagnostics.modes.comparison import Comparison, Result
+from keras_renorm.diagnostics.modes.report import Report
+from keras_renorm.diagnostics.modes.verdict import verdicts_of
+from keras_renorm.models.batches import Batches
+from keras_renorm.models.finding import find_layers, has_graph
 
 
 def discrepancy(
@@ -90,15 +90,21 @@ def discrepancy(
         are not i.i.d.). Jeffreys 1946, Proc. R. Soc. A 186 (the divergence).
     """
     if r_max is not None:
-        r_max = _at_least("r_max", r_max, 1)
+        r_max = arguments.check_at_least(
+            "r_max", r_max, schedules.MINIMA["r_max"]
+        )
     if d_max is not None:
-        d_max = _at_least("d_max", d_max, 0)
+        d_max = arguments.check_at_least(
+            "d_max", d_max, schedules.MINIMA["d_max"]
+        )
     comparison = Comparison(model)
-    options = (steps, r_max, d_max, batch_size, verbose)
-    referred = None
-    if reference is not None:
-        referred = comparison.run(reference, *options).layers
-    result = comparison.run(dataset, *options)
+
+    def run(data: Any) -> Result:
+        batches = Batches(data, steps, batch_size, model)
+        return comparison.run(batches, r_max, d_max, verbose)
+
+    referred = None if reference is None else run(reference).layers
+    result = run(dataset)
     return Report(
         model=model.name,
         layers=result.layers,
@@ -135,12 +141,3 @@ def _is_convertible(model: keras.Model) -> bool:
         id(layer) in reached
         for layer in find_layers(model, keras.layers.BatchNormalization)
     )
-
-
-def _at_least(name: str, value: Any, minimum: float) -> float:
-    number = arguments.check_number(name, value)
-    if number < minimum:
-        raise ValueError(
-            f"`{name}` must be at least {minimum}. Received: {name}={value}."
-        )
-    return number

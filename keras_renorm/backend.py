@@ -1,27 +1,101 @@
-"""Graphs of functions, and what variables hold, on each backend."""
+"""What Keras's backends do differently; only this module asks which it is.
+
+Graphs of functions and their gradients, what variables hold, replicas; and what
+a backend can do at all, as questions. Kernels for TensorFlow take `tf` from
+here; it is `None` where the backend is another.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
-from keras import Variable, backend, ops
+from keras import Variable, ops
 
-if backend.backend() == "tensorflow":
-    import tensorflow as tf
-elif backend.backend() == "jax":
+from keras_renorm.functional import Tensor
+
+
+def name() -> str:
+    """The name of Keras's backend."""
+    return str(keras.backend.backend())
+
+
+def _is(backend: str) -> bool:
+    return name() == backend
+
+
+tf: Any = None
+if _is("tensorflow"):
+    import tensorflow
+
+    tf = tensorflow
+elif _is("jax"):
     import jax
     from jax.experimental import io_callback
-elif backend.backend() == "torch":
+elif _is("torch"):
     import torch
+    from torch import distributed
 
-Tensor = Any
+
+def has_fused_operators() -> bool:
+    """Whether there is more than the operations of `keras.ops`."""
+    return _is("tensorflow")
+
+
+def keeps_state_backwards() -> bool:
+    """Whether a backward pass can keep state: `with_accumulators`."""
+    return _is("tensorflow")
+
+
+def lets_keras_synchronize() -> bool:
+    """Whether Keras's own layer takes `synchronized=True`."""
+    return _is("tensorflow")
+
+
+def lets_callbacks_reach_batches() -> bool:
+    """Whether what a callback assigns within an epoch has an effect.
+
+    During an epoch Keras's JAX trainer holds the weights itself.
+    """
+    return not _is("jax")
+
+
+def replicas() -> Any:
+    """The context of the replica that this runs in, `None` if it is alone.
+
+    It is a strategy's of TensorFlow. `None`, too, outside the replicas: where
+    a strategy builds or saves a model.
+    """
+    if not _is("tensorflow"):
+        return None
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return None
+    return context
+
+
+def check_one_process() -> None:
+    """Raises where PyTorch trains in several, which do not share statistics."""
+    if not (
+        _is("torch")
+        and distributed.is_available()
+        and distributed.is_initialized()
+    ):
+        return
+    count = distributed.get_world_size()
+    if count > 1:
+        raise RuntimeError(
+            "`synchronized` must be False where several processes of PyTorch "
+            "train: each would normalize its own examples. Received: "
+            f"synchronized=True, {count} processes."
+        )
 
 
 def runs_as_one_graph() -> bool:
     """Whether `as_one_graph` makes a graph here and now."""
     return (
-        backend.backend() == "tensorflow"
+        _is("tensorflow")
         and tf.executing_eagerly()
         and not tf.distribute.has_strategy()
         and not tf.config.functions_run_eagerly()
@@ -92,9 +166,9 @@ def compiled(function: Any) -> Any:
 
     No gradient is taken of what it returns; PyTorch then keeps no history.
     """
-    if backend.backend() == "torch":
+    if _is("torch"):
         return torch.no_grad()(function)
-    if backend.backend() == "jax":
+    if _is("jax"):
         return function
     return tf.function(function, autograph=False, reduce_retracing=True)
 
@@ -104,12 +178,12 @@ def tell(
 ) -> Tensor:
     """`outputs`, after `receive(*arrays)` got the values of tensors.
 
-    Wherever they stand: a tensor inside a loop or a conditional cannot leave
-    it, while its values can. Once for each time that a loop runs through, and
-    not at all where nobody uses `outputs`: Keras runs the first step of a loop
-    once more, to see the shapes that it makes.
+    From any place in a graph: a tensor inside a loop or a conditional cannot
+    leave it, but its values can. `receive` is called once for each iteration of
+    a loop, and not at all where nothing uses `outputs`: Keras runs the first
+    step of a loop once more, to see the shapes that it makes.
     """
-    if backend.backend() == "tensorflow":
+    if _is("tensorflow"):
         rank = len(outputs.shape)
 
         def received(*arrays: np.ndarray) -> np.ndarray:
@@ -125,7 +199,7 @@ def tell(
         told = tf.slice(outputs, begin, tf.shape(outputs))
         told.set_shape(outputs.shape)
         return told
-    if backend.backend() == "jax" and any(
+    if _is("jax") and any(
         isinstance(each, jax.core.Tracer) for each in tensors
     ):
         io_callback(receive, None, *tensors)
@@ -135,8 +209,8 @@ def tell(
 
 
 def wait() -> None:
-    """Waits until all that was told is received."""
-    if backend.backend() == "jax":
+    """Waits until each `receive` of `tell` has been called."""
+    if _is("jax"):
         jax.effects_barrier()
 
 
@@ -170,7 +244,7 @@ def value_and_gradients(function: Any) -> tuple[Any, Any]:
     `(value, gradients)`, the gradients a list of dense tensors, zero for a
     weight that the value does not depend on.
     """
-    if backend.backend() == "tensorflow":
+    if _is("tensorflow"):
 
         def differentiated(
             weights: list[Tensor], *arguments: Any
@@ -185,13 +259,13 @@ def value_and_gradients(function: Any) -> tuple[Any, Any]:
             return value, [tf.convert_to_tensor(each) for each in gradients]
 
         return compiled(function), compiled(differentiated)
-    if backend.backend() == "jax":
+    if _is("jax"):
         return jax.jit(function), jax.jit(jax.value_and_grad(function))
-    if backend.backend() == "torch":
+    if _is("torch"):
         return _by_torch(function)
     raise RuntimeError(
         "The backend of Keras must be TensorFlow, JAX or PyTorch. "
-        f"Received: {backend.backend()}."
+        f"Received: {name()}."
     )
 
 
@@ -221,7 +295,7 @@ def _by_torch(function: Any) -> tuple[Any, Any]:
 
 def check_no_strategy() -> None:
     """Raises in the scope of a strategy, where Keras divides its losses."""
-    if backend.backend() == "tensorflow" and tf.distribute.has_strategy():
+    if _is("tensorflow") and tf.distribute.has_strategy():
         raise RuntimeError(
             "Losses must be measured outside the scope of a distribution "
             "strategy, inside which Keras divides them by the number of "
@@ -231,7 +305,7 @@ def check_no_strategy() -> None:
 
 def read(variable: Any, dtype: str) -> Tensor:
     """The value of a variable as it is now, in a type."""
-    if backend.backend() == "tensorflow":
+    if _is("tensorflow"):
         return tf.cast(tf.convert_to_tensor(variable.value), dtype)
     return ops.cast(variable.value, dtype)
 
@@ -244,9 +318,8 @@ def with_accumulators(
     What the step gives as the gradient of such a value is added to the
     variable, once for each time that the gradient of the inputs is computed.
     That waits for the additions: the backward pass of a graph computes what
-    its results need, and nothing else. In a `keras.StatelessScope`, where
-    variables stand for tensors, nothing is added, whenever the gradient is
-    asked for.
+    its results need, and nothing else. In a `keras.StatelessScope`, where the
+    value of a variable is a tensor, nothing is added, now or later.
     """
     targets = [variable.value for variable in variables]
 
@@ -279,7 +352,7 @@ def to_numpy(value: Any) -> np.ndarray:
     """
     if isinstance(value, Variable):
         value = read(value, value.dtype)
-    if backend.backend() == "torch" and isinstance(value, torch.Tensor):
+    if _is("torch") and isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         if value.dtype != torch.bfloat16:  # which NumPy does not know
             value = value.numpy()

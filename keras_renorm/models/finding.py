@@ -1,5 +1,6 @@
 """Finding layers in a model, and their names."""
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -26,11 +27,10 @@ _GIVEN = re.compile(r"(batch_normalization|batch_renormalization)(?:_(\d+))?")
 def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
     """The layers of a kind, the model included, at any depth, each once.
 
-    Nested models, wrappers and the layers inside custom layers are searched;
-    what holds a layer comes before it.
-    Keras has no public way to reach the last; this is the one place that
-    uses its `_flatten_layers`. Every function of a model begins here, so this
-    is where it is checked that it is one.
+    Nested models, wrappers and custom layers are searched; what holds a layer
+    comes before it. Keras has no public way into custom layers; only this
+    function uses its `_flatten_layers`. Every function of a model begins here,
+    so the type of `model` is checked here.
 
     Raises:
         TypeError: If `model` is not of Keras.
@@ -43,6 +43,31 @@ def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
     return list(found.values())
 
 
+def inside(layer: Any) -> list[Any]:
+    """The layers that a layer holds, at any depth."""
+    return find_layers(layer, keras.layers.Layer)[1:]
+
+
+def own_variables(layer: Any) -> list[keras.Variable]:
+    """The variables of a layer that belong to no layer inside it."""
+    inner = {
+        id(variable) for each in inside(layer) for variable in each.variables
+    }
+    return [each for each in layer.variables if id(each) not in inner]
+
+
+def has_graph(layer: Any) -> bool:
+    """Whether a layer is a sequential or a functional model."""
+    return isinstance(layer, keras.Sequential | _functional_class())
+
+
+@functools.cache
+def _functional_class() -> type:
+    # Keras does not export it.
+    inputs = keras.Input((1,))
+    return type(keras.Model(inputs, keras.layers.Identity()(inputs)))
+
+
 def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
     """The batch normalization of a model, Keras's and ours, or some of it.
 
@@ -52,9 +77,9 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
         model: A model.
         layers: `None` (default) for all; a function of a layer that says
             whether it is meant; a layer of the model, or its name, or a list
-            of such. A layer that holds others (a block, a nested model) stands
-            for all batch normalization in it. Names are those of the layers,
-            or those that reports and `get_statistics` give them.
+            of such. A layer that holds others (a block, a nested model) means
+            all batch normalization in it. Names are those of the layers, or
+            those that reports and `get_statistics` give them.
 
     Returns:
         The layers, in the order of the model, each once. May be empty only
@@ -87,7 +112,7 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
 
 
 def _named(model: Any, layers: Any) -> list[Any]:
-    """The layers of a model that names, or layers themselves, stand for."""
+    """The layers of a model that are meant by names, or by themselves."""
     layers = list(layers) if isinstance(layers, Iterable) else layers
     if not isinstance(layers, list) or not all(
         isinstance(each, str | keras.layers.Layer) for each in layers
@@ -136,6 +161,48 @@ def _named(model: Any, layers: Any) -> list[Any]:
     ]
 
 
+def require_layers(model: Any, layers: Choice = None) -> list[Any]:
+    """`choose_layers`, and an error where there are none."""
+    chosen = choose_layers(model, layers)
+    if not chosen:
+        raise no_normalization(model)
+    return chosen
+
+
+def no_normalization(model: Any) -> ValueError:
+    """The error for a model, of Keras or tf_keras, that does not normalize."""
+    return ValueError(
+        "`model` must have a batch normalization layer. Received: "
+        f"model={model.name}, which has none."
+    )
+
+
+def built_layers(model: Any, layers: Choice = None) -> list[Any]:
+    """`require_layers`, and an error where one is not built."""
+    chosen = require_layers(model, layers)
+    unbuilt = [layer for layer in chosen if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            "`model` must be built: call it on data, or give it an `Input`. "
+            f"Received: model={model.name}, with the layers "
+            f"{describe(unbuilt)} not built."
+        )
+    return chosen
+
+
+def check_no_keras_renorm(layers: list[Any]) -> None:
+    """Raises if a layer's moving statistics are not averages of a batch's."""
+    renormalized = [
+        layer for layer in layers if getattr(layer, "renorm", False)
+    ]
+    if renormalized:
+        raise ValueError(
+            "`model` must have no Keras layer with `renorm=True`, whose "
+            "moving statistics follow from others; `keras_renorm.convert` "
+            f"it. Received: layers {describe(renormalized)}."
+        )
+
+
 def names_of(layers: Iterable[Any]) -> list[str]:
     """Names for all batch normalization layers of a model, no two alike.
 
@@ -171,17 +238,37 @@ def unique_names(names: Sequence[str]) -> list[str]:
         stems.append(match[1] if match else name)
         at = order[match[1]][int(match[2] or 0)] if match else 0
         wanted.append(f"{stems[-1]}_{at}" if at else stems[-1])
-    taken = set(wanted)
+    return _numbered(wanted, stems)
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names, no two alike: the first of equal ones stays, others get numbers.
+
+    Each the lowest that is free: `norm`, `norm`, `norm_2` are `norm`,
+    `norm_1`, `norm_2`.
+    """
+    return _numbered(names, names)
+
+
+def _numbered(names: Sequence[str], stems: Sequence[str]) -> list[str]:
+    """`numbered`, where the numbers go after other names, the stems."""
+    taken = set(names)
     seen: set[str] = set()
     unique = []
-    for name, stem in zip(wanted, stems, strict=True):
+    for name, stem in zip(names, stems, strict=True):
         if name in seen:
             name = next(
-                numbered
+                free
                 for number in itertools.count(1)
-                if (numbered := f"{stem}_{number}") not in taken
+                if (free := f"{stem}_{number}") not in taken
             )
             taken.add(name)
         seen.add(name)
         unique.append(name)
     return unique
+
+
+def describe(layers: Sequence[Any]) -> str:
+    """Names of layers, for messages: the first few."""
+    names = [layer.name for layer in layers[:8]]
+    return ", ".join(names) + (", ..." if len(layers) > 8 else "")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from keras_renorm.diagnostics import advice
-from keras_renorm.diagnostics.measurement import Measurement
+from keras_renorm.diagnostics.modes.measurement import Measurement
 
 # Moving statistics this far from the data's, in standard deviations and beyond
 # noise, are worth acting on: the layer's outputs are off by as much.
@@ -38,6 +38,9 @@ SHARES = 0.05
 # where batches are no random draws. A smaller scatter harms there: what the
 # examples of a batch have in common is taken from them in training.
 GROUPED = 0.1
+# Limits that cut more than this share of the values, when they have relaxed
+# to their end, leave training and inference apart.
+SATURATED = 0.25
 # A moving average that is closer than this to its end has arrived.
 ARRIVED = 0.95
 
@@ -123,11 +126,12 @@ def is_grouped(layer: Measurement) -> bool:
     False where it cannot be told: comparisons with NaN are.
     """
     return (
-        layer.f > layer.f_limit
-        and layer.scatter > GROUPED
-        and not layer.gap < GROUPED
-        and not layer.is_frozen
+        _is_scattered(layer) and not layer.gap < GROUPED and not layer.is_frozen
     )
+
+
+def _is_scattered(layer: Measurement) -> bool:
+    return layer.f > layer.f_limit and layer.scatter > GROUPED
 
 
 def is_too_small(layer: Measurement, noise: float = NOISE) -> bool:
@@ -392,7 +396,7 @@ def _distance(
 ) -> str:
     worst = max(found, key=lambda each: each.shift)
     return (
-        f"{_where(found, layers)} moving statistics stand up to "
+        f"{_where(found, layers)} moving statistics are up to "
         f"{worst.shift:.2f} standard deviations ({worst.name}) from those of "
         "this data"
     )
@@ -416,3 +420,68 @@ def _constant(
         "meant to be so small.",
         _names(found),
     )
+
+
+def said_of_batches(layers: Sequence[Measurement]) -> str | None:
+    """What to warn of while a model trains: batches that are no random draws.
+
+    Of data, not of the model: whether a layer is frozen or well as it is does
+    not matter here.
+    """
+    found = [each for each in layers if _is_scattered(each)]
+    if not found:
+        return None
+    worst = max(found, key=lambda each: each.f)
+    return (
+        "Batches of `dataset` do not look i.i.d.: their means vary "
+        f"{worst.f:.1f} times as much as random draws make them "
+        f"({worst.name}; by chance below {worst.f_limit:.1f}). "
+        "Shuffle before batching, or renormalize."
+    )
+
+
+class LimitsAtEnd(NamedTuple):
+    """Limits of renormalization when a run ends.
+
+    Attributes:
+        name: Name of the layer.
+        is_closed: Whether they are those of plain batch normalization.
+        has_relaxed: Whether both ramps are at their end.
+        clipped: Share of channels that they clip, `None` if not measured.
+    """
+
+    name: str
+    is_closed: bool
+    has_relaxed: bool
+    clipped: float | None
+
+
+def said_of_limits(layers: Sequence[LimitsAtEnd]) -> list[str]:
+    """What to warn of when a run ends: limits that do nothing, or too much."""
+    said = []
+    closed = [each.name for each in layers if each.is_closed]
+    if closed:
+        said.append(
+            "Limits of renormalization never relaxed in this run: r_max "
+            f"is 1 and d_max is 0 still, in layers {', '.join(closed)}. "
+            "That is plain batch normalization; `RenormScheduler()` "
+            "scales the ramps to the run."
+        )
+    saturated = [
+        each
+        for each in layers
+        if each.has_relaxed
+        and not each.is_closed
+        and each.clipped is not None
+        and each.clipped > SATURATED
+    ]
+    if saturated:
+        worst = max(saturated, key=lambda each: each.clipped or 0.0)
+        said.append(
+            f"Limits of renormalization clip {worst.clipped:.0%} of the "
+            f"channels in {worst.name} (above {SATURATED:.0%} in layers "
+            f"{', '.join(each.name for each in saturated)}), though they have "
+            "relaxed: training and inference stay apart. Raise r_max and "
+            "d_max, or see `keras_renorm.diagnostics.discrepancy`."
+        )
+    return said

@@ -1,25 +1,4 @@
-"""The loss around the weights of a model, along its gradient.
-
-All functions take the training loss: the loss of one batch plus the penalties
-of the layers (regularizers, `add_loss`), as `fit` minimizes it. θ are the
-trainable weights, g(θ) is the gradient there, η a step size.
-
-Nothing of the model changes, at no time: weights, moving statistics, step
-counters and seeds are read once, and handed on as values. Each point of a
-line starts from the same ones, so dropout is the same at every point.
-
-A model is traced at the first call, and again after a change of its layers'
-attributes, of the loss or of the shapes of the batch. Call these functions
-outside the scope of a distribution strategy; the model may be made inside.
-
-Noise that comes from elsewhere than a `keras.random.SeedGenerator` is out of
-reach.
-
-What is not finite is returned as it is: a landscape at large steps has such
-points. There is no loss scaling: under a float16 policy gradients may
-underflow to zero, or overflow, and what depends on them is NaN or infinite
-then.
-"""
+"""The loss and its gradient along the gradient, by step size."""
 
 import math
 from collections.abc import Sequence
@@ -28,16 +7,19 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import arguments, graphs
-from keras_renorm.diagnostics.curves import (
+from keras_renorm import arguments, backend
+from keras_renorm.diagnostics.landscape.curves import (
     EffectiveSmoothness,
     GradientPredictiveness,
     InternalCovariateShift,
     LossAlongGradient,
 )
-from keras_renorm.diagnostics.objective import Objective, checked_step_sizes
+from keras_renorm.diagnostics.landscape.objective import (
+    Objective,
+    checked_step_sizes,
+)
+from keras_renorm.functional import Tensor
 
-Tensor = Any
 Arrays = list[np.ndarray]
 
 
@@ -84,7 +66,7 @@ def loss_along_gradient(
             none; if the model is not built or has no trainable weight; if the
             loss is not one number, or does not fit the outputs.
         RuntimeError: In the scope of a distribution strategy, or on another
-            backend than TensorFlow and JAX.
+            backend than TensorFlow, JAX and PyTorch.
 
     Example:
 
@@ -242,9 +224,9 @@ def internal_covariate_shift(
 
     and the cosine of the angle between the two: 0 and 1 where the layers
     before do not matter. A layer is what owns trainable weights, at any
-    depth, so that a normalization is a layer of its own. The layers stand in
-    the order of `model.trainable_variables`: the order of computation in
-    sequential and functional models, that of their making in subclassed ones.
+    depth, so that a normalization is a layer of its own. The layers are in the
+    order of `model.trainable_variables`: the order of computation in sequential
+    and functional models, that of their making in subclassed ones.
 
     This takes one gradient for each step size and layer but the first. The
     model is left as it was.
@@ -332,12 +314,12 @@ def _distances(
 def _arrays(tensors: list[Tensor]) -> Arrays:
     """In float64, in which differences of float32 lose nothing."""
     return [
-        np.asarray(graphs.to_numpy(each), dtype="float64") for each in tensors
+        np.asarray(backend.to_numpy(each), dtype="float64") for each in tensors
     ]
 
 
 def _difference(first: Arrays, second: Arrays) -> Arrays:
-    with np.errstate(all="ignore"):  # infinity less itself is NaN, and is told
+    with np.errstate(all="ignore"):  # infinity less itself is NaN, as returned
         return [a - b for a, b in zip(first, second, strict=True)]
 
 

@@ -1,12 +1,16 @@
-"""One training step of a layer, by its moving statistics on either side."""
+"""One training step of a layer, by its moving statistics before and after."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_renorm import graphs
-from keras_renorm.diagnostics.measurement import D_MAX, R_MAX, jeffreys
+from keras_renorm import backend
+from keras_renorm.diagnostics.drawing import pyplot
+from keras_renorm.diagnostics.modes.measurement import jeffreys
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
+from keras_renorm.schedules import CLOSED, D_MAX, R_MAX
 
 
 class LayerState(NamedTuple):
@@ -51,7 +55,7 @@ class Probe(NamedTuple):
 def batch_statistic(
     before: np.ndarray, after: np.ndarray, momentum: float, steps: int = 1
 ) -> np.ndarray:
-    """What a moving average was moved by.
+    """What a moving average was moved by: its update, inverted.
 
     The statistic of the batch, where it moved once. Where it moved several
     times, the average of the batches', in which each weighs `momentum` times
@@ -69,8 +73,8 @@ def probe(
     epsilon: float,
     gamma: np.ndarray | float = 1.0,
     beta: np.ndarray | float = 0.0,
-    normalizing: tuple[float, float] = (1.0, 0.0),
-    counted: tuple[float, float] = (1.0, 0.0),
+    normalizing: tuple[float, float] = CLOSED,
+    counted: tuple[float, float] = CLOSED,
 ) -> Probe:
     """A step of a layer, from the statistics of its batch.
 
@@ -135,7 +139,7 @@ def read_state(layer: Any) -> LayerState:
 
 
 def read_moved(layer: Any, before: LayerState) -> LayerState:
-    """The state after it: only what moves of itself is read anew."""
+    """The state after it: only what a step moves is read again."""
     step = None
     if isinstance(layer, BatchRenormalization):
         step = layer.current_step()
@@ -147,7 +151,7 @@ def read_moved(layer: Any, before: LayerState) -> LayerState:
 
 
 def _value(variable: Any) -> np.ndarray:
-    return graphs.to_numpy(variable).astype("float64")
+    return backend.to_numpy(variable).astype("float64")
 
 
 def has_moved(layer: Any, before: LayerState, after: LayerState) -> bool:
@@ -179,7 +183,7 @@ def figures_of(
         layer.epsilon,
         before.gamma,
         before.beta,
-        normalizing=before.limits or (1.0, 0.0),
+        normalizing=before.limits or CLOSED,
         counted=before.limits or (R_MAX, D_MAX),
     )
     figures = {
@@ -194,3 +198,62 @@ def figures_of(
     if before.limits is not None:
         figures["r_max"], figures["d_max"] = before.limits
     return figures
+
+
+_LOGGED = ("r", "d", "clipped", "gap", "r_max", "d_max")
+
+
+def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
+    """Means over steps, the largest of all layers, and of each on request.
+
+    Args:
+        rows: A dict for each step and layer: its name as `layer`, and what
+            `figures_of` gives.
+        per_layer: Whether to name each layer's means, too.
+    """
+    largest: dict[str, float] = {}
+    of_layers: dict[str, float] = {}
+    for figure in _LOGGED:
+        for name in dict.fromkeys(row["layer"] for row in rows):
+            mean = mean_of(figure, name, rows)
+            if mean is not None:
+                of_layers[f"{name}/renorm_{figure}"] = mean
+                key = f"renorm_{figure}"
+                largest[key] = max(largest.get(key, -math.inf), mean)
+    return {**largest, **(of_layers if per_layer else {})}
+
+
+def mean_of(figure: str, name: str, rows: list[dict[str, Any]]) -> float | None:
+    """The mean of a figure of a layer over steps, where any has it."""
+    values = [
+        row[figure] for row in rows if row["layer"] == name and figure in row
+    ]
+    return float(np.mean(values)) if values else None
+
+
+def draw_steps(rows: Sequence[dict[str, Any]]) -> Any:
+    """Draws what `RenormMonitor` wrote down; returns the figure.
+
+    A line a layer: the gap, r and d over the steps. Limits are dotted.
+    """
+    figure, panels = pyplot().subplots(
+        3, 1, figsize=(8, 8), sharex=True, layout="constrained"
+    )
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    for name in names:
+        probes = [row for row in rows if row["layer"] == name]
+        steps = [row["step"] for row in probes]
+        for ax, key in zip(panels, ("gap", "r", "d"), strict=True):
+            (line,) = ax.plot(
+                steps, [row[key] for row in probes], marker=".", label=name
+            )
+            limits = [row.get(f"{key}_max") for row in probes]
+            if None not in limits:
+                ax.plot(steps, limits, ":", color=line.get_color())
+    labels = ("gap", "max(r, 1/r), 95 % quantile", "|d|, 95 % quantile")
+    for ax, label in zip(panels, labels, strict=True):
+        ax.set_ylabel(label)
+    panels[-1].set_xlabel("step")
+    handles, _ = panels[0].get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure

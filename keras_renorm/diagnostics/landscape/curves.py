@@ -3,11 +3,12 @@
 Each `plot` returns the figure, as that of a `Report` does.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from keras_renorm.diagnostics.drawing import pyplot
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,47 +118,9 @@ class InternalCovariateShift:
         return ax.figure
 
 
-def draw_probes(rows: Sequence[dict[str, Any]]) -> Any:
-    """Draws what `RenormMonitor` wrote down; returns the figure.
-
-    A line a layer: the gap, r and d over the steps. Limits are dotted.
-    """
-    figure, panels = _pyplot().subplots(
-        3, 1, figsize=(8, 8), sharex=True, layout="constrained"
-    )
-    names = list(dict.fromkeys(row["layer"] for row in rows))
-    for name in names:
-        probes = [row for row in rows if row["layer"] == name]
-        steps = [row["step"] for row in probes]
-        for ax, key in zip(panels, ("gap", "r", "d"), strict=True):
-            (line,) = ax.plot(
-                steps, [row[key] for row in probes], marker=".", label=name
-            )
-            limits = [row.get(f"{key}_max") for row in probes]
-            if None not in limits:
-                ax.plot(steps, limits, ":", color=line.get_color())
-    labels = ("gap", "max(r, 1/r), 95 % quantile", "|d|, 95 % quantile")
-    for ax, label in zip(panels, labels, strict=True):
-        ax.set_ylabel(label)
-    panels[-1].set_xlabel("step")
-    handles, _ = panels[0].get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-    return figure
-
-
 def axes(ax: Any) -> Any:
     """The given axes, or new ones."""
-    return _pyplot().subplots()[1] if ax is None else ax
-
-
-def _pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            "`plot` needs matplotlib: pip install keras-renorm[tutorials]"
-        ) from error
-    return pyplot
+    return pyplot().subplots()[1] if ax is None else ax
 
 
 def labeled(ax: Any, label: str) -> Any:

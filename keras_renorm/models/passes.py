@@ -1,16 +1,21 @@
-"""Watching what goes through a model's normalization, batch by batch."""
+"""Passes over data that watch what goes through a model's normalization."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import functional, graphs, kernels
+from keras_renorm import backend, functional, kernels
+from keras_renorm.functional import Tensor
+from keras_renorm.models.batches import Batches
+from keras_renorm.models.finding import describe
 
-Tensor = Any
 Call = Callable[..., Any]
+# Of a batch: layers, and what a call of each reported.
+Calls = list[tuple[Any, Any]]
 
 
 @contextmanager
@@ -19,7 +24,7 @@ def observed(
 ) -> Iterator[None]:
     """Puts `hook(layer, call)` in the place of each layer's `call`.
 
-    What stood there is there again in the end, whatever happens.
+    At the end each `call` is what it was before, also after an exception.
     """
     before = {id(layer): vars(layer).get("call") for layer in layers}
     try:
@@ -46,10 +51,10 @@ def aligned_inputs(
 
 
 class Told:
-    """What the calls of layers tell of a batch.
+    """What the calls of layers report of a batch.
 
-    A call tells tensors from wherever it stands: in a recurrent cell, a loop or
-    a branch of a conditional, too. One in a loop tells once each time.
+    A call may report tensors from any place: a recurrent cell, a loop or a
+    branch of a conditional, too. In a loop it reports at each iteration.
     """
 
     def __init__(self) -> None:
@@ -58,7 +63,7 @@ class Told:
         self._places = 0
 
     def tell(self, layer: Any, found: Any, outputs: Tensor) -> Tensor:
-        """The outputs of a call, which tells a structure of tensors."""
+        """The outputs of a call, which reports a structure of tensors."""
         form = tree.map_structure(lambda _: None, found)
         self._places += 1
         place = self._places
@@ -70,7 +75,7 @@ class Told:
             self._calls.append((place, layer, told))
 
         tensors = [ops.convert_to_tensor(each) for each in tree.flatten(found)]
-        return graphs.tell(receive, tensors, outputs)
+        return backend.tell(receive, tensors, outputs)
 
     def inputs(self, layer: Any, inputs: Tensor) -> Tensor:
         """The inputs of a layer, which have its channels."""
@@ -85,19 +90,17 @@ class Told:
                 raise self._error
 
         axis = layer.axis % len(inputs.shape)
-        return graphs.with_size(inputs, axis, channels, check)
+        return backend.with_size(inputs, axis, channels, check)
 
-    def run(
-        self, function: Callable[[Any], Any], x: Any
-    ) -> tuple[Any, list[tuple[Any, Any]]]:
-        """`function(x)`, and what was told meanwhile: `(layer, arrays)`.
+    def run(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Calls]:
+        """`function(x)`, and what it reported: `(layer, arrays)`.
 
         In the order of the calls; branches run in any order.
         """
         self._calls, self._error = [], None
         try:
             outputs = function(x)
-            graphs.wait()
+            backend.wait()
         except Exception:
             if self._error is not None:  # a graph's error tells less
                 raise self._error from None
@@ -105,6 +108,44 @@ class Told:
         calls = sorted(self._calls, key=lambda call: call[0])
         self._calls = []
         return outputs, [(layer, found) for _, layer, found in calls]
+
+    def run_over(
+        self,
+        data: Batches,
+        layers: Sequence[Any],
+        hook: Callable[[Any, Call], Call],
+        function: Callable[[Any], Any],
+        count: Callable[[tuple[Any, Any, Any], Any, Calls], None],
+        verbose: int | bool,
+        unit: str = "batch",
+    ) -> int:
+        """Runs a function of a model over data; the number of batches.
+
+        Args:
+            data: The batches.
+            layers: What is watched.
+            hook: As for `observed`.
+            function: As for `run`.
+            count: Takes each batch, what the function gave, and what was
+                reported.
+            verbose: Whether to show a progress bar.
+            unit: What the bar counts.
+
+        Raises:
+            ValueError: As `Batches.check_complete`.
+        """
+        bar = keras.utils.Progbar(
+            data.steps, verbose=int(bool(verbose)), unit_name=unit
+        )
+        seen = 0
+        with observed(layers, hook):
+            for batch in data:
+                count(batch, *self.run(function, batch[0]))
+                seen += 1
+                bar.update(seen, finalize=False)
+        bar.update(seen, finalize=True)
+        data.check_complete(seen)
+        return seen
 
 
 class Total:
@@ -157,7 +198,7 @@ class Total:
         self.batches += 1
         self._counts = self._counts + count
         share = count / np.maximum(self._counts, 1)
-        with np.errstate(all="ignore"):  # what is not finite is told later
+        with np.errstate(all="ignore"):  # not finite: an error later
             distance = (shift + residual) - self.mean
             self.variance = (
                 (1 - share) * self.variance
@@ -166,3 +207,28 @@ class Total:
             )
             self.within = (1 - share) * self.within + share * variance
             self.mean = self.mean + share * distance
+
+
+def check_totals(
+    totals: Sequence[tuple[Any, Total]], seen: int, statistics: str
+) -> None:
+    """Raises if data did not reach a layer, or made it NaN.
+
+    Args:
+        totals: Layers, and what was seen of their elements.
+        seen: Number of batches.
+        statistics: What is then not finite, in the words of the error.
+    """
+    unseen = [layer for layer, total in totals if not total.count]
+    if unseen:
+        raise ValueError(
+            "`dataset` must reach every batch normalization layer with at "
+            f"least one unmasked element. Received: {seen} batches that gave "
+            f"none to {describe(unseen)}."
+        )
+    bad = [layer for layer, total in totals if not total.is_finite]
+    if bad:
+        raise ValueError(
+            "`dataset` must make finite activations. Received: one that makes "
+            f"the {statistics} of {describe(bad)} NaN or infinite."
+        )

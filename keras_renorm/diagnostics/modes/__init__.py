@@ -1,0 +1,1 @@
+"""What training and inference do differently, measured and explained."""
