@@ -170,8 +170,14 @@ def mean_iou(found, truth):
     return np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in pairs])
 
 
+def segment(model, x):
+    # In batches of one size and many of them, for TensorFlow warns of functions
+    # that are traced every few calls.
+    return model.predict(x, batch_size=10, verbose=0).argmax(axis=-1)
+
+
 def judge(name, model, x, x_val, y_val):
-    found = model.predict(x_val, verbose=0).argmax(axis=-1)
+    found = segment(model, x_val)
     scores.setdefault(name, []).append(mean_iou(found, y_val))
     pictures[name] = found[:PICTURES]
     if name != "group norm":
@@ -218,7 +224,7 @@ for seed in range(args.seeds):
         fit(model, x, y, 1e-3)
         judge(name, model, x, x_val, y_val)
     keras_renorm.revert(model, in_place=True)
-    served = model.predict(x_val, verbose=0).argmax(axis=-1)
+    served = segment(model, x_val)
     assert abs(mean_iou(served, y_val) - scores[name][-1]) < 1e-3
 
 # %% [markdown]
