@@ -221,7 +221,8 @@ def default_limits(momentum: float) -> tuple[LinearRamp, LinearRamp]:
 
     >>> r_max, d_max = default_limits(momentum=0.99)
     >>> r_max
-    LinearRamp(initial_value=1.0, final_value=3.0, begin_step=300, end_step=1000)
+    LinearRamp(initial_value=1.0, final_value=3.0, begin_step=300,
+               end_step=1000)
     """
     if momentum == 1:
         return LinearRamp(1.0, 1.0, 0, 0), LinearRamp(0.0, 0.0, 0, 0)
