@@ -25,6 +25,13 @@ if keras.backend.backend() == "tensorflow":
         [tf.config.LogicalDeviceConfiguration()] * 4,
     )
 
+if keras.backend.backend() == "torch":
+    # It gives some warnings in C++, and those once a process, to whichever
+    # test comes first.
+    import torch
+
+    torch.set_warn_always(True)
+
 BACKENDS = ("tensorflow", "jax", "torch")
 
 

@@ -11,6 +11,9 @@ from keras_renorm import backend
 
 # Keras's `fit` takes one step after the other on PyTorch.
 SEVERAL_STEPS = (pytest.mark.tensorflow, pytest.mark.jax)
+# `torch.compile` takes a minute, warns of its own code, and does not train
+# renormalization as it is without (docs/backends.md).
+COMPILED = (pytest.mark.tensorflow, pytest.mark.jax)
 
 
 def raises(kind, message):

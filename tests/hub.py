@@ -7,6 +7,7 @@ import inspect
 import re
 from pathlib import Path
 
+import keras
 import keras_hub
 from keras_hub import models
 
@@ -281,8 +282,26 @@ UNCALLED = {
     ],
 }
 UNBUILT = ("EfficientNet unfused",)
-# They choose their best queries: rounding may choose others.
-DISCONTINUOUS = ("DFine", "DFine detector")
+
+
+def before_choices(model):
+    """The model up to where it chooses, or the model itself if it does not.
+
+    D-FINE goes on with the positions of the best scores. Positions of random
+    images in a random network have scores that are closer to each other
+    (1e-7, and some are equal) than rounding (5e-7): other kernels put them in
+    another order, and the boxes come in that order.
+    """
+    is_detector = isinstance(model, models.DFineObjectDetector)
+    backbone = model.backbone if is_detector else model
+    if not isinstance(backbone, models.DFineBackbone):
+        return model
+    outputs = {
+        name: tensor
+        for name, tensor in backbone.output.items()
+        if name.startswith(("encoder_", "enc_outputs_"))
+    }
+    return keras.Model(backbone.input, outputs)
 
 
 def class_of(name):

@@ -396,8 +396,10 @@ class TestLimits:
         [
             {},
             {"run_eagerly": True},
-            {"jit_compile": True},
-            {"steps_per_execution": 4},
+            pytest.param({"jit_compile": True}, marks=helpers.COMPILED),
+            pytest.param(
+                {"steps_per_execution": 4}, marks=helpers.SEVERAL_STEPS
+            ),
         ],
         ids=lambda options: "-".join(options) or "default",
     )

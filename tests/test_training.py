@@ -56,7 +56,7 @@ def expected(rng):
     "options",
     [
         {"run_eagerly": True},
-        {"jit_compile": True},
+        pytest.param({"jit_compile": True}, marks=helpers.COMPILED),
         pytest.param({"steps_per_execution": 4}, marks=helpers.SEVERAL_STEPS),
     ],
     ids=lambda options: next(iter(options)),

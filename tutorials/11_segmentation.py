@@ -35,11 +35,14 @@ import keras_renorm
 from keras_renorm.diagnostics import discrepancy
 
 # %%
-CLASSES, PICTURES, DEFAULT_STEPS = 3, 3, 300
+CLASSES, PICTURES = 3, 3
+DEFAULT_STEPS, DEFAULT_SEEDS = 300, 3
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", choices=["shapes", "pets"], default="shapes")
-parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
+parser.add_argument(
+    "--seeds", type=int, default=DEFAULT_SEEDS, help="runs of each kind"
+)
 parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
 parser.add_argument("--output", type=Path, default="output/11_segmentation")
 # A notebook's arguments are the kernel's, not ours: edit the defaults there.
@@ -170,8 +173,14 @@ def mean_iou(found, truth):
     return np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in pairs])
 
 
+def segment(model, x):
+    # In batches of one size and many of them, for TensorFlow warns of functions
+    # that are traced every few calls.
+    return model.predict(x, batch_size=10, verbose=0).argmax(axis=-1)
+
+
 def judge(name, model, x, x_val, y_val):
-    found = model.predict(x_val, verbose=0).argmax(axis=-1)
+    found = segment(model, x_val)
     scores.setdefault(name, []).append(mean_iou(found, y_val))
     pictures[name] = found[:PICTURES]
     if name != "group norm":
@@ -218,11 +227,30 @@ for seed in range(args.seeds):
         fit(model, x, y, 1e-3)
         judge(name, model, x, x_val, y_val)
     keras_renorm.revert(model, in_place=True)
-    served = model.predict(x_val, verbose=0).argmax(axis=-1)
+    served = segment(model, x_val)
     assert abs(mean_iou(served, y_val) - scores[name][-1]) < 1e-3
 
 # %% [markdown]
 # ## Results: ranges over the seeds; the gap is that of the model's outputs
+#
+# Three seeds, 300 steps:
+#
+# | normalization | mIoU | gap |
+# | --- | --- | --- |
+# | Keras BN | 0.34 to 0.40 | 0.71 to 0.85 |
+# | renorm | 0.50 to 0.53 | 0.01 |
+# | renorm, corrected | 0.49 to 0.54 | up to 0.01 |
+# | group norm | 0.52 to 0.55 | - |
+# | tuned: Keras BN | 0.55 to 0.78 | 0.30 to 0.62 |
+# | tuned: renorm | 0.77 to 0.82 | up to 0.01 |
+# | tuned: renorm, corrected | 0.78 to 0.83 | below 0.01 |
+#
+# From the start, group normalization is a little ahead of renormalization. A
+# pretrained encoder has no choice: it keeps the normalization that it was
+# trained with, and tuning it under renormalization serves it best. Of Keras's
+# networks `discrepancy` says that batches are too small. Of the others it says
+# that moving averages lag: with a momentum of 0.95 they know about forty
+# images. What that costs is the gap, and that is a hundredth.
 
 # %%
 table = Table("normalization", "mIoU", "gap", "what discrepancy says")
@@ -247,3 +275,33 @@ for column, (name, images) in enumerate(columns.items()):
         axes.imshow(classes, vmin=0, vmax=CLASSES - 1)
         axes.set_axis_off()
 figure.savefig(args.output / "segmentation.png")
+
+# %% [markdown]
+# ## What we claim
+#
+# With room for other seeds; it holds for the shapes, trainings of full length
+# and several seeds.
+
+# %%
+if (
+    args.data == "shapes"
+    and args.steps >= DEFAULT_STEPS
+    and args.seeds >= DEFAULT_SEEDS
+):
+    mean = {name: np.mean(values) for name, values in scores.items()}
+    for name in ("renorm", "renorm, corrected"):
+        # From the start, each seed; tuned, on the whole.
+        assert min(scores[name]) > max(scores["Keras BN"]) + 0.03, scores
+        assert mean[f"tuned: {name}"] > mean["tuned: Keras BN"] + 0.03, scores
+        assert mean[f"tuned: {name}"] > mean[name] + 0.1, scores
+    assert mean["group norm"] > mean["Keras BN"] + 0.05, scores
+    for name, found in reports.items():
+        gaps = [report.gap for report in found]
+        causes = {each.cause for report in found for each in report.verdicts}
+        if name.endswith("Keras BN"):
+            assert min(gaps) > 0.15, (name, gaps)
+            assert "batches too small" in causes, (name, causes)
+        else:
+            assert max(gaps) < 0.05, (name, gaps)
+            assert "batches too small" not in causes, (name, causes)
+    Console().print("All claims hold")

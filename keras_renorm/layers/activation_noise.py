@@ -60,9 +60,9 @@ class ActivationNoise(keras.layers.Layer):
 
     >>> layer = ActivationNoise(seed=0)
     >>> x = np.ones((2, 3), "float32")
-    >>> bool(np.all(layer(x, training=True) == x))
+    >>> bool(ops.all(layer(x, training=True) == x))
     False
-    >>> bool(np.all(layer(x) == x))
+    >>> bool(ops.all(layer(x) == x))
     True
 
     References:

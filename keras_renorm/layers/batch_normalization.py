@@ -128,7 +128,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     >>> layer = BatchNormalization(momentum=0.9)
     >>> outputs = layer(np.random.normal(5.0, 2.0, (64, 3)), training=True)
-    >>> abs(float(ops.mean(outputs))) < 1e-5
+    >>> bool(ops.abs(ops.mean(outputs)) < 1e-5)
     True
 
     References:

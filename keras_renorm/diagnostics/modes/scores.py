@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_renorm import graphs
+
 
 class Scores:
     """Loss and metrics of a compiled model in one mode.
@@ -39,11 +41,10 @@ class Scores:
             if self._state is None:
                 for metric in self.model.metrics:
                     metric.reset_state()
-            loss = float(
-                self.model.compute_loss(
-                    x=x, y=y, y_pred=outputs, sample_weight=weight
-                )
-            ) + sum(float(each) for each in losses)
+            loss = self.model.compute_loss(
+                x=x, y=y, y_pred=outputs, sample_weight=weight
+            )
+            loss = sum(float(graphs.to_numpy(each)) for each in (loss, *losses))
             self._metrics = self.model.compute_metrics(x, y, outputs, weight)
             found = [
                 (variable, scope.get_current_value(variable))
