@@ -10,6 +10,10 @@ tensorflow-datasets, and their images are resized to 64x64:
 - `domainnet`: clip art, then sketches, two of its six configurations.
 """
 
+import contextlib
+import io
+
+import lesson
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -56,12 +60,24 @@ def load_domains(name, folder):
     return data
 
 
+def describe(name, data):
+    """Prints how many images the domains have, and their mean colour."""
+    rows = []
+    for domain in DOMAINS[name]:
+        counts = [len(data[domain, split][0]) for split in ("train", "test")]
+        colour = data[domain, "train"][0].mean(axis=(0, 1, 2))
+        rows.append((domain, *counts, lesson.numbers(colour, ".0f")))
+    heads = "domain", "training", "test", "mean red, green, blue"
+    lesson.table(name, heads, rows)
+
+
 def load_digits(domain, split, folder):
     """Images and labels of coloured digits."""
     builder = ColoredDigits(config=domain, data_dir=folder)
-    builder.download_and_prepare(  # made here: nothing to look for elsewhere
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-    )
+    # Made here: nothing to look for elsewhere, and nothing to say of it.
+    local = tfds.download.DownloadConfig(try_download_gcs=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_config=local)
     dataset = builder.as_dataset(split=split, as_supervised=True)
     images, labels = dataset.batch(len(dataset)).get_single_element()
     return images.numpy(), labels.numpy()
