@@ -11,10 +11,10 @@
 # 3. **`trainable = False`** on each normalization layer, gamma and beta too;
 # 4. **`freeze_statistics`**: gamma and beta train, the statistics stay.
 #
-# Each twice: with shuffled minibatches, and with minibatches of one class, as
-# data comes that was recorded in order. Takes about a minute and a half on two
-# CPU cores (48 fine-tunings). Needs `pip install keras-renorm[tutorials]`.
-# As a script: `python 04_fine_tuning.py --seeds 3 --output my_folder`.
+# Each twice: with shuffled minibatches, and with minibatches of one class.
+# Takes about a minute and a half on two CPU cores (48 fine-tunings). Needs `pip
+# install keras-renorm[tutorials]`. As a script: `python 04_fine_tuning.py
+# --seeds 3 --output my_folder`.
 
 # %%
 import lesson
@@ -31,6 +31,8 @@ args = lesson.options(
 )
 
 # %%
+import itertools
+
 import keras
 import numpy as np
 from keras import layers
@@ -38,8 +40,6 @@ from keras import layers
 import keras_renorm
 
 # %% [markdown]
-# ## The data, and the pretrained network
-#
 # `--data cats_vs_dogs` and `--data stanford_dogs` download photographs (of the
 # 120 breeds we take five) and MobileNetV2; that takes a GPU or patience.
 
@@ -80,8 +80,7 @@ def pretrained(seed):  # with Keras's own layers
 
 
 # %% [markdown]
-# For each seed, 20 images of each class are drawn to learn from; the others
-# validate. A minibatch is two of those images: of one class, or of any.
+# For each seed 20 images of each class are drawn to learn from.
 
 
 # %%
@@ -141,20 +140,12 @@ RECIPES = {
 ORDERS = {"shuffled": shuffled_batches, "one class": one_class_batches}
 
 # %% [markdown]
-# ## Training
-#
-# Each recipe is shown with the better of two learning rates. What normalizes by
-# fixed statistics wants the smaller. `lesson.moved` is how far means moved, in
-# the standard deviations that they had, and gamma.
+# Each recipe is shown with the better of two learning rates. `lesson.moved` is
+# how far means moved, in the standard deviations that they had, and gamma.
 
 # %%
 # By order, recipe, rate: accuracy, and what moved, of each seed.
-results = {
-    (order, recipe, rate): []
-    for order in ORDERS
-    for recipe in RECIPES
-    for rate in RATES
-}
+results = {key: [] for key in itertools.product(ORDERS, RECIPES, RATES)}
 for seed in lesson.track(range(args.seeds)):
     base = pretrained(seed)
     rows_of_class, validation = lesson.few_of_each_class(
@@ -203,10 +194,9 @@ for order in ORDERS:
 # Keras 3 hands the `training` flag of `fit` on to the layers inside (Keras
 # 3.15.1; look at "means" for yours). `trainable = False` did not train gamma.
 #
-# With **shuffled** minibatches freezing costs some points: noisy statistics
-# regularize, and averages that move fit the new digits better. With those of
-# **one class**, what is not frozen normalizes each image by another of its own
-# class: a network that is not served.
+# With **shuffled** minibatches freezing costs some points. With those of **one
+# class**, what is not frozen normalizes each image by another of its class: a
+# network that is not served.
 
 # %%
 of_one_class = {recipe: best("one class", recipe)[1] for recipe in RECIPES}
@@ -216,8 +206,7 @@ lesson.draw_recipes(args.output / "fine_tuning.png", of_shuffled, of_one_class)
 # %% [markdown]
 # ## Saved and loaded
 #
-# The flag is saved with the layer. `unfreeze_statistics` lets them move again,
-# and `revert` gives Keras's layers back.
+# The flag is saved with the layer; `unfreeze_statistics` takes it away.
 
 # %%
 path = args.output / "fine_tuned.keras"
@@ -256,5 +245,4 @@ if args.is_whole:
     lesson.say("All claims hold")
 
 # %% [markdown]
-# What to try next: `BATCH_SIZE = 8`; `convert(base)` without freezing; five
-# images of each class; `recalibrate` after everything was trained.
+# What to try next: `BATCH_SIZE = 8`; `convert(base)` without freezing.

@@ -46,10 +46,6 @@ def batches(draw, size, steps, seed):
     return tf.data.Dataset.from_tensor_slices((x_train[rows], y_train[rows]))
 
 
-# %% [markdown]
-# Two convolutions and two dense layers, each normalized by Keras's own layer.
-
-
 # %%
 def make_network(momentum, seed):
     keras.utils.set_random_seed(seed)
@@ -83,9 +79,8 @@ def accuracy(model, images=x_val):
 # %% [markdown]
 # ## Look, cure, look again
 #
-# `discrepancy` wants the minibatches that training uses: their size and what
-# they hold together is what it measures. It runs them in training and in
-# inference mode, and changes nothing in the model.
+# `discrepancy` wants minibatches as training uses them. It runs them in
+# training and in inference mode, and changes nothing in the model.
 
 
 # %%
@@ -126,8 +121,7 @@ def recalibrated(model, images=x_train):
 #    normalizes them to about +1 and -1, whatever they were. Take larger ones,
 #    or `convert` the fresh network, gradient corrected too, and train again.
 # 4. **Darker, noisy images**: a camera at night. No labels are needed.
-#    `reference=` is training data: the averages are right there, so it is the
-#    data that is other.
+#    `reference=` is training data, where the averages are right.
 # 5. **Trainable weights only.** `model.trainable_variables` lack the moving
 #    statistics, which no gradient reaches.
 
@@ -212,9 +206,9 @@ for seed in lesson.track(range(args.seeds)):
 # %% [markdown]
 # ## The reports
 #
-# That of the minibatches of two; then what the others say in words. `r` and `d`
-# compare the statistics of a minibatch with the moving ones, `noise` is how far
-# training is from inference because minibatches are few examples.
+# `r` and `d` compare the statistics of a minibatch with the moving ones,
+# `noise` is how far training is from inference because minibatches are few
+# examples.
 
 # %%
 shown = outcomes["two images a batch"][0].report
@@ -224,7 +218,7 @@ lesson.save(shown.plot(), args.output / "report.png")
 # %%
 for name, runs in outcomes.items():
     lesson.say(f"--- {name}", *runs[0].report.verdicts, sep="\n")
-lesson.say("--- nothing wrong\n" + str(healthy_reports[0]).splitlines()[-1])
+lesson.say("--- nothing wrong", lesson.causes(healthy_reports), sep="\n")
 
 
 # %%
@@ -243,8 +237,7 @@ lesson.show_cures(results, picture)
 # %% [markdown]
 # ## What we claim of the digits and trainings of full length
 #
-# The report names the cause first and a remedy, which gains accuracy; on the
-# cured network it finds nothing more.
+# Cause and remedy are named first, the remedy helps, and no verdict is left.
 
 # %%
 if args.is_whole:
@@ -254,5 +247,4 @@ if args.is_whole:
     lesson.say("All claims hold")
 
 # %% [markdown]
-# What to try next: `recalibrated` as the cure of one class a batch; minibatches
-# of 4 and 8; no `reference=`; `pandas.DataFrame(shown.rows)`.
+# What to try next: minibatches of 4 and 8; `pandas.DataFrame(shown.rows)`.

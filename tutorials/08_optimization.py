@@ -4,17 +4,15 @@
 # It was introduced to keep the distribution of each layer's inputs stable.
 # Santurkar et al. 2018 (arXiv:1805.11604) answered that it makes the loss
 # smoother instead, and Bjorck et al. 2018 (arXiv:1806.02375) that it allows
-# larger learning rates. We repeat what they measured:
+# larger learning rates. We repeat what they measured: training with and without
+# it, and with noise after it that makes the distributions unstable again; the
+# loss and its gradient along the gradient; internal covariate shift; learning
+# rates; and the noise of the batch size.
 #
-# training with and without it, and with noise after it that makes the
-# distributions unstable again; the loss and its gradient along the gradient;
-# internal covariate shift; learning rates; and the noise of the batch size.
-#
-# On scikit-learn's digits with seven convolutions, a minute and a quarter on
-# two CPU cores. `--scale full` is CIFAR-10 with VGG and ResNet-110
-# (`papers.py`), and wants a GPU and a day or more. Needs
-# `pip install keras-renorm[tutorials]`.
-# As a script: `python 08_optimization.py --seeds 3 --output my_folder`.
+# On scikit-learn's digits, in a minute and a quarter on two CPU cores. `--scale
+# full` is CIFAR-10 with VGG and ResNet-110 (`papers.py`): a GPU and a day or
+# more. Needs `pip install keras-renorm[tutorials]`. As a script: `python
+# 08_optimization.py --seeds 3 --output my_folder`.
 
 # %%
 import lesson
@@ -106,8 +104,8 @@ start = papers.Starts(NETWORKS, LOSS, STEPS)
 # sizes: the loss at w - step * g, how far the gradient there is from g, and
 # that distance over the distance moved. None of this changes the model.
 #
-# Internal covariate shift is how far the gradient of a layer changes when the
-# layers before it are updated; here it is the mean over the convolutions.
+# Covariate shift is how far a layer's gradient changes when the layers before
+# it are updated.
 
 
 # %%
@@ -164,8 +162,6 @@ def first_minibatches(model, gradient, seed):
 
 
 # %% [markdown]
-# ## All runs
-#
 # Noise is in training only, so the moving statistics of the noisy network are
 # not those of its inference: it is evaluated as it is, and recalibrated.
 
@@ -199,16 +195,12 @@ for seed, run in lesson.track(
 found.table_of_rates()
 
 # %% [markdown]
-# What to read there, at the small scale:
-#
 # - At 0.1 the standard network learns next to nothing, and the one with batch
 #   normalization trains. So does the one with **noise**: unstable
 #   distributions do not take that away.
-# - At 0.003 all three train. The noise costs something. (In the paper the noisy
-#   network still beats the standard one.)
+# - At 0.003 all three train. The noise costs something; not so in the paper.
 # - At 0.0001 batch normalization learns faster too. Bjorck et al. find hardly
 #   a difference; but they train until nothing improves.
-# - They also find that larger rates generalize better: not on the digits.
 # - The noisy network evaluates badly as it is: its moving statistics are those
 #   of noisy activations. `recalibrate` is all that it takes.
 #
@@ -219,13 +211,10 @@ found.table_of_landscape()
 found.draw_landscape(MEASURED_RATE, args.output / "landscape.png")
 
 # %% [markdown]
-# As in Santurkar et al., batch normalization lets the loss vary less along
-# the gradient, the gradient change less, and the effective smoothness (an
-# estimate of the Lipschitz constant of the gradient: less is smoother) is
-# lower; with noise as well.
+# As in Santurkar et al., batch normalization lets the loss vary less along the
+# gradient, and the gradient change less; with noise as well. (Effective
+# smoothness estimates the Lipschitz constant of the gradient.)
 #
-# - Not from the first step on. The table leaves out the first quarter of the
-#   run, the picture shows it.
 # - Noise makes the internal **covariate shift** two to four times as large as
 #   that of batch normalization alone, and yet the noisy network trains. But
 #   most of that is the length of the gradients: their direction (the cosine)
@@ -244,17 +233,13 @@ found.draw_rates(STEP_SIZES, args.output / "optimization.png")
 # for all B. With it, the statistics of a minibatch are noise too, and that of
 # small minibatches is more than B tells. How far runs spread follows from
 # learning rate / B with batch normalization, within a factor of two or three;
-# without it, not at the rate 0.04. Bjorck et al. argue from this noise to
-# generalization: we do not claim it.
+# without it, not at the rate 0.04.
 #
 # On the first minibatches the loss goes down over about the same step sizes
-# with and without batch normalization; in the paper the range is wider with it.
-# Beyond, at a step size of 10, it grows some ten times with batch
-# normalization, and more than ten thousand times without.
+# with and without batch normalization; beyond, at a step size of 10, it grows
+# some ten times with it, and more than ten thousand times without.
 #
-# ## What we claim
-#
-# At the small scale with its own number of steps, for every seed.
+# We claim this of the small scale, for every seed.
 
 # %%
 histories = found.histories
@@ -262,5 +247,4 @@ if args.is_whole:
     found.check()
 
 # %% [markdown]
-# What to try next: `--scale full`, if you have a GPU; `resnet(kind, 2)`;
-# `kernel_initializer="glorot_uniform"`; `ActivationNoise(mean_limit=2)`.
+# What to try next: `resnet(kind, 2)`; `ActivationNoise(mean_limit=2)`.

@@ -4,9 +4,8 @@
 # `RenormScheduler()` needs no settings. What if others are better for your
 # data? We let [Optuna](https://optuna.org) search, and then ask how much the
 # answer is worth: train again with fresh seeds what was found, the default and
-# batch normalization, and change one setting at a time. The minibatches hold
-# one class each, as in the quickstart: there renormalization has something to
-# correct.
+# batch normalization, and change one setting at a time. Minibatches hold one
+# class each, as in the quickstart.
 #
 # Takes two minutes on two CPU cores. Needs
 # `pip install keras-renorm[tutorials]`. As a script:
@@ -163,23 +162,11 @@ def objective(trial):
     return found[-1]
 
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-study = optuna.create_study(
-    direction="maximize",
-    # Trials of other lengths or data are not comparable: another study.
-    study_name=f"{args.data}, {total_steps} steps, seed {args.seed}",
-    storage=args.storage and f"sqlite:///{args.storage.absolute()}",
-    load_if_exists=True,
-    pruner=optuna.pruners.MedianPruner(
-        n_startup_trials=5, n_warmup_steps=EPOCHS // 2
-    ),
+# Trials of other lengths or data are not comparable: another study.
+name = f"{args.data}, {total_steps} steps, seed {args.seed}"
+study, trials_before = tuning_report.open_study(
+    name, args.storage, args.seed, warmup=EPOCHS // 2, first=PAPER
 )
-trials_before = len(study.get_trials(states=tuning_report.DONE))
-# A sampler that goes on must not draw the same points again.
-study.sampler = optuna.samplers.TPESampler(
-    seed=args.seed + trials_before, n_startup_trials=8
-)
-study.enqueue_trial(PAPER, skip_if_exists=True)
 for _ in lesson.track(range(trials_before, args.trials), "Search"):
     study.optimize(objective, n_trials=1)
 best = study.best_params
@@ -218,8 +205,7 @@ accuracies = {
 # %% [markdown]
 # ## How sensitive is it?
 #
-# Asked twice: by a fit to the trials that were not given up (functional ANOVA),
-# and by changing one setting of the best.
+# Asked twice: by a fit to the trials (functional ANOVA), and by one change.
 
 # %%
 CHANGES = {  # lower, higher
@@ -240,9 +226,6 @@ for name, value in lesson.track(changes, "One change"):
 importances = tuning_report.importances(study, args.seed)
 tuning_report.tables(accuracies, sensitivity, importances, best)
 
-# %% [markdown]
-# What to take from it is written from the figures: it depends on them.
-
 # %%
 advice = tuning_report.advice(accuracies, sensitivity)
 lesson.say(advice)
@@ -254,13 +237,8 @@ reference = accuracies["best settings"]
 picture = args.output / "tuning.png"
 tuning_report.draw(picture, study, sensitivity, importances, reference)
 
-# %% [markdown]
-# ## What we claim
-#
-# Renormalization beats batch normalization by far, found settings or not.
-
 # %%
-if args.is_whole:
+if args.is_whole:  # we claim that it is far better, tuned or not
     batch_normalized = accuracies["batch norm., best rate"].mean()
     assert reference.mean() > batch_normalized + 0.15
     assert accuracies["default, best rate"].mean() > batch_normalized + 0.1
@@ -268,4 +246,3 @@ if args.is_whole:
 
 # %% [markdown]
 # What to try next: `--steps 3000 --trials 60`; `--seed 1`, another search.
-# Where it does not find the same, the setting does not matter.

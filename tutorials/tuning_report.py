@@ -65,6 +65,31 @@ def falling(rate, epochs):
     )
 
 
+def open_study(name, storage, seed, warmup, first):
+    """A study that maximizes, and how many trials it has already.
+
+    A trial below the median of the others is given up, after `warmup` reports.
+    The first trial is `first`.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        direction="maximize",
+        study_name=name,
+        storage=storage and f"sqlite:///{storage.absolute()}",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(
+            n_startup_trials=5, n_warmup_steps=warmup
+        ),
+    )
+    trials_before = len(study.get_trials(states=DONE))
+    # A sampler that goes on must not draw the same points again.
+    study.sampler = optuna.samplers.TPESampler(
+        seed=seed + trials_before, n_startup_trials=8
+    )
+    study.enqueue_trial(first, skip_if_exists=True)
+    return study, trials_before
+
+
 def importances(study, seed):
     """The share of the variance that a setting explains; of few, nothing."""
     completed = study.get_trials(states=[COMPLETE])
