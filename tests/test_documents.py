@@ -72,20 +72,56 @@ def test_every_public_name_has_its_place_in_the_api():
 
 def test_every_page_and_tutorial_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
-    listed = re.findall(r"^ +- (\S+\.md)$", menu, re.MULTILINE)
+    listed = re.findall(r"^ +- (\S+\.(?:md|ipynb))$", menu, re.MULTILINE)
     pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]]
     tutorials = ROOT.glob("tutorials/[0-9]*.py")
-    pages += [f"tutorials/{path.stem}.md" for path in tutorials]
+    pages += [f"tutorials/{path.stem}.ipynb" for path in tutorials]
     assert sorted(listed) == sorted(pages)
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TUTORIALS = load(ROOT / "docs" / "execute_tutorials.py")
+
+
+@pytest.mark.parametrize("name", TUTORIALS.names())
+def test_a_notebook_has_the_cells_of_its_tutorial(name):
+    """Else: `python docs/execute_tutorials.py NAME`."""
+    path = ROOT / "docs" / "tutorials" / f"{name}.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    shown = [
+        (cell["cell_type"] == "code", cell["source"])
+        for cell in notebook["cells"]
+        if cell["id"] != TUTORIALS.NOTE
+    ]
+    assert shown == TUTORIALS.cells_of(TUTORIALS.script_of(name))
+    notes = len(notebook["cells"]) - len(shown)
+    assert notes == (name in TUTORIALS.NOT_EXECUTED)
+    outputs = [cell.get("outputs") for cell in notebook["cells"]]
+    assert any(outputs) == (name not in TUTORIALS.NOT_EXECUTED)
+
+
+@pytest.mark.parametrize("name", TUTORIALS.names())
+def test_a_tutorial_is_short(name):
+    most = 150 if name == "01_quickstart" else 250
+    assert len(TUTORIALS.script_of(name).splitlines()) <= most
+
+
+def test_notebooks_are_small():
+    paths = list((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+    assert len(paths) == len(TUTORIALS.names())
+    assert sum(path.stat().st_size for path in paths) < 4_000_000
 
 
 @pytest.fixture(scope="module")
 def documents():
     """The script that writes what documents take from results."""
-    spec = importlib.util.spec_from_file_location("documents", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(SCRIPT)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

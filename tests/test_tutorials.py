@@ -20,6 +20,12 @@ pytestmark = pytest.mark.slow
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 
 
+@pytest.fixture(autouse=True)
+def modules_beside_the_tutorials(monkeypatch):
+    """As Python does for a script that it starts."""
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+
+
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
 def test_quickstart_trains_on_mnist(monkeypatch, tmp_path):
@@ -172,7 +178,6 @@ def test_domain_adaptation_runs_on_photographs(
     monkeypatch.setattr(
         "sys.argv", ["domains", *options, "--output", str(tmp_path)]
     )
-    monkeypatch.syspath_prepend(str(TUTORIALS))
     with (
         tfds.testing.mock_data(num_examples=examples),
         mock.patch.object(tfds, "load", wraps=tfds.load) as load,
@@ -206,8 +211,7 @@ def test_domain_adaptation_runs_on_photographs(
 
 
 @pytest.mark.tensorflow
-def test_brown_and_black_are_told_apart_by_red_inside_the_box(monkeypatch):
-    monkeypatch.syspath_prepend(str(TUTORIALS))
+def test_brown_and_black_are_told_apart_by_red_inside_the_box():
     import domains
 
     image = np.zeros((20, 40, 3), "uint8")
@@ -225,13 +229,9 @@ def test_brown_and_black_are_told_apart_by_red_inside_the_box(monkeypatch):
 
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
-def test_colored_digits_share_no_digit_between_training_and_test(
-    monkeypatch, tmp_path
-):
-    from sklearn.datasets import load_digits
-
-    monkeypatch.syspath_prepend(str(TUTORIALS))
+def test_colored_digits_share_no_digit_between_training_and_test(tmp_path):
     from colored_digits import ColoredDigits
+    from sklearn.datasets import load_digits
 
     digits, truth = load_digits(return_X_y=True)
     rows = {}
@@ -293,10 +293,18 @@ def test_optimization_trains_the_networks_of_the_papers(monkeypatch, tmp_path):
             for rate in (0.0001, 0.003, 0.1)
         ),
     }
-    assert (tmp_path / "optimization.png").stat().st_size > 0
+    for picture in ("landscape", "optimization"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 0
     shares = 0.0, 0.49, 0.5, 0.74, 0.75, 1.0
-    assert [names["decays"](share) for share in shares] == [0, 0, 1, 1, 2, 2]
-    x, _ = names["augmented"](names["x_train"][:3], names["y_train"][:3])
+    assert [names["papers"].decays(share) for share in shares] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+    x, _ = names["papers"].augmented(names["x_train"][:3], names["y_train"][:3])
     assert x.shape == (3, 32, 32, 3)
 
     # He et al. 2016, section 4.2: 6n + 2 layers, here n = 18.
@@ -309,10 +317,10 @@ def test_optimization_trains_the_networks_of_the_papers(monkeypatch, tmp_path):
     weights = sum(np.prod(w.shape) for w in resnet.trainable_variables)
     assert 1_650_000 < weights < 1_750_000  # "1.7M"
 
-    vgg = names["vgg"]("standard", names["FULL_VGG"])
+    vgg = names["vgg"]("standard", names["papers"].FULL_VGG)
     assert count(vgg, layers.Conv2D) == 13
     assert count(vgg, layers.BatchNormalization) == 0
-    noisy = names["vgg"]("noisy BN", names["FULL_VGG"])
+    noisy = names["vgg"]("noisy BN", names["papers"].FULL_VGG)
     assert count(noisy, ActivationNoise) == 13
 
 

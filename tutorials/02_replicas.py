@@ -10,66 +10,35 @@
 # We train a small convnet on scikit-learn's digits (1,797 real images of 8x8
 # pixels) on two logical CPU devices. The first replica reads the files of one
 # scanner, the second those of another, whose images are brighter and paler:
-#
-# 1. Keras's `BatchNormalization`;
-# 2. keras_renorm's, not synchronized: statistics are averaged when read;
-# 3. keras_renorm's with `synchronized=True`: replicas share the statistics
-#    of each minibatch;
-# 4. one device with the whole minibatch, for comparison.
+# with Keras's `BatchNormalization`; with keras_renorm's, whose statistics are
+# averaged when read; with `synchronized=True`, so that replicas share the
+# statistics of each minibatch; and with the whole minibatch on one device.
 #
 # Takes less than a minute on two CPU cores. Needs
 # `pip install keras-renorm[tutorials]`.
-#
 # As a script: `python 02_replicas.py --seeds 3 --output my_folder`.
 
 # %%
-import argparse
-import os
-import sys
-from contextlib import nullcontext
-from pathlib import Path
+import lesson
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+BATCH_SIZE = 32  # of both replicas together
+STEPS_PER_EPOCH = 40
+args = lesson.options("02_replicas", seeds=2, epochs=12)
+
+# %%
+from contextlib import nullcontext
 
 import keras
-import matplotlib
 import numpy as np
 import tensorflow as tf
 from keras import layers
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import keras_renorm
-
-IN_NOTEBOOK = "ipykernel" in sys.modules
-if not IN_NOTEBOOK:
-    matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-# %%
-BATCH_SIZE = 32  # of both replicas together
-DEFAULT_EPOCHS = 12
-STEPS_PER_EPOCH = 40
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--seeds", type=int, default=2, help="runs of each kind")
-parser.add_argument("--epochs", type=int, default=DEFAULT_EPOCHS)
-parser.add_argument("--output", type=Path, default=Path("output/02_replicas"))
-args = parser.parse_args([] if IN_NOTEBOOK else None)
-if args.seeds < 1 or args.epochs < 1:
-    parser.error("need --seeds and --epochs of 1 or more")
-args.output.mkdir(parents=True, exist_ok=True)
-console = Console()
 
 # %% [markdown]
 # ## Two devices from one processor
 #
-# Logical devices must be made before TensorFlow does anything else. On a
-# machine with two GPUs this cell is not needed, and
-# `tf.distribute.MirroredStrategy()` takes both.
+# Logical devices must be made before all else. Two GPUs need no such cell.
 
 # %%
 tf.config.set_logical_device_configuration(
@@ -81,20 +50,15 @@ strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 # %% [markdown]
 # ## The data
 #
-# A strategy cuts each minibatch into contiguous parts. So the first half of
-# ours comes from the first scanner, the second half from the second. What we
-# want is one model for both: validation images come from both as well.
+# A strategy cuts each minibatch into contiguous parts: the first half of ours
+# comes from the first scanner, the second half from the second. We want one
+# model for both, so validation images come from both as well.
 
 # %%
-images, labels = load_digits(return_X_y=True)
-images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
-x_train, x_val, y_train, y_val = train_test_split(
-    images, labels, test_size=0.25, stratify=labels, random_state=0
-)
+x_train, y_train, x_val, y_val = lesson.train_and_validation()
 
 
-def second_scanner(x):
-    """The same images, as a brighter scanner with less contrast sees them."""
+def second_scanner(x):  # brighter, with less contrast
     return 0.4 + 0.6 * x
 
 
@@ -102,8 +66,7 @@ x_val = np.concatenate([x_val, second_scanner(x_val)])
 y_val = np.concatenate([y_val, y_val])
 
 
-def batches(seed):
-    """A dataset of minibatches, half from each scanner."""
+def batches(seed):  # half from each scanner
     rng = np.random.default_rng(seed)
     shape = (2, args.epochs * STEPS_PER_EPOCH, BATCH_SIZE // 2)
     first, second = rng.integers(len(x_train), size=shape)
@@ -113,18 +76,18 @@ def batches(seed):
 
 
 # %% [markdown]
-# ## The network
+# ## Training, with an eye on each replica
+#
+# `strategy.experimental_local_results` shows what a variable holds on each
+# replica: we note the moving mean of the second normalization after each epoch.
 
 
 # %%
 def make_model(normalization, **arguments):
-    """A convnet for ten classes."""
     stack = [keras.Input((8, 8, 1))]
     for filters, strides in ((16, 1), (32, 2)):
         stack += [
-            layers.Conv2D(
-                filters, 3, strides=strides, padding="same", use_bias=False
-            ),
+            layers.Conv2D(filters, 3, strides, "same", use_bias=False),
             normalization(momentum=0.9, **arguments),
             layers.ReLU(),
         ]
@@ -132,20 +95,10 @@ def make_model(normalization, **arguments):
     return keras.Sequential(stack)
 
 
-# %% [markdown]
-# ## Training, with an eye on each replica
-#
-# `strategy.experimental_local_results` shows what a variable holds on each
-# replica. We note the moving mean of the second normalization after each
-# epoch.
-
-
-# %%
 class WatchReplicas(keras.callbacks.Callback):
     """The second layer's moving mean on each replica, epoch by epoch."""
 
-    def __init__(self):
-        super().__init__()
+    def on_train_begin(self, logs=None):
         self.means = []
 
     def on_epoch_end(self, epoch, logs=None):
@@ -154,21 +107,18 @@ class WatchReplicas(keras.callbacks.Callback):
         self.means.append([copy.numpy() for copy in copies])
 
 
-def train(scope, seed, normalization, **arguments):
+def train(scope, normalization, arguments, seed):
     """A trained model, and what its replicas' moving means were."""
     keras.utils.set_random_seed(seed)
-    watch = WatchReplicas()
-    with scope:
+    with scope():
         model = make_model(normalization, **arguments)
+        steps = args.epochs * STEPS_PER_EPOCH
+        decay = keras.optimizers.schedules.CosineDecay(0.02, steps)
         model.compile(
-            keras.optimizers.SGD(
-                keras.optimizers.schedules.CosineDecay(
-                    0.02, args.epochs * STEPS_PER_EPOCH
-                ),
-                momentum=0.9,
-            ),
+            keras.optimizers.SGD(decay, momentum=0.9),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
+    watch = WatchReplicas()
     model.fit(
         batches(seed),
         epochs=args.epochs,
@@ -182,43 +132,34 @@ def train(scope, seed, normalization, **arguments):
 
 OURS = keras_renorm.BatchNormalization
 KINDS = {
-    "Keras": (strategy, layers.BatchNormalization, {}),
-    "keras_renorm": (strategy, OURS, {}),
-    "synchronized": (strategy, OURS, {"synchronized": True}),
-    "one device": (None, OURS, {}),
+    "Keras": (strategy.scope, layers.BatchNormalization, {}),
+    "keras_renorm": (strategy.scope, OURS, {}),
+    "synchronized": (strategy.scope, OURS, {"synchronized": True}),
+    "one device": (nullcontext, OURS, {}),
 }
-runs = [(name, seed) for seed in range(args.seeds) for name in KINDS]
-models, means = {}, {}
-for name, seed in track(runs, "Training", console=console):
-    where, normalization, arguments = KINDS[name]
-    scope = nullcontext() if where is None else where.scope()
-    models[name, seed], means[name, seed] = train(
-        scope, seed, normalization, **arguments
-    )
+trained = lesson.of_all_seeds(KINDS, args.seeds, train)
+models = {name: [model for model, _ in trained[name]] for name in KINDS}
+means = {
+    name: np.array([found for _, found in trained[name]]) for name in KINDS
+}
 
 # %% [markdown]
 # ## One image, two predictions
 #
-# Under a strategy, `predict` and `evaluate` share the images out to the
-# replicas. Does it matter which replica an image lands on? We give both
-# replicas the same images.
+# Under a strategy, `predict` shares the images out to the replicas. Does it
+# matter which replica an image lands on? We give both the same images.
 
 
 # %%
-def probabilities(model, x):
-    """Class probabilities, from a model's logits."""
-    logits = model.predict(x, batch_size=len(x), verbose=0)
-    return keras.ops.convert_to_numpy(keras.ops.softmax(logits))
-
-
-def disagreement(model):
-    """Largest difference of a probability between the replicas."""
+def disagreement(model):  # the largest difference of a probability
     twice = np.concatenate([x_val, x_val])
-    first, second = np.split(probabilities(model, twice), 2)
+    logits = model.predict(twice, batch_size=len(twice), verbose=0)
+    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
+    first, second = np.split(probabilities, 2)
     return np.abs(first - second).max()
 
 
-differences = {run: disagreement(models[run]) for run in runs}
+differences = {name: list(map(disagreement, models[name])) for name in KINDS}
 
 # %% [markdown]
 # ## What is saved
@@ -227,143 +168,83 @@ differences = {run: disagreement(models[run]) for run in runs}
 
 
 # %%
-def served_accuracy(model, name):
-    """Validation accuracy of what is in the saved file."""
-    path = args.output / f"{name}.keras"
+def served_accuracy(model):
+    path = args.output / "served.keras"
     model.save(path)
     loaded = keras.saving.load_model(path)
     logits = loaded.predict(x_val, batch_size=900, verbose=0)
     return np.mean(logits.argmax(axis=-1) == y_val)
 
 
-accuracies = {run: served_accuracy(models[run], run[0]) for run in runs}
-
-table = Table("training", title="Two replicas", title_justify="left")
-for column in (
-    "distance of moving means",
-    "replicas' predictions differ by",
-    "accuracy of the saved model",
-):
-    table.add_column(column, justify="right")
-
-
-def all_seeds(results, name):
-    """The results of one kind of training, a seed after the other."""
-    return np.array([results[name, seed] for seed in range(args.seeds)])
-
-
-drifts = {
-    run: np.abs(np.ptp(history, axis=1)).mean(axis=-1)
-    for run, history in means.items()
+accuracies = {
+    name: np.array(list(map(served_accuracy, models[name]))) for name in KINDS
 }
-for name in KINDS:
-    table.add_row(
-        name,
-        *(
-            " ".join(f"{value:.3f}" for value in values)
-            for values in (
-                all_seeds(drifts, name)[:, -1],
-                all_seeds(differences, name),
-                all_seeds(accuracies, name),
-            )
-        ),
-    )
-console.print(table)
-console.print("(a value for each seed)")
+drifts = {  # (seeds, epochs)
+    name: np.ptp(found, axis=2).mean(axis=-1) for name, found in means.items()
+}
+lesson.table_of_columns(
+    "Two replicas, a value for each seed",
+    {
+        "distance of moving means": {n: drifts[n][:, -1] for n in KINDS},
+        "predictions differ by": differences,
+        "accuracy as served": accuracies,
+    },
+)
 
 # %% [markdown]
 # What to read there:
 #
-# - With **Keras**'s layer the replicas hold different statistics: an image's
-#   class probabilities depend on the device that it is sent to. Saved is what
-#   the first replica holds, which never saw the second scanner.
+# - With **Keras**'s layer the replicas hold different statistics: a prediction
+#   depends on the device that an image is sent to. Saved is what the first
+#   replica holds, which never saw the second scanner.
 # - **keras_renorm** averages the replicas' statistics wherever they are read:
-#   in inference, when saved, in `layer.moving_mean`. Now there is one model.
-#   It is no better here: each replica still trains on minibatches of one
-#   scanner, normalized by themselves, and the mean of the variances lacks the
-#   variance between the scanners. What was trained is not what is served.
-# - **synchronized** pools each minibatch over the replicas before anything is
-#   normalized: number for number what one device does with the whole
-#   minibatch. It costs one all-reduce of `2 * channels + 1` numbers a layer
-#   in the forward pass and one of `2 * channels` in the backward pass.
-#
-# ## The picture
+#   now there is one model. It is no better here: each replica still trains on
+#   minibatches of one scanner, normalized by themselves, and the mean of the
+#   variances lacks the variance between the scanners.
+# - **synchronized** pools each minibatch over the replicas: number for number
+#   what one device does with the whole minibatch. It costs one all-reduce of
+#   `2 * channels + 1` numbers a layer forward, and one of `2 * channels` back.
 
 # %%
-COLORS = ("#0072b2", "#d55e00")
-plt.rcParams.update(
-    {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-)
-figure, axes = plt.subplots(
-    1, 4, figsize=(13, 4), layout="constrained", width_ratios=(1, 1, 1, 1.2)
-)
+picture = lesson.figure(13, 4)
+panels = picture.subplots(1, 4, width_ratios=(1, 1, 1, 1.2))
 epochs = np.arange(1, args.epochs + 1)
 # The channel whose two moving means end furthest apart in Keras's layer.
-channel = np.abs(np.ptp(means["Keras", 0], axis=1))[-1].argmax()
-for place, name in zip(axes, KINDS, strict=False):
-    if name == "one device":
-        break
-    for replica, color in enumerate(COLORS):
-        place.plot(
-            epochs,
-            means[name, 0][:, replica, channel],
-            color=color,
-            lw=4 - 2 * replica,
-            label=f"replica {replica}",
-        )
-    place.plot(
-        epochs,
-        means["one device", 0][:, 0, channel],
-        color="black",
-        ls=":",
-        label="one device",
-    )
-    place.set(title=name, xlabel="epoch")
-    place.sharey(axes[0])
-axes[0].set_ylabel("moving mean of one channel")
-figure.legend(
-    *axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3
-)
-for at, name in enumerate(KINDS):
-    values = all_seeds(accuracies, name)
-    axes[3].barh(at, values.mean(), color="#bbbbbb")
-    axes[3].plot(values, np.full(len(values), at), "o", color="black", ms=5)
-axes[3].set_yticks(range(len(KINDS)), KINDS)
-axes[3].invert_yaxis()
-axes[3].set(title="Accuracy as served", xlim=(0, 1))
-picture = args.output / "replicas.png"
-figure.savefig(picture, dpi=150)
-console.print(f"The picture is in {picture}")
+channel = np.ptp(means["Keras"][0], axis=1)[-1].argmax()
+for axes, name in zip(panels, list(KINDS)[:3], strict=False):
+    first, second = means[name][0, ..., channel].T
+    axes.plot(epochs, first, color=lesson.BLUE, lw=4, label="replica 0")
+    axes.plot(epochs, second, color=lesson.ORANGE, lw=2, label="replica 1")
+    alone = means["one device"][0, :, 0, channel]
+    axes.plot(epochs, alone, color="black", ls=":", label="one device")
+    axes.set(title=name, xlabel="epoch")
+    axes.sharey(panels[0])
+panels[0].set_ylabel("moving mean of one channel")
+lesson.legend_of_all(panels[0])
+lesson.bars(panels[3], accuracies, dict.fromkeys(KINDS, lesson.GREY))
+panels[3].set(title="As served", xlabel="accuracy", xlim=(0, 1))
+lesson.save(picture, args.output / "replicas.png")
 
 # %% [markdown]
 # ## What we claim
 #
-# The weights of the network after hundreds of steps are not the same number
-# for number (rounding grows as training goes), but the two replicas are, and
-# accuracy is. That a single step is the same to rounding is what the
-# library's tests hold.
+# What a single step does, the same to rounding, the library's tests hold.
 
 # %%
-for seed in range(args.seeds):
-    assert differences["Keras", seed] > 0.1
-    for name in ("keras_renorm", "synchronized"):
-        assert differences[name, seed] < 1e-5
-    # To the last bit.
-    assert np.all(drifts["synchronized", seed] == 0)
-    assert drifts["keras_renorm", seed][-1] > 0.02
-if args.epochs >= DEFAULT_EPOCHS:
-    best = all_seeds(accuracies, "one device")
+assert min(differences["Keras"]) > 0.1
+for name in ("keras_renorm", "synchronized"):
+    assert max(differences[name]) < 1e-5
+assert np.all(drifts["synchronized"] == 0)  # to the last bit
+assert np.all(drifts["keras_renorm"][:, -1] > 0.02)
+if args.is_whole:
+    best = accuracies["one device"]
     assert np.all(best > 0.9)
-    assert np.all(np.abs(all_seeds(accuracies, "synchronized") - best) < 0.04)
+    assert np.all(np.abs(accuracies["synchronized"] - best) < 0.04)
     for name in ("Keras", "keras_renorm"):
-        assert np.all(all_seeds(accuracies, name) < best - 0.15)
-    console.print("All claims hold")
+        assert np.all(accuracies[name] < best - 0.15)
+    lesson.say("All claims hold")
 
 # %% [markdown]
-# ## What to try next
-#
-# - Replicas that see the same kind of data: let `second_scanner` return its
-#   input. How far do the statistics drift now?
-# - `BatchRenormalization` in place of `BatchNormalization`, synchronized and
-#   not.
-# - `03_multi_worker.py`: the same with two processes, or two machines.
+# What to try next: replicas that see the same kind of data (let
+# `second_scanner` return its input); `BatchRenormalization`, synchronized and
+# not; `03_multi_worker.py`, the same with two processes, or two machines.

@@ -29,35 +29,28 @@
 # `pip install keras-renorm[tutorials]`.
 
 # %%
-import argparse
+import lesson
+
+args = lesson.options(
+    "03_multi_worker",
+    steps=400,
+    batch_size=16,
+    notes={"batch_size": "of a worker"},
+)
+
+# %%
 import json
 import os
-from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
-from rich.console import Console
-from rich.progress import track
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import keras_renorm
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=400)
-parser.add_argument("--batch-size", type=int, default=16, help="of a worker")
-parser.add_argument(
-    "--output", type=Path, default=Path("output/03_multi_worker")
-)
-args = parser.parse_args()
-if args.steps < 1 or args.batch_size < 1:
-    parser.error("need --steps and --batch-size of 1 or more")
 if "TF_CONFIG" not in os.environ:
-    parser.error("TF_CONFIG must be set; the two commands are in this file")
+    args.fail("TF_CONFIG must be set; the two commands are in this file")
 
 # %% [markdown]
 # ## The strategy
@@ -68,9 +61,8 @@ if "TF_CONFIG" not in os.environ:
 # %%
 task = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
-console = Console()
 workers = strategy.num_replicas_in_sync
-console.print(f"Worker {task} of {workers} has started")
+lesson.say(f"Worker {task} of {workers} has started")
 
 # %% [markdown]
 # ## The data
@@ -78,11 +70,7 @@ console.print(f"Worker {task} of {workers} has started")
 # `distribute_datasets_from_function` takes each worker's own dataset.
 
 # %%
-images, labels = load_digits(return_X_y=True)
-images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
-x_train, x_val, y_train, y_val = train_test_split(
-    images, labels, test_size=0.25, stratify=labels, random_state=0
-)
+x_train, y_train, x_val, y_val = lesson.train_and_validation()
 
 
 def dataset_of(context):
@@ -154,9 +142,7 @@ def train_step(iterator):
     return strategy.reduce("SUM", losses, axis=None)
 
 
-for _ in track(
-    range(args.steps), "Training", console=console, disable=task > 0
-):
+for _ in range(args.steps):
     loss = train_step(batches)
 
 # %% [markdown]
@@ -168,7 +154,7 @@ for _ in track(
 predict = tf.function(lambda x: model(x, training=False))
 with strategy.scope():
     accuracy = np.mean(predict(x_val).numpy().argmax(axis=-1) == y_val)
-console.print(f"Worker {task}: loss {loss:.4f}, accuracy {accuracy:.3f}")
+lesson.say(f"Worker {task}: loss {loss:.4f}, accuracy {accuracy:.3f}")
 
 # %% [markdown]
 # ## Save
@@ -177,11 +163,10 @@ console.print(f"Worker {task}: loss {loss:.4f}, accuracy {accuracy:.3f}")
 # file is the one to keep. It loads anywhere, without a strategy.
 
 # %%
-args.output.mkdir(parents=True, exist_ok=True)
 path = args.output / f"worker_{task}.keras"
 model.save(path)
-console.print(f"Worker {task}: saved {path}")
+lesson.say(f"Worker {task}: saved {path}")
 
 # %%
-if args.steps >= 400:
+if args.is_whole:
     assert accuracy > 0.9

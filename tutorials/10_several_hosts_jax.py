@@ -38,41 +38,43 @@
 # (As far as it could be tried: on CPUs.) Takes half a minute on two CPU cores.
 
 # %%
-import argparse
 import json
 import os
-from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # How processes talk where the devices are CPUs.
 os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
 
+import lesson
+
+args = lesson.options(
+    "10_several_hosts_jax",
+    processes=1,
+    process=0,
+    coordinator="127.0.0.1:23460",
+    steps=100,
+    epochs=4,
+    batch_size=32,
+    least={"process": 0},
+    notes={
+        "processes": "how many",
+        "process": "which of them",
+        "steps": "of an epoch",
+        "batch_size": "of all",
+    },
+)
+
+# %%
 import keras
 import numpy as np
 from keras import layers
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import keras_renorm
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--processes", type=int, default=1, help="how many")
-parser.add_argument("--process", type=int, default=0, help="which of them")
-parser.add_argument("--coordinator", default="127.0.0.1:23460")
-parser.add_argument("--steps", type=int, default=100, help="of an epoch")
-parser.add_argument("--epochs", type=int, default=4)
-parser.add_argument("--batch-size", type=int, default=32, help="of all")
-parser.add_argument(
-    "--output", type=Path, default=Path("output/10_several_hosts_jax")
-)
-args = parser.parse_args()
-if min(args.steps, args.epochs, args.batch_size) < 1:
-    parser.error("need --steps, --epochs and --batch-size of 1 or more")
-if not 0 <= args.process < args.processes:
-    parser.error("need --process of 0 or more, and below --processes")
+if args.process >= args.processes:
+    args.fail("need --process below --processes")
 if args.batch_size % (2 * args.processes):
-    parser.error("need --batch-size divisible by 2 * --processes")
+    args.fail("need --batch-size divisible by 2 * --processes")
 
 # %% [markdown]
 # ## One distribution over all processes
@@ -98,11 +100,7 @@ print(f"Process {args.process} of {args.processes} has started")
 # see nothing that they share; their statistics would not be those of the batch.
 
 # %%
-images, labels = load_digits(return_X_y=True)
-images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
-x_train, x_val, y_train, y_val = train_test_split(
-    images, labels, test_size=0.25, stratify=labels, random_state=0
-)
+x_train, y_train, x_val, y_val = lesson.train_and_validation()
 rng = np.random.default_rng(0)
 halves = [
     rng.choice(np.flatnonzero(mine), (args.steps, args.batch_size // 2))
@@ -155,7 +153,6 @@ print(f"Process {args.process}: losses {[f'{loss:.5f}' for loss in losses]}")
 # a distribution, and predicts for itself.
 
 # %%
-args.output.mkdir(parents=True, exist_ok=True)
 name = f"{args.process}_of_{args.processes}"
 model.save(args.output / f"{name}.keras")
 (args.output / f"{name}.json").write_text(json.dumps(losses))
@@ -165,5 +162,5 @@ accuracy = np.mean(model.predict(x_val, verbose=0).argmax(axis=-1) == y_val)
 print(f"Process {args.process}: accuracy {accuracy:.3f}")
 
 # %%
-if args.steps * args.epochs >= 400:
+if args.is_whole:
     assert accuracy > 0.9

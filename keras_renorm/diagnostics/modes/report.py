@@ -163,7 +163,10 @@ class Report:
             axes.hlines(places, low, high, color="#bbbbbb", lw=1)
             axes.hlines(places, five, most, color="#0072b2", lw=5)
             axes.plot(middle, places, "o", color="white", mec="black", ms=5)
-        parts[0].set(xscale="log", title="r: lowest, 5 to 95 %, highest")
+        parts[0].set(title="r: lowest, 5 to 95 %, highest")
+        # With base 10, less than a decade has labels that overlap.
+        parts[0].set_xscale("log", base=2)
+        parts[0].xaxis.set_major_formatter("{x:g}")
         parts[0].axvline(1, color="black", lw=0.7)
         parts[1].set(title="d: lowest, 5 to 95 %, highest")
         parts[1].axvline(0, color="black", lw=0.7)
