@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import graphs
+from keras_renorm import backend
 
 
 class Scores:
@@ -44,7 +44,9 @@ class Scores:
             loss = self.model.compute_loss(
                 x=x, y=y, y_pred=outputs, sample_weight=weight
             )
-            loss = sum(float(graphs.to_numpy(each)) for each in (loss, *losses))
+            loss = sum(
+                float(backend.to_numpy(each)) for each in (loss, *losses)
+            )
             self._metrics = self.model.compute_metrics(x, y, outputs, weight)
             found = [
                 (variable, scope.get_current_value(variable))
