@@ -6,7 +6,7 @@ here; it is `None` where the backend is another.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -106,58 +106,157 @@ def as_one_graph(function: Any) -> Any:
     """A function of tensors and constants, as a graph where called eagerly.
 
     In eager mode each operation on a vector costs its dispatch, and a step
-    has some fifty of them. A graph is made once for each kind of arguments,
-    and all callers share it; so the arguments must be all that the function
-    reads. It is for any sizes: a network has tens of them, and to make a graph
-    takes as long as hundreds of calls. (Not by `tf.function` itself, which
-    warns where graphs are made one after the other.) Under a distribution
+    has some fifty of them. All callers share a graph (`_Graphs`), so the
+    arguments must be all that the function reads. Under a distribution
     strategy, and on other backends, it is the function itself.
     """
-    graphs: dict[Any, Any] = {}
+    graphs = _Graphs(function)
 
     @functools.wraps(function)
     def called(*arguments: Any) -> Any:
         if not runs_as_one_graph():
             return function(*arguments)
-        leaves = tf.nest.flatten(arguments)
-        at = [i for i, leaf in enumerate(leaves) if tf.is_tensor(leaf)]
-        tensors = [leaves[index] for index in at]
-
-        def trace() -> Any:
-            constants = list(leaves)
-            for index in at:
-                constants[index] = None  # or the graph would keep the tensors
-
-            def on_tensors(*values: Tensor) -> Any:
-                filled = list(constants)
-                for index, value in zip(at, values, strict=True):
-                    filled[index] = value
-                return function(*tf.nest.pack_sequence_as(form, filled))
-
-            form = tf.nest.pack_sequence_as(arguments, [None] * len(leaves))
-            specs = [
-                tf.TensorSpec(_sizes(tensor), tensor.dtype)
-                for tensor in tensors
-            ]
-            # The device of whoever comes first must not be that of all.
-            with tf.device(None):
-                return tf.function(
-                    on_tensors, autograph=False
-                ).get_concrete_function(*specs)
-
-        kind = tuple(
-            (leaf.dtype, *_sizes(leaf)) if tf.is_tensor(leaf) else leaf
-            for leaf in leaves
-        )
-        if kind not in graphs:
-            graphs[kind] = trace()
-        return graphs[kind](*tensors)
+        graph, tensors = graphs.of(arguments)
+        return graph(*tensors)
 
     return called
 
 
-def _sizes(tensor: Tensor) -> tuple[int | None, ...]:
+def as_one_node(function: Any) -> Any:
+    """A function of tensors and constants, as one node where a graph is made.
+
+    To add an operation to a graph takes Python as long as thousands of
+    elements take to compute, and a network repeats the operations of a step in
+    each layer. The node is a call of a graph that all layers share;
+    TensorFlow's optimizer puts its operations in the place of the node. No
+    gradient passes through it. Eagerly, under a distribution strategy, and on
+    other backends, it is the function itself.
+
+    Its outputs have no known size: set it.
+    """
+    graphs = _Graphs(function)
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        if not _makes_a_graph():
+            return function(*arguments)
+        graph, tensors = graphs.of(arguments)
+        outputs = tf.raw_ops.PartitionedCall(
+            args=tensors, Tout=[each.dtype for each in graph.outputs], f=graph
+        )
+        return _packed(graph, map(tf.stop_gradient, outputs))
+
+    return called
+
+
+def set_shape(value: Tensor | None, like: Tensor) -> None:
+    """Tells a graph that a value has the shape of another, as far as known."""
+    if _makes_a_graph() and value is not None:
+        value.set_shape(like.shape)
+
+
+def conditional(
+    condition: Tensor, if_true: Any, if_false: Any, *arguments: Any
+) -> Any:
+    """`if_true(*arguments)` where the condition holds, else the other.
+
+    As `tf.cond`, which makes two graphs at each call; these are shared, as in
+    `as_one_node`. Both functions are of tensors and constants, are no
+    closures, and return a sequence of tensors, whose sizes are not known.
+    """
+    if not _makes_a_graph():
+        return tf.cond(
+            condition,
+            lambda: if_true(*arguments),
+            lambda: if_false(*arguments),
+        )
+    (then_branch, tensors), (else_branch, _) = (
+        _graphs_of(branch).of(arguments) for branch in (if_true, if_false)
+    )
+    return tf.raw_ops.StatelessIf(
+        cond=condition,
+        input=tensors,
+        Tout=[each.dtype for each in then_branch.outputs],
+        then_branch=then_branch,
+        else_branch=else_branch,
+    )
+
+
+def _makes_a_graph() -> bool:
+    """Whether operations go into a graph that may hold calls of others."""
+    return (
+        _is("tensorflow")
+        and tf.inside_function()
+        and not tf.distribute.has_strategy()
+    )
+
+
+class _Graphs:
+    """Graphs of a function, one for each kind of arguments.
+
+    They are for any sizes: a network has tens of them, and to make a graph
+    takes as long as hundreds of calls. (Not by `tf.function` itself, which
+    warns where graphs are made one after the other.)
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._graphs: dict[Any, Any] = {}
+
+    def of(self, arguments: Sequence[Any]) -> tuple[Any, list[Tensor]]:
+        """The graph for these arguments, and those of them that it takes."""
+        leaves = tf.nest.flatten(arguments)
+        kind = tuple(
+            (leaf.dtype, _sizes(leaf)) if tf.is_tensor(leaf) else leaf
+            for leaf in leaves
+        )
+        if kind not in self._graphs:
+            self._graphs[kind] = self._trace(arguments, leaves)
+        return self._graphs[kind], list(filter(tf.is_tensor, leaves))
+
+    def _trace(self, arguments: Sequence[Any], leaves: Sequence[Any]) -> Any:
+        function = self._function  # or the graph would keep the tensors
+        at = [i for i, leaf in enumerate(leaves) if tf.is_tensor(leaf)]
+        specs = [
+            tf.TensorSpec(_sizes(leaves[index]), leaves[index].dtype)
+            for index in at
+        ]
+        constants = [None if tf.is_tensor(leaf) else leaf for leaf in leaves]
+        form = tf.nest.pack_sequence_as(arguments, [None] * len(leaves))
+
+        def on_tensors(*values: Tensor) -> Any:
+            filled = list(constants)
+            for index, value in zip(at, values, strict=True):
+                filled[index] = value
+            return function(*tf.nest.pack_sequence_as(form, filled))
+
+        # Neither the graph in the making nor the device of whoever comes
+        # first must be those of all.
+        with tf.init_scope(), tf.device(None):
+            return tf.function(
+                on_tensors, autograph=False
+            ).get_concrete_function(*specs)
+
+
+_graphs_of = functools.cache(_Graphs)
+
+
+def _packed(graph: Any, outputs: Iterable[Tensor]) -> Any:
+    """Outputs of a graph in the structure that its function returned."""
+    values = iter(outputs)
+    return tf.nest.pack_sequence_as(
+        graph.structured_outputs,
+        [
+            next(values) if tf.is_tensor(leaf) else leaf
+            for leaf in tf.nest.flatten(graph.structured_outputs)
+        ],
+    )
+
+
+def _sizes(tensor: Tensor) -> tuple[int | None, ...] | None:
     """What a graph knows of a shape: its rank, and which axes are 1."""
+    if tensor.shape.rank is None:
+        return None
     return tuple(1 if size == 1 else None for size in tensor.shape)
 
 

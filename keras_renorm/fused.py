@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_renorm import backend
 from keras_renorm.backend import tf
 from keras_renorm.functional import Tensor
 
@@ -113,45 +114,40 @@ class FusedView:
             Outputs, shift, mean less shift, variance (divisor count), three
             reserve spaces.
         """
-        outputs = self.normalize(*arguments)
-        mean, variance = outputs[1], self._population(outputs[2])
-
-        def shifted() -> tuple[Tensor, ...]:
-            shift = self.first()
-            y, mean, variance, mean_reserve, *rest = self.normalize(
-                *arguments, shift=shift
-            )
-            shift = tf.cast(tf.reshape(shift, [-1]), mean.dtype)
-            variance = self._population(variance)
-            return (y, shift, mean, variance, mean_reserve + shift, *rest)
-
+        outputs, mean, variance, *reserves = self.normalize(*arguments)
+        share = self._population_share(variance.dtype)
+        population = tf.math.multiply_no_nan(variance, share)
         # A NaN counts as large. XLA, where it compiles a function that was
         # traced without it, computes E[x²] - E[x]², which may be negative.
-        is_small = tf.reduce_all(tf.square(mean) <= LARGE_MEAN**2 * variance)
-        return tf.cond(
+        is_small = tf.reduce_all(tf.square(mean) <= LARGE_MEAN**2 * population)
+        results = backend.conditional(
             is_small,
-            lambda: (
-                outputs[0],
-                tf.zeros_like(mean),
-                mean,
-                variance,
-                *outputs[3:],
-            ),
-            shifted,
+            _as_it_is,
+            _shifted,
+            (outputs, mean, population, *reserves),
+            self.inputs,
+            share,
+            self.data_format,
+            *arguments,
         )
+        # All but the last, which only the operator knows.
+        for result, like in zip(results, (outputs, *[mean] * 5), strict=False):
+            backend.set_shape(result, like)
+        return tuple(results)
 
-    def _population(self, variance: Tensor) -> Tensor:
-        """The operator's variance (divisor count - 1) with divisor count.
+    def _population_share(self, dtype: Any) -> Tensor:
+        """What the operator's variance, of divisor count - 1, is multiplied by.
 
-        That of one element is 0, whatever a device divides by count - 1 = 0.
+        The divisor is then count. 0 for one element, whose variance is 0
+        whatever a device divides by count - 1 = 0.
         """
         count = self.count
         if isinstance(count, int):
-            if count == 1:
-                return tf.zeros_like(variance)
-            return variance * (max(count - 1, 1) / max(count, 1))
+            share = 0 if count == 1 else max(count - 1, 1) / max(count, 1)
+            return tf.constant(share, dtype)
+        count = tf.cast(count, dtype)
         share = tf.maximum(count - 1, 1) / tf.maximum(count, 1)
-        return tf.where(count == 1, 0.0, variance * share)
+        return tf.where(count == 1, tf.zeros_like(share), share)
 
     def gradient(
         self,
@@ -180,3 +176,27 @@ class FusedView:
             is_training=is_training,
         )
         return d_inputs, d_scale, d_offset
+
+
+def _as_it_is(outputs: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    """What `FusedView.normalize_accurately` returns where means are small."""
+    y, mean, variance, *reserves = outputs
+    return (y, tf.zeros_like(mean), mean, variance, *reserves)
+
+
+def _shifted(
+    _: Sequence[Tensor],
+    inputs: Tensor,
+    share: Tensor,
+    data_format: str,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    """The same where a mean is large: of inputs less their first value."""
+    view = FusedView(inputs, 3 if data_format == "NHWC" else 1)
+    shift = view.first()
+    y, mean, variance, mean_reserve, *rest = view.normalize(
+        *arguments, shift=shift
+    )
+    shift = tf.cast(tf.reshape(shift, [-1]), mean.dtype)
+    variance = tf.math.multiply_no_nan(variance, share)
+    return (y, shift, mean, variance, mean_reserve + shift, *rest)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_renorm import functional, schedules
+from keras_renorm import backend, functional, schedules
 from keras_renorm.functional import Moments, Response, State, Tensor
 
 # How much of the gradient is corrected at most. With all of it, the
@@ -32,7 +32,34 @@ OPEN_R_MAX = schedules.R_MAX
 def respond(
     moments: Moments, state: State, total: Moments | None = None
 ) -> Response:
-    """`functional.respond`, and how much of the gradient is to be corrected."""
+    """`functional.respond`, and how much of the gradient is to be corrected.
+
+    In a graph all layers share the graph of it.
+    """
+    response = _respond(
+        _of_presence(moments),
+        state,
+        None if total is None else _of_presence(total),
+    )
+    for value in (response.r, response.d, response.held):
+        backend.set_shape(value, moments.mean)
+    for value in (*response[2:4], response.rest):
+        backend.set_shape(value, state.moving_mean)
+    return response
+
+
+def _of_presence(moments: Moments) -> Moments:
+    """Moments whose count, if it is a number, says only whether it is 0.
+
+    More of it is not asked for, and a graph is made for each number.
+    """
+    if isinstance(moments.count, (int, float)):
+        return moments._replace(count=int(moments.count > 0))
+    return moments
+
+
+@backend.as_one_node
+def _respond(moments: Moments, state: State, total: Moments | None) -> Response:
     response = functional.respond(moments, state, total)
     if state.feedback is None:
         return response

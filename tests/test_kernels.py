@@ -688,10 +688,55 @@ def test_layers_of_a_network_share_their_graph(kind, monkeypatch, rng):
         return trace(*arguments, **options)
 
     monkeypatch.setattr("tensorflow.function", counted)
+    counts = []
     for channels in (3, 5, 8):
         inputs = tf.constant(helpers.inputs_of(rng, (4, 6, 6, channels)))
         kind(epsilon=0.0123)(inputs, training=True)
-    assert len(made) == 1
+        counts.append(len(made))
+    # The graph of the step, and those that it calls.
+    assert 1 <= counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        BatchNormalization,
+        BatchRenormalization,
+        functools.partial(BatchRenormalization, gradient_momentum=0.9),
+    ],
+)
+def test_a_graph_of_many_layers_holds_calls_of_shared_graphs(
+    kind, monkeypatch, rng
+):
+    # An epsilon that no other test has left a graph of.
+    layers = [kind(epsilon=0.0345) for _ in range(3)]
+    inputs = tf.constant(helpers.inputs_of(rng, (64, 12, 12, 16)))
+    for layer in layers:
+        layer.build(inputs.shape)
+    made = []
+    trace = tf.function
+
+    def counted(*arguments, **options):
+        made.append(arguments)
+        return trace(*arguments, **options)
+
+    def network(x):
+        counts = []
+        for layer in layers:
+            x = layer(x, training=True)
+            counts.append(len(made))
+        # What calls the first layer makes, the others call.
+        assert 1 <= counts[0] == counts[1] == counts[2]
+        return x
+
+    monkeypatch.setattr("tensorflow.function", counted)
+    operations = (
+        trace(network, autograph=False)
+        .get_concrete_function(inputs)
+        .graph.get_operations()
+    )
+    types = [operation.type for operation in operations]
+    assert types.count("StatelessIf") == types.count("PartitionedCall") == 3
 
 
 def test_layers_of_other_momentum_infer_by_the_same_graph(monkeypatch, rng):
