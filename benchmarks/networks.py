@@ -1,18 +1,21 @@
 """How long whole networks take, beside the same ones with Keras's layer.
 
-    python benchmarks/networks.py            # about 40 minutes on two cores
-    python benchmarks/networks.py --quick    # under a minute
+    python benchmarks/networks.py            # about 45 minutes on two cores
+    python benchmarks/networks.py --quick    # a minute or two
 
 Networks of `keras.applications` with other normalization in the place of
 Keras's BatchNormalization. Each network is measured in processes of its own,
-three of them, in which all contenders take turns; a figure is the median of
-the ratios to Keras's BatchNormalization, with the lowest and the highest.
-"no normalization" is the floor: nothing in its place. "share" is what
+three of them (`--processes`), in which all contenders take turns; a figure is
+the median of the ratios to Keras's BatchNormalization, with the lowest and the
+highest. "no normalization" is the floor: nothing in its place. "share" is what
 normalization itself adds to that floor in a training step, Keras's = 1.
 
-- inference: in a graph (`tf.function`), 224 x 224 images;
+- inference: in a graph (`tf.function`), 224 x 224 images, and in bfloat16
+  (`mixed_bfloat16`); predict: by `predict`. Our layers do the same there;
 - training step: `train_on_batch` with SGD, images as in the table;
-- first train_on_batch: the first such step, which traces and compiles it;
+- frozen step: the same with all statistics frozen, Keras's by
+  `trainable = False` of the layers;
+- first train_on_batch: the first training step, which traces and compiles it;
 - first eager call: `model(images, training=True)`, the first of its process.
 
 Prints a table; writes JSON, the table and a picture into `--output`.
@@ -76,11 +79,16 @@ class GroupNormalization(keras.layers.GroupNormalization):
         return super().call(inputs)
 
 
-def contenders(name, size, is_quick):
-    """Name to network; all untrained."""
-    model = getattr(keras.applications, name)(
+def application(name, size):
+    """A network of `keras.applications`, untrained."""
+    return getattr(keras.applications, name)(
         weights=None, input_shape=(size, size, 3), classes=10
     )
+
+
+def contenders(name, size, is_quick):
+    """Name to network; all untrained."""
+    model = application(name, size)
 
     def replaced(replacement):
         def layer_of(layer):
@@ -151,10 +159,50 @@ def first_and_later_steps(name, order, seconds, is_quick):
     return result
 
 
+def frozen_steps(name, seconds):
+    """Seconds of a training step with frozen statistics, Keras's and ours."""
+    batch_size, size = NETWORKS[name]
+    model = application(name, size)
+    converted = keras_renorm.convert(model)
+    keras_renorm.freeze_statistics(converted)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+    images = tf.random.normal((batch_size, size, size, 3))
+    labels = np.arange(batch_size) % 10
+    steps = {}
+    for each, network in ((BASELINE, model), ("our renorm", converted)):
+        network.compile(
+            keras.optimizers.SGD(1e-3), "sparse_categorical_crossentropy"
+        )
+        steps[each] = lambda network=network: network.train_on_batch(
+            images, labels
+        )
+    return timing.interleaved(steps, seconds, 2)
+
+
 def inference(name, batch_size, seconds, is_quick):
-    """Seconds of inference, folded too."""
+    """Seconds of inference in a graph, folded too."""
     networks = contenders(name, 224, is_quick)
+    for same in ("our BN", "our renorm, corrected"):
+        networks.pop(same, None)
     networks[FOLDED] = keras_renorm.fold(networks[BASELINE])
+    return _inference(networks, batch_size, seconds)
+
+
+def in_bfloat16(name, batch_size, seconds):
+    """The same of 16-bit networks, Keras's and ours."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = application(name, 224)
+        networks = {BASELINE: model, "our renorm": keras_renorm.convert(model)}
+        return _inference(networks, batch_size, seconds)
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
+def _inference(networks, batch_size, seconds):
     images = tf.random.normal((batch_size, 224, 224, 3))
 
     def of(network):
@@ -166,15 +214,42 @@ def inference(name, batch_size, seconds, is_quick):
     )
 
 
+def predictions(name, batch_size, seconds):
+    """Seconds of `predict`, Keras's and ours, folded too."""
+    model = application(name, 224)
+    images = np.random.default_rng(0).normal(size=(batch_size, 224, 224, 3))
+    images = images.astype("float32")
+    networks = {
+        BASELINE: model,
+        "our renorm": keras_renorm.convert(model),
+        FOLDED: keras_renorm.fold(model),
+    }
+    return timing.interleaved(
+        {
+            each: lambda network=network: network.predict(
+                images, batch_size, verbose=0
+            )
+            for each, network in networks.items()
+        },
+        seconds,
+        2,
+    )
+
+
 def measure(name, order, is_quick):
     """All rows of a network, once: row to contender to seconds."""
-    seconds = 3 if is_quick else 25
+    seconds = 3 if is_quick else 15
     rows = first_and_later_steps(name, order, seconds, is_quick)
     keras.utils.clear_session()
-    for batch_size in (1,) if is_quick else (1, 8):
+    for batch_size in (1,) if is_quick else (1, 16):
         rows[f"inference, batch {batch_size}"] = inference(
             name, batch_size, seconds, is_quick
         )
+    rows["inference, predict, batch 1"] = predictions(name, 1, seconds)
+    if not is_quick:
+        rows["inference, predict, batch 16"] = predictions(name, 16, seconds)
+        rows["inference, bfloat16, batch 8"] = in_bfloat16(name, 8, seconds)
+    rows["training step, frozen"] = frozen_steps(name, seconds)
     return {
         row: {each: list(values) for each, values in times.items()}
         for row, times in rows.items()
@@ -255,7 +330,7 @@ def draw(networks, path):
         row
         for row in (
             "inference, batch 1",
-            "inference, batch 8",
+            "inference, batch 16",
             "training step",
             "first eager call",
         )
@@ -299,6 +374,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("output/networks"))
+    parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -306,7 +382,7 @@ def main():
         print(json.dumps(measure(name, int(order), options.quick)))
         return
     names = ["MobileNetV2"] if options.quick else list(NETWORKS)
-    processes = 1 if options.quick else 3
+    processes = 1 if options.quick else options.processes
     console = Console(width=max(Console().width, 170))
     runs = {name: [] for name in names}
     with Progress(console=console) as progress:
