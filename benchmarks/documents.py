@@ -302,6 +302,20 @@ def fold():
     return [*table(head, rows), "", machine_of(results)]
 
 
+def networks():
+    """Whole networks of `keras.applications`."""
+    results = read("networks_cpu.json")
+    head, *rows = _networks_report()["table_rows"](
+        results["networks"], has_range=False
+    )
+    return [*table(head, rows), "", machine_of(results)]
+
+
+def _networks_report():
+    # By path: tests import this file alone.
+    return runpy.run_path(str(Path(__file__).with_name("networks_report.py")))
+
+
 def monitor():
     """What `RenormMonitor` takes."""
     results = read("monitor_cpu.json")
@@ -331,6 +345,7 @@ PARTS = {
     "speed elsewhere": speed_elsewhere,
     "replicas": replicas,
     "fold": fold,
+    "networks": networks,
     "monitor": monitor,
 }
 
@@ -467,6 +482,10 @@ def draw_speed(plt, shown):
 DRAWINGS = {
     "does_it_help": (mean_accuracies, draw_accuracies),
     "speed": (step_ratios, draw_speed),
+    "networks": (
+        lambda: read("networks_cpu.json")["networks"],
+        lambda plt, shown: _networks_report()["picture"](plt, shown),
+    ),
 }
 
 

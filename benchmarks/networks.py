@@ -18,7 +18,8 @@ normalization itself adds to that floor in a training step, Keras's = 1.
 - first train_on_batch: the first training step, which traces and compiles it;
 - first eager call: `model(images, training=True)`, the first of its process.
 
-Prints a table; writes JSON, the table and a picture into `--output`.
+Prints a table; writes JSON and a picture into `--output`.
+`networks_report.py` has how they look.
 """
 
 import argparse
@@ -32,33 +33,17 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
+import networks_report
 import numpy as np
 import tensorflow as tf
 import timing
+from networks_report import BASELINE, FLOOR, FOLDED, NETWORKS
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import keras_renorm
 
-# Examples a step and the size of an image, in training.
-NETWORKS = {
-    "ResNet50": (16, 64),
-    "MobileNetV2": (16, 96),
-    "EfficientNetB0": (8, 96),
-}
-BASELINE = "Keras BN"
-FLOOR = "no normalization"
-FOLDED = "folded"
-COLORS = {
-    BASELINE: "#999999",
-    "our BN": "#56b4e9",
-    "our renorm": "#0072b2",
-    "our renorm, corrected": "#009e73",
-    "group norm.": "#e69f00",
-    FOLDED: "#cc79a7",
-    FLOOR: "#000000",
-}
 QUICK = (BASELINE, "our renorm", FLOOR)
 GROUPS = 8  # divides the channels of all layers
 
@@ -284,92 +269,6 @@ def pooled(runs):
     return result
 
 
-def table_rows(networks):
-    """The table: head, then a list of cells for each network and row."""
-    names = list(COLORS)
-    yield ["network", "what", "Keras BN, ms", *names[1:]]
-    order = ("inference", "training", "share", "first")
-    for network, rows in networks.items():
-        batch_size, size = NETWORKS[network]
-        for row in sorted(
-            rows, key=lambda row: (order.index(row.split()[0].strip(",")), row)
-        ):
-            cells = [
-                f"{value['median']:.2f} ({value['min']:.2f}-{value['max']:.2f})"
-                if (value := rows[row].get(name))
-                else ""
-                for name in names[1:]
-            ]
-            label = row if row[0] == "i" else f"{row}, {batch_size} x {size} px"
-            yield [
-                network,
-                label,
-                f"{rows[row][BASELINE]['milliseconds']:.0f}",
-                *cells,
-            ]
-
-
-def markdown(networks, machine):
-    head, *body = table_rows(networks)
-    lines = [head, ["---"] * len(head), *body]
-    return (
-        "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        + f"\n\n{machine['processor']}, {machine['cores']} cores, TensorFlow "
-        f"{machine['tensorflow']}, Keras {machine['keras']}.\n"
-    )
-
-
-def draw(networks, path):
-    """A panel for each row, a group of bars for each network."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [
-        row
-        for row in (
-            "inference, batch 1",
-            "inference, batch 16",
-            "training step",
-            "first eager call",
-        )
-        if row in next(iter(networks.values()))
-    ]
-    figure, places = plt.subplots(
-        len(rows), 1, figsize=(10, 2.6 * len(rows)), layout="constrained"
-    )
-    width = 0.85 / len(COLORS)
-    for axes, row in zip(places, rows, strict=True):
-        for at, (name, color) in enumerate(COLORS.items()):
-            found = [
-                (place, rows_of[row][name])
-                for place, rows_of in enumerate(networks.values())
-                if name in rows_of[row]
-            ]
-            if not found:
-                continue
-            low, middle, high = (
-                np.array([value[key] for _, value in found])
-                for key in ("min", "median", "max")
-            )
-            axes.bar(
-                [place + at * width for place, _ in found],
-                middle,
-                width,
-                yerr=(middle - low, high - middle),
-                color=color,
-                error_kw={"lw": 0.7, "ecolor": "#666666"},
-                label=name,
-            )
-        axes.axhline(1, color="#999999", lw=0.7)
-        axes.set_xticks(np.arange(len(networks)) + 0.36, list(networks))
-        axes.set(title=row, ylabel="Keras BN = 1")
-        axes.set_ylim(0, 2.5 if row.startswith("first") else 1.6)
-    places[0].legend(ncols=4, fontsize=8, loc="upper center")
-    figure.savefig(path, dpi=110)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
@@ -393,7 +292,7 @@ def main():
                 runs[name].append(in_a_process(name, order, options.quick))
                 progress.advance(task)
     networks = {name: pooled(of_one) for name, of_one in runs.items()}
-    head, *body = table_rows(networks)
+    head, *body = networks_report.table_rows(networks)
     table = Table(*head)
     for cells in body:
         table.add_row(*cells)
@@ -403,9 +302,8 @@ def main():
         options.output / "networks.json",
         {"machine": machine, "networks": networks},
     )
-    (options.output / "table.md").write_text(markdown(networks, machine))
-    draw(networks, options.output / "networks.png")
-    console.print(f"wrote networks.json, table.md, .png to {options.output}")
+    networks_report.draw(networks, options.output / "networks.png")
+    console.print(f"wrote networks.json and networks.png to {options.output}")
 
 
 if __name__ == "__main__":
