@@ -473,6 +473,9 @@ SIZES = {
     "InceptionV3": 75,
     "Xception": 71,
 }
+# So deep that with random weights a change of the input by one rounding moves
+# outputs by a quarter of the largest. With smaller branches it does not.
+DEEPEST = ("EfficientNetV2L",)
 # Networks with layer normalization, or none.
 WITHOUT = ("ConvNeXt", "VGG")
 
@@ -492,6 +495,9 @@ def test_all_of_keras_applications(name, rng):
         assert not networks.normalizations(model)
         return
     networks.randomize_mildly(model, rng)
+    if name in DEEPEST:
+        for layer in networks.normalizations(model):
+            layer.gamma.assign(0.3 * layer.gamma)
     x = rng.uniform(0, 255, (2, size, size, 3)).astype("float32")
     assert_there_and_back(model, x)
     expected = model.predict(x, verbose=0)
