@@ -16,86 +16,26 @@
 # Takes some minutes on two CPU cores; `pip install keras-renorm[tutorials]`.
 
 # %%
-import argparse
-import functools
-import os
-import sys
-from pathlib import Path
+import lesson
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+STEPS, SEEDS = 300, 3
+args = lesson.options(
+    "11_segmentation", data=("shapes", "pets"), seeds=SEEDS, steps=STEPS
+)
+
+# %%
+import functools
 
 import keras
 import numpy as np
+import segmentation
 from keras import layers
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 import keras_renorm
 from keras_renorm.diagnostics import discrepancy
 
-# %%
-CLASSES, PICTURES = 3, 3
-DEFAULT_STEPS, DEFAULT_SEEDS = 300, 3
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--data", choices=["shapes", "pets"], default="shapes")
-parser.add_argument(
-    "--seeds", type=int, default=DEFAULT_SEEDS, help="runs of each kind"
-)
-parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
-parser.add_argument("--output", type=Path, default="output/11_segmentation")
-# A notebook's arguments are the kernel's, not ours: edit the defaults there.
-args = parser.parse_args([] if "ipykernel" in sys.modules else None)
-if args.seeds < 1 or args.steps < 1:
-    parser.error("need --seeds and --steps of 1 or more")
-args.output.mkdir(parents=True, exist_ok=True)
-
-# %% [markdown]
-# ## The data: which pixels show a disk (1), a diamond (2), or neither (0)
-
-
-# %%
-def shapes(count, rng, size=32):
-    """Images `(count, size, size, 3)`, and the class of each pixel."""
-    rows, columns = np.mgrid[:size, :size]
-    images = rng.normal(0, 0.15, (count, size, size, 3))
-    classes = np.zeros((count, size, size), "int32")
-    for image, truth in zip(images, classes, strict=True):
-        for kind in rng.permutation([1, 2]):
-            top, left = rng.integers(6, size - 6, 2)
-            down, across = np.abs(rows - top), np.abs(columns - left)
-            far = np.hypot(down, across) if kind == 1 else down + across
-            inside = far <= rng.integers(4, 9)
-            image[inside] += rng.uniform(0.3, 0.8, 3)
-            truth[inside] = kind
-        image[:] = rng.uniform(0.4, 1.6) * image + rng.uniform(-1, 1)
-    return images.astype("float32"), classes
-
-
-@functools.cache
-def pets(split, size=64):
-    """Photographs; animal (0), background (1) and outline (2)."""
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    def shrink(example):
-        image, mask = example["image"], example["segmentation_mask"]
-        mask = tf.image.resize(mask, (size, size), method="nearest")[..., 0]
-        mask = tf.clip_by_value(tf.cast(mask, "int32") - 1, 0, CLASSES - 1)
-        return tf.image.resize(image, (size, size)) / 127.5 - 1, mask
-
-    dataset = tfds.load("oxford_iiit_pet", split=split).map(shrink)
-    pair = dataset.batch(len(dataset)).get_single_element()
-    return tuple(each.numpy() for each in pair)
-
-
-def load_data(seed):
-    if args.data == "pets":
-        return *pets("train"), *pets("test[:500]")
-    rng = np.random.default_rng(seed)
-    return *shapes(600, rng), *shapes(200, rng)
-
+CLASSES = segmentation.CLASSES
+PICTURES = 3
 
 # %% [markdown]
 # ## The network: down to a quarter of the size, and up with ways across
@@ -168,11 +108,6 @@ def fit(model, x, y, rate, batch_size=2):
     model.fit(x[rows], y[rows], batch_size=batch_size, shuffle=False, verbose=0)
 
 
-def mean_iou(found, truth):
-    pairs = [(found == each, truth == each) for each in range(CLASSES)]
-    return np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in pairs])
-
-
 def segment(model, x):
     # In batches of one size and many of them, for TensorFlow warns of functions
     # that are traced every few calls.
@@ -181,7 +116,7 @@ def segment(model, x):
 
 def judge(name, model, x, x_val, y_val):
     found = segment(model, x_val)
-    scores.setdefault(name, []).append(mean_iou(found, y_val))
+    scores.setdefault(name, []).append(segmentation.mean_iou(found, y_val))
     pictures[name] = found[:PICTURES]
     if name != "group norm":
         report = discrepancy(model, x[:100], batch_size=2, verbose=False)
@@ -189,7 +124,7 @@ def judge(name, model, x, x_val, y_val):
 
 
 for seed in range(args.seeds):
-    x, y, x_val, y_val = load_data(seed)
+    x, y, x_val, y_val = segmentation.load(args.data, seed)
     for name, normalization in NORMALIZATIONS.items():
         keras.utils.set_random_seed(seed)
         model = unet(Encoder(normalization), normalization)
@@ -214,9 +149,9 @@ CONVERSIONS = {
 for seed in range(args.seeds):
     keras.utils.set_random_seed(seed)
     pretrained = Encoder(KERAS_BN)
-    x, y, *_ = load_data(100 + seed)
+    x, y, *_ = segmentation.load(args.data, 100 + seed)
     fit(unet(pretrained, KERAS_BN), x, y, 3e-3, batch_size=32)
-    x, y, x_val, y_val = load_data(seed)
+    x, y, x_val, y_val = segmentation.load(args.data, seed)
     for name, arguments in CONVERSIONS.items():
         keras.utils.set_random_seed(seed)
         encoder = Encoder(KERAS_BN)
@@ -228,7 +163,7 @@ for seed in range(args.seeds):
         judge(name, model, x, x_val, y_val)
     keras_renorm.revert(model, in_place=True)
     served = segment(model, x_val)
-    assert abs(mean_iou(served, y_val) - scores[name][-1]) < 1e-3
+    assert abs(segmentation.mean_iou(served, y_val) - scores[name][-1]) < 1e-3
 
 # %% [markdown]
 # ## Results: ranges over the seeds; the gap is that of the model's outputs
@@ -253,28 +188,14 @@ for seed in range(args.seeds):
 # images. What that costs is the gap, and that is a hundredth.
 
 # %%
-table = Table("normalization", "mIoU", "gap", "what discrepancy says")
-for name, values in scores.items():
-    found = reports.get(name, [])
-    gaps = [report.gap for report in found]
-    causes = {each.cause for report in found for each in report.verdicts}
-    table.add_row(
-        name,
-        f"{min(values):.3f} to {max(values):.3f}",
-        f"{min(gaps):.2f} to {max(gaps):.2f}" if gaps else "-",
-        ", ".join(sorted(causes)) or ("nothing" if found else "-"),
-    )
-Console().print(table)
-
-columns = {"truth": y_val[:PICTURES], **pictures}
-figure = Figure((2 * len(columns), 2 * PICTURES), layout="constrained")
-parts = figure.subplots(PICTURES, len(columns))
-for column, (name, images) in enumerate(columns.items()):
-    parts[0, column].set_title(name, fontsize=7)
-    for axes, classes in zip(parts[:, column], images, strict=True):
-        axes.imshow(classes, vmin=0, vmax=CLASSES - 1)
-        axes.set_axis_off()
-figure.savefig(args.output / "segmentation.png")
+lesson.table(
+    "On images that were held back",
+    ("normalization", "mIoU", "gap", "what discrepancy says"),
+    segmentation.rows(scores, reports),
+)
+segmentation.draw(
+    args.output / "segmentation.png", {"truth": y_val[:PICTURES], **pictures}
+)
 
 # %% [markdown]
 # ## What we claim
@@ -283,25 +204,6 @@ figure.savefig(args.output / "segmentation.png")
 # and several seeds.
 
 # %%
-if (
-    args.data == "shapes"
-    and args.steps >= DEFAULT_STEPS
-    and args.seeds >= DEFAULT_SEEDS
-):
-    mean = {name: np.mean(values) for name, values in scores.items()}
-    for name in ("renorm", "renorm, corrected"):
-        # From the start, each seed; tuned, on the whole.
-        assert min(scores[name]) > max(scores["Keras BN"]) + 0.03, scores
-        assert mean[f"tuned: {name}"] > mean["tuned: Keras BN"] + 0.03, scores
-        assert mean[f"tuned: {name}"] > mean[name] + 0.1, scores
-    assert mean["group norm"] > mean["Keras BN"] + 0.05, scores
-    for name, found in reports.items():
-        gaps = [report.gap for report in found]
-        causes = {each.cause for report in found for each in report.verdicts}
-        if name.endswith("Keras BN"):
-            assert min(gaps) > 0.15, (name, gaps)
-            assert "batches too small" in causes, (name, causes)
-        else:
-            assert max(gaps) < 0.05, (name, gaps)
-            assert "batches too small" not in causes, (name, causes)
-    Console().print("All claims hold")
+if args.is_whole and args.seeds >= SEEDS:
+    segmentation.check(scores, reports)
+    lesson.say("All claims hold")
