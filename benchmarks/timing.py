@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 
-def interleaved(functions, seconds, settle=2):
-    """Seconds a call of each function: arrays, one value a round.
+def interleaved(functions, seconds, settle=2, clock=time.perf_counter):
+    """Seconds a call of each function, by a clock: arrays, one value a round.
 
     All functions take turns within each round, so that what else the machine
     does hits them alike. `functions` maps names to callables that return when
@@ -21,7 +21,7 @@ def interleaved(functions, seconds, settle=2):
     for function in functions.values():
         for _ in range(settle):
             function()
-    fastest = min(_time(function, 1) for function in functions.values())
+    fastest = min(_time(function, 1, clock) for function in functions.values())
     repeats = max(1, round(0.01 / fastest))
     times = {name: [] for name in functions}
     end = time.perf_counter() + seconds
@@ -30,15 +30,15 @@ def interleaved(functions, seconds, settle=2):
             # Once for what the one before left behind: cold caches, memory
             # given back to the system.
             function()
-            times[name].append(_time(function, repeats))
+            times[name].append(_time(function, repeats, clock))
     return {name: np.array(values) for name, values in times.items()}
 
 
-def _time(function, repeats):
-    start = time.perf_counter()
+def _time(function, repeats, clock):
+    start = clock()
     for _ in range(repeats):
         function()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def ratios(times, baseline):
