@@ -8,8 +8,9 @@ Keras's BatchNormalization. Each network is measured in processes of its own,
 three of them (`--processes`), in which all contenders take turns; a figure is
 the median of the ratios to Keras's BatchNormalization, with the lowest and the
 highest. Time is the processor's, of all threads: what else runs on a machine
-changes it less than what a clock on the wall shows. "no normalization" is the floor: nothing in its place. "share" is what
-normalization itself adds to that floor in a training step, Keras's = 1.
+changes it less than what a clock on the wall shows. "no normalization" is the
+floor: nothing in its place. "share" is what normalization itself adds to that
+floor in a training step, Keras's = 1.
 
 - inference: in a graph (`tf.function`), 224 x 224 images, and in bfloat16
   (`mixed_bfloat16`); predict: by `predict`. Our layers do the same there;
