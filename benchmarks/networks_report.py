@@ -110,7 +110,7 @@ def picture(plt, networks):
         axes.axhline(1, color="#999999", lw=0.7)
         axes.set_xticks(np.arange(len(networks)) + 0.36, list(networks))
         axes.set(title=row, ylabel="Keras BN = 1")
-        axes.set_ylim(0, 2.5 if row.startswith("first") else 1.6)
+        axes.set_ylim(bottom=0)
     named = {
         name: bars
         for axes in places

@@ -25,7 +25,7 @@ SCRIPTS = ROOT / "tutorials"
 NOTEBOOKS = Path(__file__).parent / "tutorials"
 
 # Their pages have no outputs, and say so: they take too long here.
-NOT_EXECUTED = ("11_segmentation",)
+NOT_EXECUTED: tuple[str, ...] = ()
 NOTE = "not-executed"  # the cell that says it
 _ADDRESSES = {"worker": ["127.0.0.1:23450", "127.0.0.1:23451"]}
 
