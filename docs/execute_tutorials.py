@@ -24,9 +24,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tutorials"
 NOTEBOOKS = Path(__file__).parent / "tutorials"
 
-# Their pages have no outputs, and say so: they take too long here.
-NOT_EXECUTED: tuple[str, ...] = ()
-NOTE = "not-executed"  # the cell that says it
 _ADDRESSES = {"worker": ["127.0.0.1:23450", "127.0.0.1:23451"]}
 
 
@@ -66,15 +63,6 @@ def notebook_of(name):
         }
         for at, (is_code, text) in enumerate(cells_of(script_of(name)))
     ]
-    if name in NOT_EXECUTED:
-        note = {
-            "cell_type": "markdown",
-            "id": NOTE,
-            "metadata": {},
-            "source": "**This page was not executed**: run the script "
-            f"`tutorials/{name}.py` to see what it prints and draws.",
-        }
-        cells.insert(1, note)
     return {
         "cells": cells,
         "metadata": {
@@ -194,7 +182,7 @@ def main():
     args = parser.parse_args()
     for name in args.names or names():
         how = kept if args.keep_outputs else execute
-        write(name, (notebook_of if name in NOT_EXECUTED else how)(name))
+        write(name, how(name))
         print(name)
 
 

@@ -289,11 +289,7 @@ class State(NamedTuple):
     """What a training step reads of a layer: `Parameters`, and more.
 
     Attributes:
-        gamma: Scale, shape `(channels,)`, or `None` for 1.
-        beta: Offset, shape `(channels,)`, or `None` for 0.
-        moving_mean: Shape `(channels,)`.
-        moving_variance: Shape `(channels,)`.
-        epsilon: Added to variances under the root.
+        gamma, beta, moving_mean, moving_variance, epsilon: As there.
         momentum: Share of the moving statistics that is kept.
         limits: Those of r and d. `None` is r = 1, d = 0.
         feedback: What corrects the gradient, or `None`.

@@ -97,13 +97,9 @@ def test_a_notebook_has_the_cells_of_its_tutorial(name):
     shown = [
         (cell["cell_type"] == "code", cell["source"])
         for cell in notebook["cells"]
-        if cell["id"] != TUTORIALS.NOTE
     ]
     assert shown == TUTORIALS.cells_of(TUTORIALS.script_of(name))
-    notes = len(notebook["cells"]) - len(shown)
-    assert notes == (name in TUTORIALS.NOT_EXECUTED)
-    outputs = [cell.get("outputs") for cell in notebook["cells"]]
-    assert any(outputs) == (name not in TUTORIALS.NOT_EXECUTED)
+    assert any(cell.get("outputs") for cell in notebook["cells"])
 
 
 @pytest.mark.parametrize("name", TUTORIALS.names())

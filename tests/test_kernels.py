@@ -670,6 +670,20 @@ def test_a_graph_is_for_all_sizes(rng):
     assert seen == [(None, None), (1, None)]
 
 
+@pytest.fixture
+def made(monkeypatch):
+    """The functions that become graphs, as they do."""
+    functions = []
+    trace = tf.function
+
+    def counted(function, **options):
+        functions.append(function)
+        return trace(function, **options)
+
+    monkeypatch.setattr("tensorflow.function", counted)
+    return functions
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -678,16 +692,8 @@ def test_a_graph_is_for_all_sizes(rng):
         functools.partial(BatchRenormalization, gradient_momentum=0.9),
     ],
 )
-def test_layers_of_a_network_share_their_graph(kind, monkeypatch, rng):
+def test_layers_of_a_network_share_their_graph(kind, made, rng):
     # A kind of layer, an epsilon, that no other test has left a graph of.
-    made = []
-    trace = tf.function
-
-    def counted(*arguments, **options):
-        made.append(arguments)
-        return trace(*arguments, **options)
-
-    monkeypatch.setattr("tensorflow.function", counted)
     counts = []
     for channels in (3, 5, 8):
         inputs = tf.constant(helpers.inputs_of(rng, (4, 6, 6, channels)))
@@ -705,33 +711,24 @@ def test_layers_of_a_network_share_their_graph(kind, monkeypatch, rng):
         functools.partial(BatchRenormalization, gradient_momentum=0.9),
     ],
 )
-def test_a_graph_of_many_layers_holds_calls_of_shared_graphs(
-    kind, monkeypatch, rng
-):
+def test_a_graph_of_many_layers_holds_calls_of_shared_graphs(kind, made, rng):
     # An epsilon that no other test has left a graph of.
     layers = [kind(epsilon=0.0345) for _ in range(3)]
     inputs = tf.constant(helpers.inputs_of(rng, (64, 12, 12, 16)))
     for layer in layers:
         layer.build(inputs.shape)
-    made = []
-    trace = tf.function
-
-    def counted(*arguments, **options):
-        made.append(arguments)
-        return trace(*arguments, **options)
 
     def network(x):
         counts = []
         for layer in layers:
             x = layer(x, training=True)
-            counts.append(len(made))
+            counts.append(len(made) - 1)  # less this
         # What calls the first layer makes, the others call.
         assert 1 <= counts[0] == counts[1] == counts[2]
         return x
 
-    monkeypatch.setattr("tensorflow.function", counted)
     operations = (
-        trace(network, autograph=False)
+        tf.function(network, autograph=False)
         .get_concrete_function(inputs)
         .graph.get_operations()
     )
@@ -739,15 +736,7 @@ def test_a_graph_of_many_layers_holds_calls_of_shared_graphs(
     assert types.count("StatelessIf") == types.count("PartitionedCall") == 3
 
 
-def test_layers_of_other_momentum_infer_by_the_same_graph(monkeypatch, rng):
-    made = []
-    trace = tf.function
-
-    def counted(*arguments, **options):
-        made.append(arguments)
-        return trace(*arguments, **options)
-
-    monkeypatch.setattr("tensorflow.function", counted)
+def test_layers_of_other_momentum_infer_by_the_same_graph(made, rng):
     inputs = tf.constant(helpers.inputs_of(rng, (4, 6, 6, 3)))
     for momentum in (0.5, 0.9):
         BatchNormalization(momentum=momentum, epsilon=0.0124)(inputs)
