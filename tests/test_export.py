@@ -6,7 +6,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_renorm import BatchNormalization, convert, fold, revert
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    convert,
+    fold,
+    revert,
+)
 from tests import helpers, networks
 
 pytestmark = [pytest.mark.slow, pytest.mark.tensorflow]
@@ -102,3 +108,36 @@ def test_a_pretrained_architecture_folded(runtime, rng, tmp_path):
     folded = fold(convert(model))
     assert not networks.normalizations(folded)
     assert_runs(folded, runtime, inputs, expected, tmp_path)
+
+
+def test_a_training_step_is_exported_with_its_state(tmp_path, rng):
+    import tensorflow as tf
+
+    class Trained(tf.Module):
+        def __init__(self):
+            self.layer = BatchRenormalization(
+                momentum=0.9, r_max=3.0, d_max=5.0, gradient_momentum=0.9
+            )
+            self.layer.build((None, 40, 40, 16))
+            self.states = [weight.value for weight in self.layer.weights]
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 40, 40, 16))])
+        def step(self, x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_mean(self.layer(x, training=True) ** 3)
+            return loss, tape.gradient(loss, x)
+
+    trained = Trained()
+    tf.saved_model.save(trained, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    inputs = tf.constant(helpers.inputs_of(rng, (8, 40, 40, 16)))
+    losses = []
+    for _ in range(3):  # r, d and so the loss follow the moving statistics
+        for found, expected in zip(
+            loaded.step(inputs), trained.step(inputs), strict=True
+        ):
+            helpers.assert_close(found, expected, 1e-6)
+        losses.append(float(trained.step(inputs)[0]))
+        loaded.step(inputs)
+    assert len(set(losses)) == 3
