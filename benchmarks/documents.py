@@ -90,6 +90,11 @@ def table(head, rows, of_words=False):
 def machine_of(results):
     """On what results were measured, as a sentence."""
     machine = results["machine"]
+    if "device" in machine:
+        return (
+            f"Measured on an {machine['device']}, JAX {machine['jax']}, "
+            f"Keras {machine['keras']}, {machine['date']}."
+        )
     return (
         f"Measured on {machine['cores']} cores of an {machine['processor']}, "
         f"TensorFlow {machine['tensorflow']}, Keras {machine['keras']}, "
@@ -311,6 +316,33 @@ def networks():
     return [*table(head, rows), "", machine_of(results)]
 
 
+def gpu_layer():
+    """A layer on a GPU."""
+    results = read("speed_jax_gpu.json")
+    names = ("Keras 3 renorm", "our BN", "our renorm")
+    rows = []
+    for case in results["cases"]:
+        ratios = case["ratios"]
+        rows.append(
+            [
+                f"{case['what']}, {case['dtype']}, {case['label']}",
+                f"{ratios['Keras 3 BN']['milliseconds']:.3f}",
+                f"{ratios['Keras 3 BN']['bandwidth']:.0%}",
+                *(f"{ratios[name]['median']:.2f}" for name in names),
+                f"{ratios['our renorm']['bandwidth']:.0%}",
+            ]
+        )
+    head = ["what", "Keras 3 BN, ms", "of copying", *names, "of copying"]
+    return [*table(head, rows), "", machine_of(results)]
+
+
+def gpu_networks():
+    """Whole networks on a GPU."""
+    results = read("networks_jax_gpu.json")
+    head, *rows = _networks_report()["device_rows"](results["networks"])
+    return [*table(head, rows), "", machine_of(results)]
+
+
 def _networks_report():
     # By path: tests import this file alone.
     return runpy.run_path(str(Path(__file__).with_name("networks_report.py")))
@@ -346,6 +378,8 @@ PARTS = {
     "replicas": replicas,
     "fold": fold,
     "networks": networks,
+    "GPU": gpu_layer,
+    "networks on a GPU": gpu_networks,
     "monitor": monitor,
 }
 

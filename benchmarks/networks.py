@@ -40,7 +40,8 @@ import networks_report
 import numpy as np
 import tensorflow as tf
 import timing
-from networks_report import BASELINE, FLOOR, FOLDED, NETWORKS
+from networks_made import application, contenders
+from networks_report import BASELINE, FLOOR, FOLDED, NETWORKS, RIVAL
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -52,63 +53,6 @@ tf.get_logger().setLevel("ERROR")
 
 CLOCK = time.process_time
 QUICK = (BASELINE, "our renorm", FLOOR)
-GROUPS = 8  # divides the channels of all layers
-
-
-class Nothing(keras.layers.Layer):
-    """In the place of normalization."""
-
-    def call(self, inputs, mask=None):
-        """The inputs, with the arguments of batch normalization."""
-        return inputs
-
-
-class GroupNormalization(keras.layers.GroupNormalization):
-    """Keras's."""
-
-    def call(self, inputs, mask=None):
-        """With the arguments of batch normalization."""
-        return super().call(inputs)
-
-
-def application(name, size):
-    """A network of `keras.applications`, untrained."""
-    return getattr(keras.applications, name)(
-        weights=None, input_shape=(size, size, 3), classes=10
-    )
-
-
-def contenders(name, size, is_quick):
-    """Name to network; all untrained."""
-    model = application(name, size)
-
-    def replaced(replacement):
-        def layer_of(layer):
-            if isinstance(layer, keras.layers.BatchNormalization):
-                return replacement(layer.name)
-            return type(layer).from_config(layer.get_config())
-
-        return keras.models.clone_model(model, clone_function=layer_of)
-
-    makers = {
-        BASELINE: lambda: model,
-        "our BN": lambda: keras_renorm.convert(
-            model, keras_renorm.BatchNormalization
-        ),
-        "our renorm": lambda: keras_renorm.convert(model),
-        "our renorm, corrected": lambda: keras_renorm.convert(
-            model, gradient_momentum=0.9
-        ),
-        "group norm.": lambda: replaced(
-            lambda name: GroupNormalization(GROUPS, name=name)
-        ),
-        FLOOR: lambda: replaced(lambda name: Nothing(name=name)),
-    }
-    return {
-        name: make()
-        for name, make in makers.items()
-        if not is_quick or name in QUICK
-    }
 
 
 def seconds_of(function):
@@ -120,7 +64,7 @@ def seconds_of(function):
 def first_and_later_steps(name, order, seconds, is_quick):
     """Seconds of the first steps, and of those after."""
     batch_size, size = NETWORKS[name]
-    networks = contenders(name, size, is_quick)
+    networks = contenders(name, size, QUICK if is_quick else None)
     images = tf.random.normal((batch_size, size, size, 3))
     labels = np.arange(batch_size) % 10
     # What TensorFlow itself does once a process.
@@ -178,8 +122,8 @@ def frozen_steps(name, seconds):
 
 def inference(name, batch_size, seconds, is_quick):
     """Seconds of inference in a graph, folded too."""
-    networks = contenders(name, 224, is_quick)
-    for same in ("our BN", "our renorm, corrected"):
+    networks = contenders(name, 224, QUICK if is_quick else None)
+    for same in (RIVAL, "our BN", "our renorm, corrected"):
         networks.pop(same, None)
     networks[FOLDED] = keras_renorm.fold(networks[BASELINE])
     return _inference(networks, batch_size, seconds)

@@ -9,10 +9,12 @@ NETWORKS = {
     "EfficientNetB0": (8, 96),
 }
 BASELINE = "Keras BN"
+RIVAL = "Keras renorm"
 FLOOR = "no normalization"
 FOLDED = "folded"
 COLORS = {
     BASELINE: "#999999",
+    RIVAL: "#666666",
     "our BN": "#56b4e9",
     "our renorm": "#0072b2",
     "our renorm, corrected": "#009e73",
@@ -24,7 +26,7 @@ COLORS = {
 
 def table_rows(networks, has_range=True):
     """The table: head, then a list of cells for each network and row."""
-    names = list(COLORS)
+    names = _contenders(networks)
     yield ["network", "what", "Keras BN, ms", *names[1:]]
     order = ("inference", "training", "share", "first")
     for network, rows in networks.items():
@@ -48,6 +50,32 @@ def table_rows(networks, has_range=True):
                 f"{rows[row][BASELINE]['milliseconds']:.0f}",
                 *cells,
             ]
+
+
+def device_rows(networks):
+    """The table of `networks_jax.py`: head, then a list of cells a row."""
+    of_rows = {name: network["rows"] for name, network in networks.items()}
+    names = _contenders(of_rows)
+    yield ["network", "what", "Keras BN, ms", *names[1:]]
+    for name, network in networks.items():
+        for row, values in network["rows"].items():
+            yield [
+                name,
+                row,
+                f"{values[BASELINE]['milliseconds']:.2f}",
+                *(_ratio(values.get(each), False) for each in names[1:]),
+            ]
+
+
+def _contenders(networks):
+    """Those that any row has, in the order of the picture."""
+    found = {
+        name
+        for rows in networks.values()
+        for values in rows.values()
+        for name in values
+    }
+    return [name for name in COLORS if name in found]
 
 
 def _ratio(value, has_range):

@@ -3,13 +3,13 @@
     KERAS_BACKEND=jax python benchmarks/speed_jax.py            # minutes
     KERAS_BACKEND=jax python benchmarks/speed_jax.py --quick    # under one
 
-Steps are chained inside one compiled loop (outputs become the next inputs,
-the inputs' gradient the next upstream gradient), so a figure is the device's
-time and holds no launch. Contenders take turns; figures are medians of ratios
-to Keras's BatchNormalization, with the lowest and the highest. `bandwidth` is
-the share of the copy bandwidth, measured in the same way, that a training
-step reaches if it moves eight tensors (forward: read x twice, write y;
-backward: read x and dy twice, write dx); inference moves two.
+Steps are chained inside one compiled loop (the weights of one are the next
+one's), so a figure is the device's time and holds no launch. Contenders take
+turns; figures are medians of ratios to Keras's BatchNormalization, with the
+lowest and the highest. `bandwidth` is the share of the copy bandwidth,
+measured in the same way, that a training step reaches if it moves nine tensors
+(forward: read x for the mean, for the variance and for y, write y; backward:
+read x and dy twice, write dx); inference moves two.
 
 Prints a table and writes JSON into `--output`.
 """
@@ -24,6 +24,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import jax
 import keras
 import timing
+from chains import chain, compiled
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -42,7 +43,7 @@ SHAPES = {
 }
 BASELINE = "Keras 3 BN"
 CLIPPING = {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
-TENSORS = {"train": 8, "inference": 2}
+TENSORS = {"train": 9, "inference": 2}
 
 
 def contenders(dtype):
@@ -58,42 +59,39 @@ def contenders(dtype):
 
 
 def chained(layer, what, inputs, upstream, length):
-    """A function that runs `length` dependent steps on the device."""
+    """A chain of `length` steps of a layer."""
     layer.build(inputs.shape)
     trained = [weight.value for weight in layer.trainable_variables]
     kept = [weight.value for weight in layer.non_trainable_variables]
 
-    def train(carry, _):
-        inputs, upstream, trained, kept = carry
+    def train(carry, given):
+        (trained, kept), (inputs, upstream) = carry, given
 
         def call(trained, inputs):
             return layer.stateless_call(trained, kept, inputs, training=True)
 
         outputs, pull, kept = jax.vjp(call, trained, inputs, has_aux=True)
-        gradients, upstream = pull(upstream)
+        # In a network the gradient arrives after the outputs are there.
+        outputs, upstream = jax.lax.optimization_barrier((outputs, upstream))
+        gradients, d_inputs = pull(upstream)
         trained = [
             weight - 1e-6 * gradient
             for weight, gradient in zip(trained, gradients, strict=True)
         ]
-        return (outputs, upstream, trained, kept), None
+        return (trained, kept), [outputs, d_inputs]
 
-    def inference(carry, _):
-        inputs, *rest = carry
-        outputs, _ = layer.stateless_call(trained, kept, inputs)
-        return (outputs, *rest), None
+    def inference(carry, given):
+        outputs, kept = layer.stateless_call(*carry, *given)
+        return (carry[0], kept), [outputs]
 
-    step = {"train": train, "inference": inference}[what]
-    loop = jax.jit(lambda carry: jax.lax.scan(step, carry, length=length)[0])
-    carry = (inputs, upstream, trained, kept)
-    return lambda: jax.block_until_ready(loop(carry))
+    if what == "inference":
+        return chain(inference, (trained, kept), [inputs], length)
+    return chain(train, (trained, kept), (inputs, upstream), length)
 
 
 def copier(inputs, length):
-    """A function that reads and writes a tensor `length` times."""
-    loop = jax.jit(
-        lambda x: jax.lax.scan(lambda x, _: (-x, None), x, length=length)[0]
-    )
-    return lambda: jax.block_until_ready(loop(inputs))
+    """A chain that reads and writes a tensor `length` times."""
+    return chain(lambda carry, given: (carry + 1, [-given]), 0, inputs, length)
 
 
 def run_case(shape, dtype, what, length, seconds):
@@ -104,7 +102,7 @@ def run_case(shape, dtype, what, length, seconds):
         for name, layer in contenders(dtype).items()
     }
     functions["copy"] = copier(inputs, length)
-    times = timing.interleaved(functions, seconds)
+    times = timing.interleaved(compiled(functions), seconds)
     times = {name: values / length for name, values in times.items()}
     result = timing.ratios(times, BASELINE)
     shares = timing.ratios(
@@ -126,6 +124,7 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--length", type=int, help="steps of a chain")
     parser.add_argument("--output", type=Path, default=Path("output/speed_jax"))
+    parser.add_argument("--seconds", type=float, help="of a case")
     options = parser.parse_args()
     device = jax.devices()[0]
     length = options.length or (100 if device.platform == "gpu" else 4)
@@ -140,6 +139,7 @@ def main():
         for dtype in ("float32", "bfloat16")
         for label in labels
     ]
+    seconds = options.seconds or (0.2 if options.quick else 2.0)
     console = Console(width=max(Console().width, 120))
     rows = []
     with Progress(console=console) as progress:
@@ -148,7 +148,6 @@ def main():
             name = f"{what}, {dtype}, {label}"
             progress.update(task, description=f"{name:<45}")
             row = {"what": what, "dtype": dtype, "label": label}
-            seconds = 0.2 if options.quick else 2
             row |= run_case(SHAPES[label], dtype, what, length, seconds)
             rows.append(row)
             progress.advance(task)

@@ -97,7 +97,10 @@ def element_count(
 
 
 def centered_moments(
-    inputs: Tensor, kept: tuple[int, ...], mask: Tensor | None = None
+    inputs: Tensor,
+    kept: tuple[int, ...],
+    mask: Tensor | None = None,
+    is_mean_held: bool = False,
 ) -> tuple[Tensor, Moments]:
     """Inputs less their mean, and their moments.
 
@@ -115,6 +118,9 @@ def centered_moments(
         kept: The axes that the statistics keep, ascending.
         mask: Boolean tensor of the rank of `inputs`, its sizes 1 or theirs;
             `True` marks what counts. Masked elements may hold NaN.
+        is_mean_held: Whether to take the mean in `centered` as a constant;
+            `held_mean` then has its derivative. Backwards that needs a sum
+            over all elements less.
 
     Returns:
         `(centered, moments)`. Masked elements of `centered` hold whatever
@@ -148,10 +154,23 @@ def centered_moments(
     shift = ops.stop_gradient(shift)
     shifted = inputs - spread(shift, rank, kept)
     residual = ops.sum(unmasked(shifted), axis=axes) / divisor
-    centered = shifted - spread(residual, rank, kept)
+    mean = ops.stop_gradient(residual) if is_mean_held else residual
+    centered = shifted - spread(mean, rank, kept)
     # Selected, then squared: the gradient of a squared NaN is NaN times zero.
     variance = ops.sum(ops.square(unmasked(centered)), axis=axes) / divisor
+    if is_mean_held:
+        # What holds of the squared distances from any constant.
+        variance = variance - ops.square(residual - mean)
     return centered, Moments(count, shift, residual, variance)
+
+
+def held_mean(moments: Moments) -> Tensor:
+    """0, with the derivative of a mean that was held, less the mean.
+
+    Added to `centered` it gives that all its derivatives, of any order:
+    x − c + (c − mean) is x − mean whatever the constant c is.
+    """
+    return ops.stop_gradient(moments.residual) - moments.residual
 
 
 def total_moments(moments: Moments) -> Moments:

@@ -271,7 +271,7 @@ def _plain_batch(
         )
         kept = (0, axis + 1)
     centered, moments = pooling.batch_moments(
-        inputs, kept, mask, state.moving_mean, pool
+        inputs, kept, mask, state.moving_mean, pool, is_mean_held=True
     )
     held = functional.constant(moments)
     total = held if len(kept) == 1 else functional.total_moments(held)
@@ -280,6 +280,10 @@ def _plain_batch(
     factor, offset = _renormalized(state, response)
     if factor is not None:
         scale = scale * factor
+    # The mean's derivative on vectors: what the sums of the offset's gradient
+    # and of the scale's are, not another over all elements.
+    of_mean = scale * functional.held_mean(moments)
+    offset = of_mean if offset is None else offset + of_mean
     outputs = functional.scale_and_offset(centered, kept, scale, offset, mask)
     update = Update(response.moving_mean, response.moving_variance)
     return outputs if len(kept) == 1 else restore(outputs), update

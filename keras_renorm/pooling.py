@@ -131,6 +131,7 @@ def batch_moments(
     mask: Tensor | None,
     reference: Tensor,
     pool: Pool,
+    is_mean_held: bool = False,
 ) -> tuple[Tensor, Moments]:
     """Inputs less the mean of their pool, and the moments of the pool.
 
@@ -142,17 +143,22 @@ def batch_moments(
             1 or theirs.
         reference: The moving mean.
         pool: Who shares statistics.
+        is_mean_held: As in `functional.centered_moments`.
 
     Returns:
         `(centered, moments)`, differentiable in `inputs`.
     """
-    centered, local = functional.centered_moments(inputs, kept, mask)
+    centered, local = functional.centered_moments(
+        inputs, kept, mask, is_mean_held
+    )
     moments = pool_moments(local, reference, pool)
     if moments is local:
         return centered, local
     distance = (moments.shift - local.shift) + (
         moments.residual - local.residual
     )
+    if is_mean_held:
+        distance = ops.stop_gradient(distance)
     return centered - functional.spread(
         distance, len(inputs.shape), kept
     ), moments

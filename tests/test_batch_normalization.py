@@ -722,6 +722,52 @@ def test_second_derivatives_equal_central_differences(rng):
     helpers.assert_close(actual, expected, 1e-6)
 
 
+@pytest.mark.jax
+@pytest.mark.parametrize("case", ["all", "mask", "groups"])
+def test_second_derivatives_in_both_directions(case, rng):
+    """Of the paper's formula, written with nothing but operations of JAX."""
+    import jax
+    from jax import numpy as jnp
+
+    size = 2 if case == "groups" else None
+    layer = keras_renorm.BatchNormalization(
+        virtual_batch_size=size, dtype="float64", epsilon=0.01
+    )
+    inputs = jnp.asarray(rng.normal(size=(4, 3)) + 5.0)
+    weights = jnp.asarray(rng.normal(size=(4, 3)))
+    mask = jnp.array([True, False, True, True]) if case == "mask" else None
+    layer.build(inputs.shape)
+    rows = {"all": [[0, 1, 2, 3]], "mask": [[0, 2, 3]]}.get(
+        case, [[0, 1], [2, 3]]
+    )
+
+    def loss(x):
+        y = layer.stateless_call(
+            [weight.value for weight in layer.trainable_variables],
+            [weight.value for weight in layer.non_trainable_variables],
+            x,
+            training=True,
+            mask=mask,
+        )[0]
+        kept = y if mask is None else jnp.where(mask[:, None], y, 0.0)
+        return jnp.sum(weights * jnp.sin(kept))
+
+    def expected_loss(x):
+        total = 0.0
+        for group in map(jnp.array, rows):
+            y = (x[group] - x[group].mean(0)) / jnp.sqrt(x[group].var(0) + 0.01)
+            total += jnp.sum(weights[group] * jnp.sin(y))
+        return total
+
+    expected = jax.hessian(expected_loss)(inputs)
+    for derivative in (
+        jax.hessian(loss),
+        jax.jacrev(jax.grad(loss)),
+        jax.jacfwd(jax.jacfwd(loss)),
+    ):
+        helpers.assert_close(derivative(inputs), expected, 1e-9)
+
+
 def test_is_a_keras_batch_normalization():
     for kind in (
         keras_renorm.BatchNormalization,

@@ -1,0 +1,85 @@
+"""The networks of the benchmarks, with any normalization; on any backend."""
+
+import inspect
+
+import keras
+from networks_report import BASELINE, FLOOR, RIVAL
+
+import keras_renorm
+
+GROUPS = 8  # divides the channels of all layers
+# Since Keras 3.14.
+HAS_RIVAL = (
+    "renorm"
+    in inspect.signature(keras.layers.BatchNormalization.__init__).parameters
+)
+CLIPPING = {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
+
+
+class Nothing(keras.layers.Layer):
+    """In the place of normalization."""
+
+    def call(self, inputs, mask=None):
+        """The inputs, with the arguments of batch normalization."""
+        return inputs
+
+
+class GroupNormalization(keras.layers.GroupNormalization):
+    """Keras's."""
+
+    def call(self, inputs, mask=None):
+        """With the arguments of batch normalization."""
+        return super().call(inputs)
+
+
+def application(name, size):
+    """A network of `keras.applications`, untrained."""
+    return getattr(keras.applications, name)(
+        weights=None, input_shape=(size, size, 3), classes=10
+    )
+
+
+def contenders(name, size, chosen=None):
+    """Name to network, of all or of the chosen ones; all untrained."""
+    model = application(name, size)
+
+    def replaced(replacement):
+        def layer_of(layer):
+            if isinstance(layer, keras.layers.BatchNormalization):
+                return replacement(layer)
+            return type(layer).from_config(layer.get_config())
+
+        return keras.models.clone_model(model, clone_function=layer_of)
+
+    def rival(layer):
+        return keras.layers.BatchNormalization(
+            axis=layer.axis,
+            momentum=layer.momentum,
+            epsilon=layer.epsilon,
+            name=layer.name,
+            renorm=True,
+            renorm_clipping=CLIPPING,
+        )
+
+    makers = {
+        BASELINE: lambda: model,
+        RIVAL: lambda: replaced(rival),
+        "our BN": lambda: keras_renorm.convert(
+            model, keras_renorm.BatchNormalization
+        ),
+        "our renorm": lambda: keras_renorm.convert(model),
+        "our renorm, corrected": lambda: keras_renorm.convert(
+            model, gradient_momentum=0.9
+        ),
+        "group norm.": lambda: replaced(
+            lambda layer: GroupNormalization(GROUPS, name=layer.name)
+        ),
+        FLOOR: lambda: replaced(lambda layer: Nothing(name=layer.name)),
+    }
+    if not HAS_RIVAL:
+        del makers[RIVAL]
+    return {
+        each: make()
+        for each, make in makers.items()
+        if chosen is None or each in chosen
+    }
