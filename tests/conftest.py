@@ -33,9 +33,28 @@ if keras.backend.backend() == "torch":
     torch.set_warn_always(True)
 
 BACKENDS = ("tensorflow", "jax", "torch")
+# Each case of these is about something else: a module, a document, an error.
+WHOLE = {
+    f"test_{name}.py"
+    for name in ("documents", "errors", "private", "signatures", "structure")
+}
 
 
+def _mark_further_cases(items):
+    """Of a test all cases but the first and the last are `slow`, `further`."""
+    cases = {}
+    for item in items:
+        if hasattr(item, "callspec") and item.path.name not in WHOLE:
+            cases.setdefault((item.parent, item.originalname), []).append(item)
+    for of_one_test in cases.values():
+        for item in of_one_test[1:-1]:
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.further)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    _mark_further_cases(items)
     if "exhaustive" not in config.option.markexpr:
         drawn = [item for item in items if "exhaustive" in item.keywords]
         items[:] = [item for item in items if item not in drawn]
@@ -60,6 +79,8 @@ def _seed():
     keras.utils.set_random_seed(0)
     yield
     keras.utils.clear_session()
+    # What survives a test (modules, caches) is no garbage either.
+    gc.freeze()
 
 
 @pytest.fixture

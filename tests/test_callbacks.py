@@ -115,6 +115,7 @@ def test_a_second_fit_stays_relaxed_and_a_reset_counter_begins_anew():
     assert fit(model, [RenormScheduler()])["r_max"][0] < 3.0
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_a_second_fit_measures_anew():
     layer = BatchRenormalization()
     model, scheduler = compiled([layer]), RenormScheduler()
@@ -181,6 +182,7 @@ def test_loggers_behind_it_write_the_limits(tmp_path):
     assert float(rows[-1]["d_max"]) == 5.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_first", [True, False])
 def test_backup_and_restore_resumes_where_the_run_stood(is_first, tmp_path):
     class Stop(keras.callbacks.Callback):

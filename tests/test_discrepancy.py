@@ -470,6 +470,7 @@ def test_nothing_changes_in_networks_of_all_kinds(network, kind, rng):
     assert all(layer.gap > 0 for layer in trains)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_changes_in_a_compiled_model(kind, rng):
     model = classifier(kind)

@@ -103,6 +103,7 @@ def test_a_resumed_run_is_frozen_from_its_first_step(data):
     assert np.abs(after["gamma"] - before["gamma"]).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The loss rose")  # after a single step
 @pytest.mark.parametrize(
     ("begin", "epochs", "moving"),

@@ -93,6 +93,7 @@ def values(layer):
     return {weight.name: helpers.to_numpy(weight) for weight in layer.variables}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", OURS)
 def test_every_place_is_reached_and_everything_stays(to, rng):
     model, x = places(rng)
@@ -195,6 +196,7 @@ def test_models_with_a_graph(network, rng, tmp_path):
             assert np.array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_training_is_that_of_a_model_made_with_these_layers(rng):
     model, x = places(rng)
     other, _ = places(rng, BatchRenormalization)
@@ -294,6 +296,7 @@ def test_arguments_and_what_is_hung_on_variables(rng):
     assert not hasattr(model.attribute, "step")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not networks.HAS_RENORM, reason="Keras has no renorm before 3.14"
 )
@@ -334,6 +337,7 @@ def test_the_corrected_gradient_has_its_weights(rng):
     assert np.any(helpers.to_numpy(model.layers[-1].gradient_mean))
 
 
+@pytest.mark.slow
 def test_the_whole_life_of_a_subclassed_model(rng):
     model, x = places(rng)
     convert(model, in_place=True)
@@ -351,6 +355,7 @@ def test_the_whole_life_of_a_subclassed_model(rng):
         assert np.array_equal(old, new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", OURS)
 def test_weights_go_into_a_model_made_the_same_way(to, rng, tmp_path):
     model, x = places(rng)
@@ -401,6 +406,7 @@ def test_a_file_outside_of_the_scope(rng, tmp_path):
         helpers.assert_close(loaded.predict(x, verbose=0), expected, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 def test_a_converted_model_is_exported(rng, tmp_path):
     import tensorflow as tf

@@ -261,6 +261,7 @@ def test_a_shared_layer_owns_its_weights():
     assert found.layers() == [("shared", [0, 1]), ("other", [2, 3])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
 def test_each_point_is_the_training_loss_from_the_same_state(kind, rng):
     batch = batch_of(rng)
@@ -437,6 +438,7 @@ def test_subclassed_models_are_traced_once_a_graph(function, rng):
     assert len(model.calls) == traced
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.jax
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -344,6 +344,7 @@ def test_limits_that_clip_too_much():
         fit(model, [RenormMonitor(every=3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sorted", [True, False])
 def test_batches_that_are_no_random_draws(is_sorted, rng):
     x = helpers.inputs_of(rng, (160, 3))

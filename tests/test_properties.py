@@ -288,6 +288,7 @@ def compare(layer, reference, case, inputs, upstream, kept, actual):
         )
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.integers(0, 2**32))
 def test_a_training_step_equals_the_reference(seed):

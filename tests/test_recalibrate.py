@@ -133,6 +133,7 @@ def deep(kind=BatchNormalization):
     return keras.Model(inputs, layers.Dropout(0.5)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_by_layer_is_what_inference_sees(kind, rng):
     x = helpers.inputs_of(rng, (40, 4))

@@ -172,6 +172,7 @@ def submodels(kind):
     return keras.Model(inputs, parts[1](parts[0](inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_submodels_whose_layers_have_the_same_names(kind, rng):
     model = networks.randomize(submodels(kind), rng)

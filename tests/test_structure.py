@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import itertools
 import pkgutil
@@ -54,9 +55,14 @@ def rank(module):
     raise AssertionError(f"{module} is in no row of CONTRIBUTING's table")
 
 
+@functools.cache
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(module):
     path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,7 +97,7 @@ def test_one_module_knows_the_backend(module):
         assert name.split(".")[0] not in BACKENDS, f"{module} imports {name}"
         assert name != "keras.backend"
     path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) != "keras.backend.backend", module
 

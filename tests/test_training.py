@@ -52,6 +52,7 @@ def expected(rng):
     return state_of(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

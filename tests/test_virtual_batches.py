@@ -142,6 +142,7 @@ def test_inference_knows_no_groups(kind, rng):
     helpers.assert_close(layer(x, training=True), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 def test_unknown_batch_sizes_in_fit(kind, rng):
     x = helpers.inputs_of(rng, (18, 4, 4, 3))
