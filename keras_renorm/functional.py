@@ -165,10 +165,9 @@ def centered_moments(
 
 
 def held_mean(moments: Moments) -> Tensor:
-    """0, with the derivative of a mean that was held, less the mean.
+    """0, with the derivatives that `centered` lacks where the mean was held.
 
-    Added to `centered` it gives that all its derivatives, of any order:
-    x − c + (c − mean) is x − mean whatever the constant c is.
+    Of any order: x − c + (c − mean) is x − mean, whatever the constant c is.
     """
     return ops.stop_gradient(moments.residual) - moments.residual
 
