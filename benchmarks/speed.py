@@ -28,6 +28,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import timing
+from networks_made import CLIPPING
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -50,7 +51,6 @@ SHAPES = {
 }
 LARGE = list(SHAPES)[:3]
 BASELINE = "Keras 3 BN"
-CLIPPING = {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
 OURS = ("our BN", "our renorm", "our renorm, corrected")
 
 

@@ -25,6 +25,7 @@ import jax
 import keras
 import timing
 from chains import chain, compiled
+from networks_made import CLIPPING
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -42,7 +43,6 @@ SHAPES = {
     "conv 2x7x7x32": (2, 7, 7, 32),
 }
 BASELINE = "Keras 3 BN"
-CLIPPING = {"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
 TENSORS = {"train": 9, "inference": 2}
 
 
