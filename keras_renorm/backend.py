@@ -102,6 +102,11 @@ def runs_as_one_graph() -> bool:
     )
 
 
+def drops_what_is_unused() -> bool:
+    """Whether what is made here is computed only if it is asked for."""
+    return _is("tensorflow") and not tf.executing_eagerly()
+
+
 def as_one_graph(function: Any) -> Any:
     """A function of tensors and constants, as a graph where called eagerly.
 

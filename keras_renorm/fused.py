@@ -177,6 +177,22 @@ class FusedView:
         )
         return d_inputs, d_scale, d_offset
 
+    def scaled(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Values in the operators' layout, times a float32 for each channel."""
+        if values.dtype == tf.float32:
+            return values * tf.reshape(scale, self.vector_shape)
+        # As one operator, which rounds the product and not the factor.
+        return tf.raw_ops.FusedBatchNormV3(
+            x=values,
+            scale=scale,
+            offset=tf.zeros_like(scale),
+            mean=tf.zeros_like(scale),
+            variance=tf.ones_like(scale),
+            epsilon=0.0,
+            data_format=self.data_format,
+            is_training=False,
+        )[0]
+
 
 def _as_it_is(outputs: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
     """What `FusedView.normalize_accurately` returns where means are small."""

@@ -166,14 +166,22 @@ def _batch_step(
 
 
 def normalize_by_moving_statistics(
-    inputs: Tensor, axis: int, mask: Tensor | None, parameters: Parameters
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    parameters: Parameters,
+    is_trained: bool = True,
 ) -> Tensor:
     """An inference step, or a training step with frozen statistics.
 
-    γ (x − μ) / σ + β, with the arguments of `normalize_by_batch`.
+    γ (x − μ) / σ + β, with the arguments of `normalize_by_batch`; `is_trained`
+    says whether gradients of γ and β are likely to be asked for. They are right
+    either way; what makes them is apart where they are not.
     """
     path = choose(inputs, axis, mask, is_moving=True)
-    return _moving_step(path, inputs, axis, mask, parameters)
+    # A graph drops what nobody asks for. Eagerly it would be computed.
+    is_apart = not is_trained and backend.drops_what_is_unused()
+    return _moving_step(path, inputs, axis, mask, parameters, is_apart)
 
 
 @backend.as_one_graph
@@ -183,19 +191,12 @@ def _moving_step(
     axis: int,
     mask: Tensor | None,
     parameters: Parameters,
+    is_apart: bool,
 ) -> Tensor:
+    if path == "affine" or (path == "fused" and is_apart):
+        return _written_out(path, inputs, axis, parameters, is_apart)
     if path == "fused":
-        view = FusedView(inputs, axis)
-        outputs, *_ = view.normalize(
-            parameters.gamma,
-            parameters.beta,
-            parameters.epsilon,
-            mean=parameters.moving_mean,
-            variance=parameters.moving_variance,
-        )
-        return view.restore(outputs)
-    if path == "affine":
-        return _affine(inputs, axis, parameters)
+        return _fused_moving(inputs, axis, parameters)
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
     rank = len(inputs.shape)
     centered = inputs - functional.spread(parameters.moving_mean, rank, (axis,))
@@ -207,17 +208,38 @@ def _moving_step(
     )
 
 
-def _affine(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
-    """An inference step as x a + b, a = γ/σ and b = β − μ a; channels last.
+def _fused_moving(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
+    view = FusedView(inputs, axis)
+    outputs, *_ = view.normalize(
+        parameters.gamma,
+        parameters.beta,
+        parameters.epsilon,
+        mean=parameters.moving_mean,
+        variance=parameters.moving_variance,
+    )
+    return view.restore(outputs)
 
-    Three roundings of the size of μ/σ, where the inputs come with one. Its
-    gradient is that of the fused operator, which has none of them.
+
+def _written_out(
+    path: str,
+    inputs: Tensor,
+    axis: int,
+    parameters: Parameters,
+    is_apart: bool,
+) -> Tensor:
+    """An inference step with its own gradient; channels last if "affine".
+
+    That is x a + b, a = γ/σ and b = β − μ a: three roundings of the size of
+    μ/σ, where the inputs come with one. The gradient has none of them.
+
+    If `is_apart`, the gradient of the inputs is dy a, and not a result of the
+    operator that makes those of γ and β too. It needs no inputs: TensorFlow
+    then joins a convolution, the normalization and the activation in training
+    also.
     """
     scale = tf.math.rsqrt(parameters.moving_variance + parameters.epsilon)
     if parameters.gamma is not None:
         scale = scale * parameters.gamma
-    centre = parameters.moving_mean * scale
-    offset = -centre if parameters.beta is None else parameters.beta - centre
 
     @tf.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
@@ -231,6 +253,8 @@ def _affine(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
                 (parameters.moving_mean, parameters.moving_variance, scale),
                 is_training=False,
             )
+            if is_apart:
+                d_x = view.scaled(view.of(upstream), scale)
             gradients = [view.restore(d_x)]
             if parameters.gamma is not None:
                 gradients.append(d_gamma)
@@ -238,6 +262,12 @@ def _affine(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
                 gradients.append(d_beta)
             return tuple(gradients)
 
+        if path == "fused":
+            return _fused_moving(x, axis, parameters), gradient
+        centre = parameters.moving_mean * scale
+        offset = -centre
+        if parameters.beta is not None:
+            offset = parameters.beta - centre
         return x * scale + offset, gradient
 
     given = [parameters.gamma, parameters.beta]

@@ -251,21 +251,29 @@ def test_constant_channels_give_beta(mode, value, rng):
     assert np.abs(outputs.numpy()[..., 0]).max() <= 1e-3
 
 
+HELD = {  # statistics, by the arguments of a layer
+    "inference": {},
+    "frozen": {"frozen_statistics": True},
+    "untrainable": {"trainable": False},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 @pytest.mark.parametrize("axis", [3, 1])
-def test_inference_and_frozen_steps(mode, frozen, shape, axis, rng):
-    layer, reference = built(shape, axis, rng, frozen_statistics=frozen)
+def test_inference_and_frozen_steps(mode, held, shape, axis, rng):
+    layer, reference = built(shape, axis, rng, **HELD[held])
     inputs = helpers.inputs_of(rng, shape, axis)
     rows = to_rows(inputs, axis).astype("float64")
     upstream = rng.normal(size=shape).astype("float32")
 
     def infer(inputs, upstream):
         with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            outputs = layer(inputs, training=frozen)
+            # The weights of a layer that does not train are not watched.
+            tape.watch([inputs, layer.gamma.value, layer.beta.value])
+            outputs = layer(inputs, training=held != "inference")
         return outputs, *tape.gradient(
             outputs,
             [inputs, layer.gamma.value, layer.beta.value],
@@ -382,7 +390,7 @@ def test_what_is_chosen_with_moving_statistics():
     assert record(tf.identity, (400, 6, 6, 30), axis=1) == "fused"
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("before", ["convolution", "another", "argument"])
 @pytest.mark.parametrize(
     ("sizes", "scale", "center"),
@@ -394,21 +402,22 @@ def test_what_is_chosen_with_moving_statistics():
         ((4, 2, 3, 2), False, False),
     ],
 )
-def test_inference_after_any_operation(
-    before, frozen, sizes, scale, center, rng
-):
+def test_inference_after_any_operation(before, held, sizes, scale, center, rng):
     shape = (*sizes, 6)
-    layer = BatchRenormalization(
-        frozen_statistics=frozen, scale=scale, center=center
-    )
+    layer = BatchRenormalization(scale=scale, center=center, **HELD[held])
     layer.build(shape)
     helpers.randomize(layer, rng)
     inputs = helpers.inputs_of(rng, shape)
     upstream = rng.normal(size=shape).astype("float32")
 
     def infer(inputs, upstream):
+        weights = [
+            weight.value
+            for weight in (layer.gamma, layer.beta)
+            if weight is not None
+        ]
         with tf.GradientTape() as tape:
-            tape.watch(inputs)
+            tape.watch([inputs, *weights])
             x = inputs
             if before == "convolution":
                 if len(shape) != 4:
@@ -417,8 +426,7 @@ def test_inference_after_any_operation(
                 x = x if len(shape) == 4 else tf.reshape(x, shape)
             elif before == "another":
                 x = tf.identity(x)
-            outputs = layer(x, training=frozen)
-        weights = [weight.value for weight in layer.trainable_variables]
+            outputs = layer(x, training=held != "inference")
         return outputs, *tape.gradient(
             outputs, [inputs, *weights], output_gradients=upstream
         )
@@ -443,6 +451,74 @@ def test_inference_after_any_operation(
         expected.append(d_rows.sum(axis=0))
     for mine, value in zip(actual, expected, strict=True):
         helpers.assert_close(mine, value, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "smallest"),
+    [("bfloat16", 2**-8, 2**-126), ("float16", 2**-11, 2**-14)],
+)
+@pytest.mark.parametrize("axis", [3, 1])
+def test_a_16_bit_gradient_through_an_untrainable_layer(
+    dtype, rounding, smallest, axis, rng
+):
+    """It is rounded once."""
+    layer, reference = built(LARGE, axis, rng, dtype=dtype, trainable=False)
+    inputs = tf.cast(helpers.inputs_of(rng, LARGE, axis), dtype)
+    upstream = tf.cast(rng.normal(size=LARGE), dtype)
+
+    @tf.function
+    def gradient(inputs, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=True)
+        return tape.gradient(outputs, inputs, output_gradients=upstream)
+
+    sigma = np.sqrt(reference.moving_variance + layer.epsilon)
+    d_rows = to_rows(tf.cast(upstream, "float64").numpy(), axis)
+    expected = from_rows(d_rows * reference.gamma / sigma, LARGE, axis)
+    actual = tf.cast(gradient(inputs, upstream), "float64").numpy()
+    tolerance = 1.01 * rounding * np.maximum(abs(expected), smallest)
+    assert np.all(np.abs(actual - expected) <= tolerance)
+
+
+def ancestors(tensor):
+    """The operations that a graph needs for a tensor."""
+    found, waiting = set(), [tensor.op]
+    while waiting:
+        operation = waiting.pop()
+        if operation not in found:
+            found.add(operation)
+            waiting += [each.op for each in operation.inputs]
+    return found
+
+
+@pytest.mark.parametrize("is_convolved", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_gradient_through_an_untrainable_layer_needs_no_inputs(
+    trainable, is_convolved
+):
+    """TensorFlow then joins what makes them to the layer, in training also."""
+    layer = BatchNormalization(trainable=trainable, frozen_statistics=True)
+    layer.build((None, 6, 6, 3))
+
+    @tf.function(input_signature=[tf.TensorSpec((4, 6, 6, 3))])
+    def traced(inputs):
+        x = tf.identity(inputs)
+        if is_convolved:
+            x = tf.nn.conv2d(inputs, tf.eye(3)[None, None], 1, "VALID")
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = layer(x, training=True)
+        upstream = tf.ones_like(inputs)
+        return x, tape.gradient(outputs, x, output_gradients=upstream)
+
+    x, gradient = traced.get_concrete_function().outputs
+    needed = ancestors(gradient)
+    makes = x.op.inputs[0].op  # a graph returns identities
+    assert ({"FusedBatchNormGradV3"} <= {each.type for each in needed}) == (
+        trainable
+    )
+    assert (makes in needed) == trainable
 
 
 @pytest.mark.parametrize("is_convolved", [True, False])

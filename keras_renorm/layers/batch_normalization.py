@@ -345,7 +345,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 moving_mean=moving_mean, moving_variance=moving_variance
             )
         return kernels.normalize_by_moving_statistics(
-            inputs, axis, mask, parameters
+            inputs, axis, mask, parameters, self.trainable
         )
 
     def _read_parameters(self, dtype: str) -> functional.Parameters:
