@@ -15,8 +15,9 @@ floor in a training step, Keras's = 1.
 - inference: in a graph (`tf.function`), 224 x 224 images, and in bfloat16
   (`mixed_bfloat16`); predict: by `predict`. Our layers do the same there;
 - training step: `train_on_batch` with SGD, images as in the table;
-- frozen: the same with all statistics frozen, Keras's by `trainable = False`,
-  which holds gamma and beta too, ours by `freeze_statistics`, which does not;
+- frozen: the same with all normalization held by `trainable = False`; and with
+  frozen statistics alone, gamma and beta trained: Keras's layer is called with
+  `training=False` for that, ours is told by `freeze_statistics`;
 - first train_on_batch: the first training step, which traces and compiles it;
 - first eager call: `model(images, training=True)`, the first of its process.
 
@@ -40,7 +41,7 @@ import networks_report
 import numpy as np
 import tensorflow as tf
 import timing
-from networks_made import application, contenders
+from networks_made import application, contenders, replaced
 from networks_report import BASELINE, FLOOR, FOLDED, NETWORKS, RIVAL
 from rich.console import Console
 from rich.progress import Progress
@@ -95,22 +96,46 @@ def first_and_later_steps(name, order, seconds, is_quick):
     return result
 
 
+class Inferring(keras.layers.BatchNormalization):
+    """Keras's, which uses its moving statistics in training also."""
+
+    def call(self, inputs, training=None, mask=None):
+        """As in inference; gamma and beta train."""
+        return super().call(inputs, training=False, mask=mask)
+
+
+def untrainable_steps(name, seconds):
+    """Seconds of a training step, all normalization held by `trainable`."""
+    model = application(name, NETWORKS[name][1])
+    converted = keras_renorm.convert(model)
+    for network in (model, converted):
+        for layer in network.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = False
+    return _steps({BASELINE: model, "our renorm": converted}, name, seconds)
+
+
 def frozen_steps(name, seconds):
-    """Seconds of a training step with frozen statistics, Keras's and ours."""
-    batch_size, size = NETWORKS[name]
-    model = application(name, size)
+    """The same with frozen statistics, while gamma and beta train."""
+    model = application(name, NETWORKS[name][1])
     converted = keras_renorm.convert(model)
     with warnings.catch_warnings():
         # That they were never trained is no matter here.
         warnings.simplefilter("ignore", UserWarning)
         keras_renorm.freeze_statistics(converted)
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.trainable = False
+    inferring = replaced(
+        model, lambda layer: Inferring.from_config(layer.get_config())
+    )
+    networks = {BASELINE: inferring, "our renorm": converted}
+    return _steps(networks, name, seconds)
+
+
+def _steps(networks, name, seconds):
+    batch_size, size = NETWORKS[name]
     images = tf.random.normal((batch_size, size, size, 3))
     labels = np.arange(batch_size) % 10
     steps = {}
-    for each, network in ((BASELINE, model), ("our renorm", converted)):
+    for each, network in networks.items():
         network.compile(
             keras.optimizers.SGD(1e-3), "sparse_categorical_crossentropy"
         )
@@ -192,7 +217,8 @@ def measure(name, order, is_quick):
     if not is_quick:
         rows["inference, predict, batch 16"] = predictions(name, 16, seconds)
         rows["inference, bfloat16, batch 8"] = in_bfloat16(name, 8, seconds)
-    rows["training step, frozen"] = frozen_steps(name, seconds)
+    rows["training step, frozen"] = untrainable_steps(name, seconds)
+    rows["training step, frozen statistics"] = frozen_steps(name, seconds)
     return {
         row: {each: list(values) for each, values in times.items()}
         for row, times in rows.items()

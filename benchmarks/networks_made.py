@@ -39,17 +39,20 @@ def application(name, size):
     )
 
 
+def replaced(model, replacement):
+    """A copy with other layers in the place of batch normalization."""
+
+    def layer_of(layer):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            return replacement(layer)
+        return type(layer).from_config(layer.get_config())
+
+    return keras.models.clone_model(model, clone_function=layer_of)
+
+
 def contenders(name, size, chosen=None):
     """Name to network, of all or of the chosen ones; all untrained."""
     model = application(name, size)
-
-    def replaced(replacement):
-        def layer_of(layer):
-            if isinstance(layer, keras.layers.BatchNormalization):
-                return replacement(layer)
-            return type(layer).from_config(layer.get_config())
-
-        return keras.models.clone_model(model, clone_function=layer_of)
 
     def rival(layer):
         return keras.layers.BatchNormalization(
@@ -63,7 +66,7 @@ def contenders(name, size, chosen=None):
 
     makers = {
         BASELINE: lambda: model,
-        RIVAL: lambda: replaced(rival),
+        RIVAL: lambda: replaced(model, rival),
         "our BN": lambda: keras_renorm.convert(
             model, keras_renorm.BatchNormalization
         ),
@@ -72,9 +75,9 @@ def contenders(name, size, chosen=None):
             model, gradient_momentum=0.9
         ),
         "group norm.": lambda: replaced(
-            lambda layer: GroupNormalization(GROUPS, name=layer.name)
+            model, lambda layer: GroupNormalization(GROUPS, name=layer.name)
         ),
-        FLOOR: lambda: replaced(lambda layer: Nothing(name=layer.name)),
+        FLOOR: lambda: replaced(model, lambda layer: Nothing(name=layer.name)),
     }
     if not HAS_RIVAL:
         del makers[RIVAL]
