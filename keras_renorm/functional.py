@@ -379,13 +379,15 @@ def interpolate(
 
 def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
     """r_max and d_max of this step."""
-    begin_steps, end_steps = limits.steps[:, 0], limits.steps[:, 1]
+    # Each slice would be four nodes of a graph, in each layer.
+    begin_steps, end_steps = ops.unstack(limits.steps, num=2, axis=1)
     values = ops.cast(limits.values, dtype)
+    initial_values, final_values = ops.unstack(values, num=2, axis=1)
     r_max, d_max = ops.unstack(
         interpolate(
             ops,
-            values[:, 0],
-            values[:, 1],
+            initial_values,
+            final_values,
             ops.cast(limits.step - begin_steps, values.dtype),
             ops.cast(end_steps - begin_steps, values.dtype),
         ),
