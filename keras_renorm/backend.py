@@ -30,6 +30,11 @@ if _is("tensorflow"):
     import tensorflow
 
     tf = tensorflow
+    try:
+        # Private: see CONTRIBUTING.
+        from tensorflow.python.eager import forwardprop_util  # noqa: TID251
+    except ImportError:
+        forwardprop_util = None
 elif _is("jax"):
     import jax
     from jax.experimental import io_callback
@@ -147,11 +152,41 @@ def as_one_node(function: Any) -> Any:
             return function(*arguments)
         graph, tensors = graphs.of(arguments)
         outputs = tf.raw_ops.PartitionedCall(
-            args=tensors, Tout=[each.dtype for each in graph.outputs], f=graph
+            # Of forward mode: to differentiate the node would fail.
+            args=[
+                tf.stop_gradient(each) if each.dtype.is_floating else each
+                for each in tensors
+            ],
+            Tout=[each.dtype for each in graph.outputs],
+            f=graph,
         )
         return _packed(graph, map(tf.stop_gradient, outputs))
 
     return called
+
+
+def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a `tf.autodiff.ForwardAccumulator` is at work on any of these.
+
+    In a graph it takes no notice of `tf.custom_gradient`, but of the operations
+    inside; and eagerly it calls a gradient with ones. TensorFlow has no public
+    way to ask.
+    """
+    if not _is("tensorflow") or forwardprop_util is None:
+        return False
+    known = [each for each in tensors if each is not None]
+    return bool(forwardprop_util.pack_tangents(known).tangents)
+
+
+def of_graph(inputs: Tensor) -> Tensor:
+    """Inputs as a tensor of the graph that is being made, if one is."""
+    if (
+        _is("tensorflow")
+        and tf.inside_function()
+        and not tf.is_symbolic_tensor(inputs)
+    ):
+        return tf.identity(inputs)
+    return inputs
 
 
 def set_shape(value: Tensor | None, like: Tensor) -> None:
@@ -423,8 +458,11 @@ def with_accumulators(
     variable, once for each time that the gradient of the inputs is computed.
     That waits for the additions: the backward pass of a graph computes what
     its results need, and nothing else. In a `keras.StatelessScope`, where the
-    value of a variable is a tensor, nothing is added, now or later.
+    value of a variable is a tensor, nothing is added, now or later; nor in
+    forward mode, which would add what is no gradient.
     """
+    if carry_tangents([inputs]):
+        return inputs, *(read(variable, dtype) for variable in variables)
     targets = [variable.value for variable in variables]
 
     @tf.custom_gradient

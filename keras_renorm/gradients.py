@@ -38,7 +38,8 @@ def respond(
     """
     response = _respond(
         _of_presence(moments),
-        state,
+        # The fewer tensors, the sooner the node is made.
+        state._replace(gamma=None, beta=None),
         None if total is None else _of_presence(total),
     )
     for value in (response.r, response.d, response.held):

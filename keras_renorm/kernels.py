@@ -55,6 +55,7 @@ def choose(
     pool: Pool = ALONE,
     is_corrected: bool = False,
     is_moving: bool = False,
+    is_forward: bool = False,
 ) -> str:
     """Which computation: "fused", "affine", "matrix" or "plain".
 
@@ -68,7 +69,9 @@ def choose(
       where the fused training operator computes E[x²] - E[x]² and 4-D
       reductions are slow; for small tensors in a graph.
     - "plain": operations of `keras.ops` on any axis, with a mask, in groups,
-      in float64 (which the fused operators do not take), on other backends.
+      in float64 (which the fused operators do not take), on other backends;
+      and in forward mode (`is_forward`), which in a graph passes by the
+      gradients that the others have.
 
     Where replicas share statistics, or the gradient is corrected, the fused
     path is for float32 with channels last: its gradient is a sum of two
@@ -77,7 +80,7 @@ def choose(
     """
     if not backend.has_fused_operators() or mask is not None:
         return "plain"
-    if pool.virtual_batch_size is not None:
+    if pool.virtual_batch_size is not None or is_forward:
         return "plain"
     if keras.backend.standardize_dtype(inputs.dtype) not in (
         "float32",
@@ -143,7 +146,15 @@ def normalize_by_batch(
         `(outputs, update)`: the outputs, in the type of the inputs or of the
         statistics, and the new moving statistics.
     """
-    path = choose(inputs, axis, mask, pool, state.feedback is not None)
+    inputs = backend.of_graph(inputs)
+    path = choose(
+        inputs,
+        axis,
+        mask,
+        pool,
+        is_corrected=state.feedback is not None,
+        is_forward=backend.carry_tangents([inputs, state.gamma, state.beta]),
+    )
     return _batch_step(path, inputs, axis, mask, state, pool)
 
 
@@ -178,6 +189,7 @@ def normalize_by_moving_statistics(
     says whether gradients of γ and β are likely to be asked for. They are right
     either way; what makes them is apart where they are not.
     """
+    inputs = backend.of_graph(inputs)
     path = choose(inputs, axis, mask, is_moving=True)
     # A graph drops what nobody asks for. Eagerly it would be computed.
     is_apart = not is_trained and backend.drops_what_is_unused()
@@ -210,12 +222,13 @@ def _moving_step(
 
 def _fused_moving(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
     view = FusedView(inputs, axis)
-    outputs, *_ = view.normalize(
+    outputs = view.normalize_by(
+        view.inputs,
+        parameters.moving_mean,
+        parameters.moving_variance,
         parameters.gamma,
         parameters.beta,
         parameters.epsilon,
-        mean=parameters.moving_mean,
-        variance=parameters.moving_variance,
     )
     return view.restore(outputs)
 
@@ -245,13 +258,13 @@ def _written_out(
     def step(x: Tensor, *_: Tensor) -> Any:
         def gradient(upstream: Tensor) -> tuple[Tensor, ...]:
             view = FusedView(x, axis)
-            d_x, d_gamma, d_beta = view.gradient(
+            d_x, d_gamma, d_beta = view.gradient_by(
                 view.of(upstream),
                 view.inputs,
+                parameters.moving_mean,
+                parameters.moving_variance,
                 parameters.gamma,
                 parameters.epsilon,
-                (parameters.moving_mean, parameters.moving_variance, scale),
-                is_training=False,
             )
             if is_apart:
                 d_x = view.scaled(view.of(upstream), scale)
@@ -575,6 +588,11 @@ def _fused_batch(
         outputs, shift, residual, variance, *reserves = (
             view.normalize_accurately(state.gamma, state.beta, state.epsilon)
         )
+        if pool.spans_replicas or state.feedback is not None:
+            # What the gradient is made of below depends on the inputs too.
+            residual, variance = view.with_derivatives(
+                x, shift + residual, residual, variance
+            )
         local = Moments(view.count, shift, residual, variance)
         moments = pooling.pool_moments(local, state.moving_mean, pool)
         response = gradients.respond(moments, state)
@@ -582,7 +600,7 @@ def _fused_batch(
         if response.r is not None or pool.spans_replicas:
             mean, variance = moments.mean, moments.variance
             normalized = view.normalize(
-                scale, offset, state.epsilon, mean=mean, variance=variance
+                x, scale, offset, state.epsilon, mean=mean, variance=variance
             )
             outputs = normalized[0]
 
@@ -594,13 +612,8 @@ def _fused_batch(
                 )
             else:
                 backward_scale = _backward_scale(scale, response)
-                d_x, d_scale, d_offset = view.gradient(
-                    upstream,
-                    x,
-                    backward_scale,
-                    state.epsilon,
-                    (mean, variance, reserves[-1]),
-                    is_training=False,
+                d_x, d_scale, d_offset = view.gradient_by(
+                    upstream, x, mean, variance, backward_scale, state.epsilon
                 )
                 # What the statistics add: scale / σ_B times the means of the
                 # upstream gradient and, along x̂, of its product with x̂.
@@ -617,13 +630,14 @@ def _fused_batch(
                 factor = tf.math.rsqrt(variance + state.epsilon)
                 if backward_scale is not None:
                     factor = factor * backward_scale
-                d_x += view.normalize(
+                d_x += view.normalize_by(
+                    x,
+                    mean,
+                    variance,
                     -factor * scale_mean,
                     -factor * offset_mean,
                     state.epsilon,
-                    mean=mean,
-                    variance=variance,
-                )[0]
+                )
             return d_x, *_parameter_gradients(
                 state, response, d_scale, d_offset, changes
             )

@@ -47,6 +47,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     they are. Loss and gradients still show a NaN or Inf input, so that loss
     scaling sees it.
 
+    **Derivatives** are right to any order, in reverse and in forward mode
+    (`tf.autodiff.ForwardAccumulator`).
+
     **Replicas** (`tf.distribute`). With `synchronized=True` the examples of
     all replicas are normalized together: outputs, gradients and statistics
     are those of one device with all examples, however they are split, with a
