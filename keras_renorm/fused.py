@@ -56,6 +56,13 @@ class _Plain:
         """0 without elements."""
         return tf.math.divide_no_nan(self.sum(values), self.count)
 
+    def centered(self, inputs: Tensor) -> Tensor:
+        """Inputs less their mean."""
+        (values,) = self.of(inputs)
+        # In two passes: a sum of large values loses digits.
+        values -= self.mean(values)
+        return values - self.mean(values)
+
 
 def _with_gradient(function: Any) -> Any:
     """`tf.custom_gradient`, for use within a gradient also.
@@ -217,10 +224,8 @@ def _gradient_by_batch(epsilon: float, data_format: str) -> Any:
         def gradient(*arrived: Tensor) -> tuple[Tensor | None, ...]:
             plain = _Plain(data_format, inputs)
             of_inputs, of_scale, of_offset = plain.of(*arrived)
-            dy, x, gamma = plain.of(upstream, inputs, scale)
-            # In two passes: a sum of large values loses digits.
-            centered = x - plain.mean(x)
-            centered -= plain.mean(centered)
+            dy, gamma = plain.of(upstream, scale)
+            centered = plain.centered(inputs)
             variance = plain.mean(tf.square(centered))
             rsigma = tf.math.rsqrt(variance + epsilon)
             normalized = centered * rsigma
@@ -266,19 +271,15 @@ def _with_derivatives(data_format: str) -> Any:
     """Mean and variance as they are, to derivatives functions of inputs."""
 
     @_with_gradient
-    def derived(
-        inputs: Tensor, mean: Tensor, residual: Tensor, variance: Tensor
-    ) -> Any:
+    def derived(inputs: Tensor, residual: Tensor, variance: Tensor) -> Any:
         def gradient(
             of_mean: Tensor, of_variance: Tensor
         ) -> tuple[Tensor | None, ...]:
             plain = _Plain(data_format, inputs)
-            x, mu, of_mean, of_variance = plain.of(
-                inputs, mean, of_mean, of_variance
-            )
-            d_x = of_mean + 2.0 * of_variance * (x - mu)
+            of_mean, of_variance = plain.of(of_mean, of_variance)
+            d_x = of_mean + 2.0 * of_variance * plain.centered(inputs)
             d_x = tf.math.divide_no_nan(d_x, plain.count)
-            return tf.cast(d_x, inputs.dtype), None, None, None
+            return tf.cast(d_x, inputs.dtype), None, None
 
         return (residual, variance), gradient
 
@@ -459,11 +460,11 @@ class FusedView:
         return tuple(taken(upstream, inputs, mean, variance, scale))
 
     def with_derivatives(
-        self, inputs: Tensor, mean: Tensor, residual: Tensor, variance: Tensor
+        self, inputs: Tensor, residual: Tensor, variance: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Residual and variance, as functions of the inputs to derivatives."""
         derived = _with_derivatives(self.data_format)
-        return tuple(derived(inputs, mean, residual, variance))
+        return tuple(derived(inputs, residual, variance))
 
     def _vectors(
         self, scale: Tensor | None, offset: Tensor | None

@@ -590,9 +590,7 @@ def _fused_batch(
         )
         if pool.spans_replicas or state.feedback is not None:
             # What the gradient is made of below depends on the inputs too.
-            residual, variance = view.with_derivatives(
-                x, shift + residual, residual, variance
-            )
+            residual, variance = view.with_derivatives(x, residual, variance)
         local = Moments(view.count, shift, residual, variance)
         moments = pooling.pool_moments(local, state.moving_mean, pool)
         response = gradients.respond(moments, state)

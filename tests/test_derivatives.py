@@ -191,6 +191,50 @@ def test_second_derivatives_of_the_corrected_gradient(graph):
         helpers.assert_close(mine, value, 2e-4)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_third_derivatives(momentum, rng, monkeypatch):
+    # What could be missing is of the size of 1 / elements a channel.
+    monkeypatch.setattr("keras_renorm.kernels.SMALL_ELEMENTS", 1)
+    shape = (4, 3, 3, 8)
+    along = rng.normal(size=(2, *shape))
+
+    def third(case):
+        value = case.x
+        factors = tf.constant(along, value.dtype)
+        with tf.GradientTape() as outer:
+            outer.watch(value)
+            with tf.GradientTape() as middle:
+                middle.watch(value)
+                with tf.GradientTape() as inner:
+                    inner.watch(value)
+                    loss = case.loss(case.outputs)
+                first = inner.gradient(loss, value)
+                total = tf.reduce_sum(tf.sin(first) * factors[0])
+            second = middle.gradient(total, value)
+            total = tf.reduce_sum(tf.sin(second) * factors[1])
+        return outer.gradient(total, value)
+
+    case, reference = (
+        Case(
+            made(
+                BatchRenormalization,
+                shape,
+                dtype,
+                r_max=3.0,
+                d_max=5.0,
+                gradient_momentum=momentum,
+                is_open=momentum is not None,
+            ),
+            np.random.default_rng(5),
+            shape,
+            True,
+        )
+        for dtype in ("float32", "float64")
+    )
+    actual = tf.function(lambda: third(case), autograph=False)()
+    helpers.assert_close(actual, third(reference), 2e-5)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_forward_mode_moves_no_accumulator(place):
     layer = made(
