@@ -145,15 +145,25 @@ def normalize_by_batch(
     Returns:
         `(outputs, update)`: the outputs, in the type of the inputs or of the
         statistics, and the new moving statistics.
+
+    Raises:
+        NotImplementedError: In forward mode, where replicas share statistics.
     """
     inputs = backend.of_graph(inputs)
+    is_forward = backend.carry_tangents([inputs, state.gamma, state.beta])
+    if is_forward and pool.spans_replicas:
+        raise NotImplementedError(
+            "`synchronized` must be False under a `tf.autodiff."
+            "ForwardAccumulator`: sums over replicas have no derivative in "
+            "forward mode. Received: synchronized=True."
+        )
     path = choose(
         inputs,
         axis,
         mask,
         pool,
         is_corrected=state.feedback is not None,
-        is_forward=backend.carry_tangents([inputs, state.gamma, state.beta]),
+        is_forward=is_forward,
     )
     return _batch_step(path, inputs, axis, mask, state, pool)
 

@@ -337,6 +337,41 @@ def test_second_derivatives(dtype, strategy, rng, monkeypatch):
     helpers.assert_close(actual, expected, tolerance)
 
 
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_forward_mode(synchronized, strategy, rng):
+    split = SPLITS["unequal"]
+    shape = (sum(split), 4)
+    x = helpers.inputs_of(rng, shape)
+    along = rng.normal(size=shape).astype("float32")
+    with strategy.scope():
+        layer = make(BatchNormalization, shape, synchronized=synchronized)
+
+    def forward(layer, x, along):
+        with tf.autodiff.ForwardAccumulator(x, along) as accumulator:
+            outputs = layer(x, training=True)
+        return accumulator.jvp(outputs)
+
+    at = np.cumsum(split)[:-1]
+    values = [distribute(strategy, np.split(a, at)) for a in (x, along)]
+    run = tf.function(
+        lambda *values: strategy.run(
+            lambda *parts: forward(layer, *parts), values
+        )
+    )
+    if synchronized:
+        # The sums would be taken for constants, without an error.
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            run(*values)
+        return
+    actual = strategy.experimental_local_results(run(*values))
+    for mine, *part in zip(
+        actual, np.split(x, at), np.split(along, at), strict=True
+    ):
+        single = make(BatchNormalization, shape, dtype="float64")
+        part = [tf.constant(value, "float64") for value in part]
+        helpers.assert_close(mine, forward(single, *part), 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("sizes", [(4,), (64, 64, 8)], ids=["small", "fused"])

@@ -47,8 +47,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     they are. Loss and gradients still show a NaN or Inf input, so that loss
     scaling sees it.
 
-    **Derivatives** are right to any order, in reverse and in forward mode
-    (`tf.autodiff.ForwardAccumulator`).
+    **Derivatives** in reverse mode are those of the formulas, higher ones too;
+    and in forward mode (`tf.autodiff.ForwardAccumulator`), which replicas
+    cannot take of a synchronized training step: an error.
 
     **Replicas** (`tf.distribute`). With `synchronized=True` the examples of
     all replicas are normalized together: outputs, gradients and statistics
