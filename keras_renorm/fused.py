@@ -1,20 +1,15 @@
-"""TensorFlow's fused operators, on inputs of any rank and axis.
+"""TensorFlow's fused operators, on inputs of any rank and axis."""
 
-Each has a gradient of its own here, that of the gradients included: those that
-TensorFlow has take statistics for constants, and in a `tf.function` under a
-`tf.autodiff.ForwardAccumulator` they are lost without an error.
-"""
-
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
 
-from keras_renorm import backend
+from keras_renorm import backend, operators
 from keras_renorm.backend import tf
 from keras_renorm.functional import Tensor
+from keras_renorm.operators import FusedOperators
 
 # The fused operators sum in float32 over the whole tensor; where |mean| is
 # more than this many standard deviations, the rounding error of that sum is
@@ -22,268 +17,6 @@ from keras_renorm.functional import Tensor
 # 56, 56, 64) the mean is off by 6e-5 standard deviations where it is 10 of
 # them, 7e-4 where it is 100 (Keras: 3e-5 and 3e-4).
 LARGE_MEAN = 30.0
-
-
-class _Plain:
-    """Inputs of an operator's derivative in the operators' layout.
-
-    What they hold is read anew from tensors, for a derivative may be taken in
-    another graph than the one that they were made in.
-    """
-
-    def __init__(self, data_format: str, inputs: Tensor) -> None:
-        is_last = data_format == "NHWC"
-        self._axes = [0, 1, 2] if is_last else [0, 2, 3]
-        self._vector_shape = [-1] if is_last else [-1, 1, 1]
-        sizes = tf.gather(tf.shape(inputs), self._axes)
-        self.count = tf.cast(tf.reduce_prod(sizes), tf.float32)
-
-    def of(self, *tensors: Tensor) -> list[Tensor]:
-        """In the type of statistics; vectors in a shape that broadcasts."""
-        return [
-            tf.reshape(tensor, self._vector_shape)
-            if tensor.shape.rank == 1
-            else tf.cast(tensor, tf.float32)
-            for tensor in tensors
-        ]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Over all elements of a channel."""
-        total = tf.reduce_sum(values, self._axes)
-        return tf.reshape(total, self._vector_shape)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """0 without elements."""
-        return tf.math.divide_no_nan(self.sum(values), self.count)
-
-    def centered(self, inputs: Tensor) -> Tensor:
-        """Inputs less their mean."""
-        (values,) = self.of(inputs)
-        # In two passes: a sum of large values loses digits.
-        values -= self.mean(values)
-        return values - self.mean(values)
-
-
-def _with_gradient(function: Any) -> Any:
-    """`tf.custom_gradient`, for use within a gradient also.
-
-    There the tensors may be of the graph of the forward pass. A derivative of
-    the gradient finds them only if they are made anew where it is computed.
-    For the same reason the function closes over no tensor.
-    """
-
-    @functools.wraps(function)
-    def called(*tensors: Tensor) -> Any:
-        return tf.custom_gradient(function)(*map(tf.identity, tensors))
-
-    return called
-
-
-def _operator(
-    x: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    epsilon: float,
-    data_format: str,
-    mean: Tensor = (),
-    variance: Tensor = (),
-) -> tuple[Tensor, ...]:
-    return tuple(
-        tf.raw_ops.FusedBatchNormV3(
-            x=x,
-            scale=scale,
-            offset=offset,
-            mean=mean,
-            variance=variance,
-            epsilon=epsilon,
-            data_format=data_format,
-            is_training=isinstance(mean, tuple),
-        )
-    )
-
-
-def _gradient_operator(
-    upstream: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    epsilon: float,
-    data_format: str,
-    reserves: Sequence[Tensor],
-    *,
-    is_training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_x, d_scale, d_offset, *_ = tf.raw_ops.FusedBatchNormGradV3(
-        y_backprop=upstream,
-        x=x,
-        scale=scale,
-        reserve_space_1=reserves[0],
-        reserve_space_2=reserves[1],
-        reserve_space_3=reserves[2],
-        epsilon=epsilon,
-        data_format=data_format,
-        is_training=is_training,
-    )
-    return d_x, d_scale, d_offset
-
-
-def _normalized_by(epsilon: float, data_format: str) -> Any:
-    """Normalization of inputs by a mean and a variance, scale and offset."""
-
-    @_with_gradient
-    def normalized(
-        x: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-    ) -> Any:
-        def gradient(upstream: Tensor) -> tuple[Tensor, ...]:
-            d_x, d_scale, d_offset = _gradient_by(epsilon, data_format)(
-                upstream, x, mean, variance, scale
-            )
-            d_mean = -tf.math.rsqrt(variance + epsilon) * scale * d_offset
-            d_variance = -0.5 / (variance + epsilon) * scale * d_scale
-            return d_x, d_mean, d_variance, d_scale, d_offset
-
-        outputs, *_ = _operator(
-            x, scale, offset, epsilon, data_format, mean, variance
-        )
-        return outputs, gradient
-
-    return normalized
-
-
-def _gradient_by(epsilon: float, data_format: str) -> Any:
-    """Its gradient of inputs, scale and offset: scale ρ dy, Σ dy x̂ and Σ dy.
-
-    With ρ = 1/σ.
-    """
-
-    @_with_gradient
-    def taken(
-        upstream: Tensor,
-        inputs: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        scale: Tensor,
-    ) -> Any:
-        def gradient(*arrived: Tensor) -> tuple[Tensor, ...]:
-            plain = _Plain(data_format, inputs)
-            of_inputs, of_scale, of_offset = plain.of(*arrived)
-            dy, x, mu, square, gamma = plain.of(
-                upstream, inputs, mean, variance, scale
-            )
-            centered = x - mu
-            rsigma = tf.math.rsqrt(square + epsilon)
-            d_upstream = rsigma * (gamma * of_inputs + of_scale * centered)
-            both = plain.sum(of_inputs * dy)
-            d_rsigma = gamma * both + of_scale * plain.sum(dy * centered)
-            d_variance = -0.5 * rsigma * tf.square(rsigma) * d_rsigma
-            d_mean = -rsigma * of_scale * plain.sum(dy)
-            return (
-                tf.cast(d_upstream + of_offset, upstream.dtype),
-                tf.cast(of_scale * rsigma * dy, inputs.dtype),
-                *(
-                    tf.reshape(each, [-1])
-                    for each in (d_mean, d_variance, rsigma * both)
-                ),
-            )
-
-        # Of the third reserve the operator reads nothing.
-        reserves = (mean, variance, variance)
-        return _gradient_operator(
-            upstream,
-            inputs,
-            scale,
-            epsilon,
-            data_format,
-            reserves,
-            is_training=False,
-        ), gradient
-
-    return taken
-
-
-def _gradient_by_batch(epsilon: float, data_format: str) -> Any:
-    """Its gradient where the statistics are the batch's.
-
-    With P(a) = a - mean(a) - x̂ mean(a x̂), which is symmetric, and ρ = 1/σ_B:
-    scale ρ P(dy), Σ dy x̂ and Σ dy. As x̂ and ρ depend on x, with a, b and c
-    arriving at these
-
-        d dy    = scale ρ P(a) + b x̂ + c
-        d scale = ρ Σ a P(dy)
-        d x     = ρ P(b dy - scale ρ (mean(a x̂) dy + mean(dy x̂) a))
-                  - scale ρ² mean(a P(dy)) x̂
-    """
-
-    @_with_gradient
-    def taken(
-        upstream: Tensor, inputs: Tensor, scale: Tensor, *reserves: Tensor
-    ) -> Any:
-        def gradient(*arrived: Tensor) -> tuple[Tensor | None, ...]:
-            plain = _Plain(data_format, inputs)
-            of_inputs, of_scale, of_offset = plain.of(*arrived)
-            dy, gamma = plain.of(upstream, scale)
-            centered = plain.centered(inputs)
-            variance = plain.mean(tf.square(centered))
-            rsigma = tf.math.rsqrt(variance + epsilon)
-            normalized = centered * rsigma
-
-            def projected(values: Tensor) -> Tensor:
-                along = plain.mean(values * normalized)
-                return values - plain.mean(values) - normalized * along
-
-            both = plain.mean(of_inputs * projected(dy))
-            d_upstream = (
-                gamma * rsigma * projected(of_inputs)
-                + of_scale * normalized
-                + of_offset
-            )
-            d_normalized = of_scale * dy - gamma * rsigma * (
-                plain.mean(of_inputs * normalized) * dy
-                + plain.mean(dy * normalized) * of_inputs
-            )
-            d_inputs = rsigma * projected(d_normalized) - normalized * (
-                gamma * tf.square(rsigma) * both
-            )
-            return (
-                tf.cast(d_upstream, upstream.dtype),
-                tf.cast(d_inputs, inputs.dtype),
-                tf.reshape(rsigma * both * plain.count, [-1]),
-                *[None] * len(reserves),
-            )
-
-        return _gradient_operator(
-            upstream,
-            inputs,
-            scale,
-            epsilon,
-            data_format,
-            reserves,
-            is_training=True,
-        ), gradient
-
-    return taken
-
-
-def _with_derivatives(data_format: str) -> Any:
-    """Mean and variance as they are, to derivatives functions of inputs."""
-
-    @_with_gradient
-    def derived(inputs: Tensor, residual: Tensor, variance: Tensor) -> Any:
-        def gradient(
-            of_mean: Tensor, of_variance: Tensor
-        ) -> tuple[Tensor | None, ...]:
-            plain = _Plain(data_format, inputs)
-            of_mean, of_variance = plain.of(of_mean, of_variance)
-            d_x = of_mean + 2.0 * of_variance * plain.centered(inputs)
-            d_x = tf.math.divide_no_nan(d_x, plain.count)
-            return tf.cast(d_x, inputs.dtype), None, None
-
-        return (residual, variance), gradient
-
-    return derived
 
 
 class FusedView:
@@ -360,8 +93,8 @@ class FusedView:
         a gradient of its own; else there is `normalize_by`.
         """
         scale, offset = self._vectors(gamma, beta)
-        return _operator(
-            inputs, scale, offset, epsilon, self.data_format, mean, variance
+        return self._operators(epsilon).normalize(
+            inputs, scale, offset, mean, variance
         )
 
     def normalize_by(
@@ -373,10 +106,11 @@ class FusedView:
         beta: Tensor | None,
         epsilon: float,
     ) -> Tensor:
-        """Outputs by these statistics, with derivatives of any order."""
+        """Outputs by these statistics."""
         scale, offset = self._vectors(gamma, beta)
-        normalized = _normalized_by(epsilon, self.data_format)
-        return normalized(inputs, mean, variance, scale, offset)
+        return self._operators(epsilon).normalize_by(
+            inputs, mean, variance, scale, offset
+        )
 
     def normalize_accurately(
         self, gamma: Tensor | None, beta: Tensor | None, epsilon: float
@@ -442,8 +176,9 @@ class FusedView:
         `reserves` are the three of the training form.
         """
         scale, _ = self._vectors(scale, None)
-        taken = _gradient_by_batch(epsilon, self.data_format)
-        return tuple(taken(upstream, inputs, scale, *reserves))
+        return self._operators(epsilon).gradient(
+            upstream, inputs, scale, *reserves
+        )
 
     def gradient_by(
         self,
@@ -456,15 +191,20 @@ class FusedView:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of inputs, scale and offset, by these statistics."""
         scale, _ = self._vectors(scale, None)
-        taken = _gradient_by(epsilon, self.data_format)
-        return tuple(taken(upstream, inputs, mean, variance, scale))
+        return self._operators(epsilon).gradient_by(
+            upstream, inputs, mean, variance, scale
+        )
 
     def with_derivatives(
         self, inputs: Tensor, residual: Tensor, variance: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Residual and variance, as functions of the inputs to derivatives."""
-        derived = _with_derivatives(self.data_format)
-        return tuple(derived(inputs, residual, variance))
+        return operators.with_derivatives(
+            self.data_format, inputs, residual, variance
+        )
+
+    def _operators(self, epsilon: float) -> FusedOperators:
+        return FusedOperators(epsilon, self.data_format)
 
     def _vectors(
         self, scale: Tensor | None, offset: Tensor | None
