@@ -6,12 +6,13 @@ here; it is `None` where the backend is another.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
-from keras import Variable, ops
+from keras import Variable, ops, tree
 
 from keras_renorm.functional import Tensor
 
@@ -300,14 +301,14 @@ def _sizes(tensor: Tensor) -> tuple[int | None, ...] | None:
     return tuple(1 if size == 1 else None for size in tensor.shape)
 
 
-def compiled(function: Any) -> Any:
+def compiled(function: Any, is_eager: bool = False) -> Any:
     """A function of tensors as a graph, where the backend has graphs.
 
     No gradient is taken of what it returns; PyTorch then keeps no history.
     """
     if _is("torch"):
         return torch.no_grad()(function)
-    if _is("jax"):
+    if _is("jax") or is_eager:
         return function
     return tf.function(function, autograph=False, reduce_retracing=True)
 
@@ -351,6 +352,73 @@ def wait() -> None:
     """Waits until each `receive` of `tell` has been called."""
     if _is("jax"):
         jax.effects_barrier()
+
+
+def predict_function(model: Any, receive: Callable[[Any], None]) -> Any:
+    """What `model.predict` runs in the place of a step: it only reads.
+
+    `receive` gets each batch, on the host, whole where replicas share it. On
+    JAX the model has its variables meanwhile, which Keras takes from it.
+    """
+
+    def by_tensorflow(batches: Sequence[Any]) -> Tensor:
+        whole = functools.partial(_whole, strategy=model.distribute_strategy)
+        return by_torch(tree.map_structure(whole, batches))
+
+    def by_torch(batches: Sequence[Any]) -> Tensor:
+        for batch in batches:
+            receive(batch)
+        return ops.zeros((1,))
+
+    def by_jax(state: Any, iterator: Any) -> tuple[Tensor, Any]:
+        for variables, values in zip(
+            (model.trainable_variables, model.non_trainable_variables),
+            state,
+            strict=True,
+        ):
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+        for batch in itertools.islice(iterator, model.steps_per_execution):
+            receive(batch)
+        return ops.zeros((1,)), state
+
+    return {
+        "tensorflow": by_tensorflow,
+        "jax": by_jax,
+        "torch": by_torch,
+    }[name()]
+
+
+def _whole(leaf: Any, strategy: Any) -> Any:
+    """A part of a batch of Keras's loop, as a model takes it."""
+    if isinstance(leaf, tf.experimental.Optional):
+        return None
+    if isinstance(leaf, tf.distribute.DistributedValues):
+        return tf.concat(strategy.experimental_local_results(leaf), axis=0)
+    return leaf
+
+
+def step_arguments(model: Any, name: str, batch: Any) -> tuple[Any, ...]:
+    """Arguments of a `train_step`, `test_step` or `predict_step`."""
+    if not _is("jax"):
+        return (batch,)
+    state = [model.trainable_variables, model.non_trainable_variables]
+    if name == "train_step":
+        optimizer = getattr(model, "optimizer", None)  # if it is compiled
+        state.append(getattr(optimizer, "variables", []))
+    if name != "predict_step":
+        state.append(model.metrics_variables)
+    return [[each.value for each in group] for group in state], batch
+
+
+def as_dataset(arrays: Any, batch_size: int) -> Any:
+    """Arrays as a `tf.data.Dataset` of batches; `None` without TensorFlow."""
+    try:
+        import tensorflow
+    except ImportError:
+        return None
+    dataset = tensorflow.data.Dataset.from_tensor_slices(arrays)
+    return dataset.batch(batch_size)
 
 
 def with_size(

@@ -10,6 +10,7 @@ from keras import layers
 from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
+    diagnostics,
     get_statistics,
     recalibrate,
 )
@@ -89,7 +90,8 @@ def test_every_kind_of_dataset(form, rng):
 def test_steps_and_large_means(rng):
     x = (1e4 + rng.normal(size=(64, 5, 3))).astype("float32")
     model = first_layer()
-    recalibrate(model, x, steps=3, batch_size=8, verbose=False)
+    batches = [x[at : at + 8] for at in range(0, 64, 8)]
+    recalibrate(model, batches, steps=3, verbose=False)
     rows = x[:24].reshape(-1, 3).astype("float64")
     variance = helpers.statistics(model.layers[0])[1]
     assert np.all(np.abs(variance / rows.var(axis=0) - 1) < 5e-5)
@@ -695,3 +697,192 @@ def test_keras_layers_with_renorm_are_to_be_converted():
         r"Received: layers bn.$",
     ):
         recalibrate(model, np.ones((4, 2), "float32"))
+
+
+class Assigning(layers.Layer):
+    """A layer that counts its calls and draws numbers, in inference too."""
+
+    def build(self, input_shape):
+        self.calls = self.add_weight(shape=(), trainable=False)
+        self.seed = keras.random.SeedGenerator(1)
+
+    def call(self, inputs):
+        self.calls.assign(self.calls + 1)
+        noise = keras.random.normal((1,), seed=self.seed)
+        return inputs + 0.0 * noise
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_what_is_assigned_in_inference_stays(layer_by_layer, rng):
+    x = rng.normal(size=(16, 5, 3)).astype("float32")
+    model = keras.Sequential(
+        [
+            keras.Input((5, 3), batch_size=8),
+            Assigning(),
+            layers.LSTM(2, stateful=True, return_sequences=True),
+            BatchNormalization(name="bn"),
+        ]
+    )
+    model.predict(x, batch_size=8, verbose=0)
+    before = {
+        variable.path: helpers.to_numpy(variable)
+        for variable in model.variables
+    }
+    recalibrate(
+        model, x, batch_size=8, layer_by_layer=layer_by_layer, verbose=False
+    )
+    changed = [
+        variable.name
+        for variable in model.variables
+        if not np.array_equal(helpers.to_numpy(variable), before[variable.path])
+    ]
+    assert changed == ["moving_mean", "moving_variance"]
+
+
+@pytest.mark.parametrize("kind", ["end", "overwritten", "before", "after"])
+def test_statistics_are_those_of_the_weights_that_fit_leaves(kind, rng):
+    x = helpers.inputs_of(rng, (32, 3)) / 5
+    keras.utils.set_random_seed(3)
+    model = deep_regression()
+    frequency = 3 if kind == "overwritten" else None
+    optimizer = keras.optimizers.SGD(
+        0.05, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=frequency
+    )
+    model.compile(optimizer, "mse")
+    callbacks = [RecalibrateStatistics(x)]
+    if kind in ("before", "after"):
+        at = int(kind == "after")
+        callbacks.insert(at, keras.callbacks.SwapEMAWeights())
+    y = x[:, :1]
+    model.fit(
+        x,
+        y,
+        epochs=2,
+        batch_size=8,
+        verbose=0,
+        validation_data=(x, y),
+        callbacks=callbacks,
+    )
+    hidden = helpers.to_numpy(model.layers[0](x)).mean(axis=0)
+    mean = helpers.statistics(model.layers[1])[0]
+    helpers.assert_close(mean, hidden, 1e-5)
+
+
+def test_the_callback_leaves_frozen_layers_unless_they_are_named(rng):
+    x = rng.normal(4.0, 1.0, (32, 3)).astype("float32")
+    for chosen, moved in ((None, [1]), ("first", [0]), (["first"], [0])):
+        model = keras.Sequential(
+            [
+                keras.Input((3,)),
+                BatchNormalization(name="first", frozen_statistics=True),
+                BatchNormalization(name="second", momentum=1.0),
+                BatchNormalization(name="third", trainable=False),
+                layers.Dense(1),
+            ]
+        )
+        model.compile("sgd", "mse")
+        callback = RecalibrateStatistics(x, layers=chosen)
+        model.fit(x, x[:, :1], verbose=0, callbacks=[callback])
+        assert moved == [
+            at
+            for at, layer in enumerate(model.layers[:3])
+            if np.any(helpers.statistics(layer)[0])
+        ]
+
+
+def test_data_that_is_not_finite_ends_no_fit(rng):
+    x = rng.normal(4.0, 1.0, (32, 3)).astype("float32")
+    bad = x.copy()
+    bad[3] = np.nan
+    model = keras.Sequential(
+        [keras.Input((3,)), BatchNormalization(name="bn"), layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="^Statistics were not recalibrated"):
+        history = model.fit(
+            x,
+            x[:, :1],
+            epochs=2,
+            verbose=0,
+            callbacks=[RecalibrateStatistics(bad)],
+        )
+    assert len(history.history["loss"]) == 2
+
+
+def test_layers_that_data_does_not_reach_are_left_out(rng):
+    x = rng.normal(4.0, 1.0, (32, 3)).astype("float32")
+
+    class Heads(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.bn = BatchNormalization(name="bn")
+            self.auxiliary = BatchNormalization(name="auxiliary")
+
+        def call(self, inputs, training=None):
+            outputs = self.bn(inputs, training=training)
+            if training is not None and not training:
+                return outputs
+            return outputs + self.auxiliary(inputs, training=training)
+
+    model = Heads()
+    model(x, training=None)
+    message = (
+        "Layers that no element of `dataset` reached are left out: auxiliary."
+    )
+    for layer_by_layer in (False, True):
+        with pytest.warns(UserWarning, match=message):
+            recalibrate(model, x, layer_by_layer=layer_by_layer, verbose=False)
+        helpers.assert_close(
+            helpers.statistics(model.bn)[0], x.mean(axis=0), 1e-5
+        )
+        assert not np.any(helpers.statistics(model.auxiliary)[0])
+    with pytest.raises(ValueError, match="must reach batch normalization"):
+        recalibrate(model, x, layers="auxiliary", verbose=False)
+
+
+@pytest.mark.parametrize("name", ["recalibrate", "discrepancy"])
+def test_a_loop_over_batches_traces_once(name, rng):
+    traces = []
+
+    class Traced(layers.Layer):
+        def call(self, inputs):
+            traces.append(1)
+            return inputs
+
+    x = rng.normal(4.0, 1.0, (32, 3)).astype("float32")
+    model = keras.Sequential(
+        [keras.Input((3,)), Traced(), BatchNormalization(), layers.Dense(1)]
+    )
+    model.run_eagerly = False
+    functions = {
+        "recalibrate": recalibrate,
+        "discrepancy": diagnostics.discrepancy,
+    }
+    functions[name](model, x, verbose=False)
+    if keras.backend.backend() != "tensorflow":
+        return  # there are no graphs to keep
+    count = len(traces)
+    for _ in range(3):
+        functions[name](model, x + 1, verbose=False)
+        assert len(traces) == count
+    assert np.allclose(helpers.statistics(model.layers[1])[0], 0) == (
+        name == "discrepancy"
+    )
+    model.layers[1].epsilon = 0.1
+    functions[name](model, x, verbose=False)
+    assert len(traces) > count
+
+
+def test_a_layer_without_a_mask_argument_is_watched(rng):
+    class Frozen(keras.layers.BatchNormalization):
+        def call(self, inputs):
+            return super().call(inputs, training=False)
+
+    x = rng.normal(4.0, 1.0, (32, 3)).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), Frozen(), Frozen()])
+    recalibrate(model, x, layer_by_layer=True, verbose=False)
+    helpers.assert_close(
+        helpers.statistics(model.layers[0])[0], x.mean(axis=0), 1e-5
+    )
+    report = diagnostics.discrepancy(model, x, verbose=False)
+    assert [row.gap for row in report.layers] == [0.0, 0.0]

@@ -7,7 +7,7 @@ import keras
 
 from keras_renorm import arguments
 from keras_renorm.callbacks.sharing import SharesData
-from keras_renorm.diagnostics.modes.comparison import Comparison
+from keras_renorm.diagnostics.modes.comparison import comparison
 from keras_renorm.diagnostics.modes.step import (
     LayerState,
     draw_steps,
@@ -251,7 +251,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         data = Batches(
             self.dataset, DATASET_BATCHES, 32, self.model, is_most=True
         )
-        found = Comparison(self.model).run(data, verbose=False)
+        found = comparison(self.model).run(data, verbose=False)
         said = said_of_batches(found.layers)
         if said is not None:
             warnings.warn(said, stacklevel=2)

@@ -1,22 +1,31 @@
 """Population statistics in `fit`."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 
+from keras_renorm import backend
 from keras_renorm.callbacks.sharing import SharesData
-from keras_renorm.models.recalibrate import StatisticsPass
+from keras_renorm.models.finding import require_layers
+from keras_renorm.models.passes import NotFiniteError
+from keras_renorm.models.recalibrate import statistics_pass
 
 
 class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
     """Recalibrates the moving statistics after each epoch of `fit`.
 
-    Before validation, so that it sees the new statistics, and, without
-    validation, at the end of the epoch; see `keras_renorm.recalibrate`.
-    Callbacks after this one in the list, such as `ModelCheckpoint`, save them.
-    Put Keras's `SwapEMAWeights` before it, and the statistics are those of the
-    averaged weights. Training continues with the new statistics.
+    Before validation, so that it sees the new statistics; and at the end of
+    the epoch and of `fit`, where the weights have changed since: an optimizer
+    with `use_ema` puts its averages in last, `SwapEMAWeights` takes them out
+    after validation. See `keras_renorm.recalibrate`. Callbacks after this one
+    in the list, such as `ModelCheckpoint`, save the statistics. Training
+    continues with them.
+
+    Frozen layers keep theirs (`frozen_statistics`, `trainable=False`), unless
+    they are among `layers`. Activations that are not finite leave all as they
+    were, with a warning.
 
     Args:
         dataset: As for `recalibrate`; read again after each epoch, so no
@@ -24,7 +33,8 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
             next `steps` batches. It should not be the validation data. Copies
             of the callback (`copy.deepcopy`) share it.
         steps: Number of batches, or `None` (default) for all.
-        **arguments: Others of `recalibrate`; `verbose` is `False` by default.
+        **arguments: Others of `recalibrate` (`layers`, `batch_size`, ...);
+            `verbose` is `False` by default.
 
     Raises:
         TypeError, ValueError: If `dataset` can be read only once and `steps`
@@ -59,21 +69,21 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
         self.dataset = dataset
         self.steps = steps
         self.arguments = {"verbose": False, **arguments}
-        self._pass: StatisticsPass | None = None
-        self._is_due = False
+        self._layers = self.arguments.pop("layers", None)
+        # Of the weights that the statistics are of; `None` outside `fit`.
+        self._mark: Any = None
+        self._is_silent = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds the layers, and checks the arguments."""
-        self._pass = StatisticsPass(self.model)
-        checked = {**self.arguments}
-        checked.pop("verbose")
-        self._pass.checked(self.dataset, self.steps, **checked)
-
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        """The statistics will be due when it ends."""
-        self._is_due = True
+        arguments = {**self.arguments}
+        arguments.pop("verbose")
+        if self.model.built:
+            statistics_pass(self.model, self._chosen()).checked(
+                self.dataset, self.steps, **arguments
+            )
+        self._mark = ()
+        self._is_silent = False
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Recalibrates, where validation begins."""
@@ -86,11 +96,47 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
         self._recalibrate()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Forgets the model."""
-        self._pass = None
-        self._is_due = False
+        """Recalibrates, if weights have changed since the last epoch."""
+        self._recalibrate()
+        self._mark = None
+
+    def _chosen(self) -> list[Any]:
+        """The layers that were asked for, or all that move."""
+        chosen = require_layers(self.model, self._layers)
+        if self._layers is not None:
+            return chosen
+        return [
+            layer
+            for layer in chosen
+            if layer.trainable and not getattr(layer, "statistics_stand", False)
+        ]
 
     def _recalibrate(self) -> None:
-        if self._is_due and self._pass is not None:
-            self._pass.run(self.dataset, self.steps, **self.arguments)
-        self._is_due = False
+        if self._mark is None or self._mark == self._marked():
+            return
+        chosen = self._chosen()
+        if chosen:
+            with warnings.catch_warnings():
+                if self._is_silent:  # it was said after the first epoch
+                    warnings.simplefilter("ignore")
+                try:
+                    statistics_pass(self.model, chosen).run(
+                        self.dataset, self.steps, **self.arguments
+                    )
+                except NotFiniteError as error:
+                    warnings.warn(
+                        f"Statistics were not recalibrated. {error}",
+                        stacklevel=2,
+                    )
+            self._is_silent = True
+        self._mark = self._marked()
+
+    def _marked(self) -> tuple[Any, ...]:
+        """What says whether weights or statistics have changed."""
+        return tuple(
+            hash(backend.to_numpy(each).tobytes())
+            for each in (
+                *self.model.trainable_variables,
+                *(layer.moving_mean for layer in self._chosen()),
+            )
+        )

@@ -1,37 +1,60 @@
-"""Batches of data, from whatever holds them."""
+"""Data for passes over a model, read as Keras reads it."""
 
+import inspect
 import itertools
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
-from keras_renorm import arguments
+from keras_renorm import arguments, backend
+from keras_renorm.models.arrays import (
+    as_arrays,
+    check_inputs,
+    checked_batch,
+    described,
+    inputs_of,
+    is_array,
+    length_of,
+    rows_of,
+)
+
+# After so many batches of data of unknown length it is asked whether it ends.
+MANY_BATCHES = 10_000
+# Whose classes of data Keras's own loop reads.
+_READ_BY_KERAS = {"grain", "keras", "tensorflow", "torch"}
 
 
 class Batches:
-    """Batches, from whatever holds them.
+    """Batches of a dataset, read by the model's own `predict`.
 
-    Iterating gives `(x, y, sample_weight)`; the last two are `None` where the
-    data has none.
+    So arrays, frames, sparse matrices, `tf.data`, `PyDataset`, loaders of
+    PyTorch and what a model does with its data before it (a task of keras-hub
+    preprocesses it) are as in `fit`. An iterable of batches, which Keras does
+    not take, is read here.
 
     Args:
         dataset: As for `recalibrate`.
         steps: Number of batches, or `None` for all.
         batch_size: Examples a batch where `dataset` is arrays.
-        model: Its inputs say whether arrays are one input or several, and what
-            they must fit.
+        model: What reads the data. Its inputs say whether arrays are one input
+            or several, and what they must fit.
         is_most: Whether `steps` are the most, and fewer are no error.
+        is_drawn: Whether, of arrays, the examples of `steps` batches are drawn
+            at random, as `fit` draws them. Otherwise whole batches are taken
+            at even distances. Either way they are from all of the arrays.
 
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If an argument is out of range; if the dataset is empty,
             never ends while `steps` is `None`, has arrays of unequal length,
-            is a list of inputs and labels, does not fit the inputs of the
-            model, or is known to hold fewer than `steps` batches.
+            is a list of inputs and labels, is one example without a batch
+            axis, does not fit the inputs of the model, or is known to hold
+            fewer than `steps` batches.
     """
 
     def __init__(
@@ -42,22 +65,22 @@ class Batches:
         model: Any,
         *,
         is_most: bool = False,
+        is_drawn: bool = False,
     ) -> None:
         if steps is not None:
-            steps = arguments.check_integer("steps", steps, minimum=1)
+            steps = _checked_steps(steps)
         self.dataset = dataset
         self.batch_size = arguments.check_integer("batch_size", batch_size, 1)
+        if not isinstance(model, keras.Model):
+            model = keras.Sequential([model])
         self.model = model
-        inputs = len(_inputs_of(model) or [None])
-        self._arrays = _as_arrays(dataset, inputs)
+        inputs = len(inputs_of(model) or [None])
+        self._arrays = as_arrays(dataset, inputs)
         self.asked = steps
         self._is_most = is_most
         self.known = self._known_steps()
         if self.known == 0:
-            raise ValueError(
-                "`dataset` must hold at least one batch. Received: "
-                f"dataset={_described(dataset)}, which is empty."
-            )
+            raise _empty(dataset)
         if self.known == math.inf and steps is None:
             raise ValueError(
                 "`steps` must be given for a dataset that never ends. "
@@ -67,6 +90,8 @@ class Batches:
             self._check_enough(self.known)
         if self._arrays is not None:
             check_inputs(model, self._arrays[0])
+            if steps is not None and steps < (self.known or 0):
+                self._arrays = self._rows_of_steps(steps, is_drawn)
 
     @property
     def steps(self) -> int | None:
@@ -79,20 +104,48 @@ class Batches:
         """Whether the data can be read more than once."""
         return not isinstance(self.dataset, Iterator)
 
-    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        for batch in itertools.islice(self._all_batches(), self.asked):
-            x, y, sample_weight = _unpacked(batch)
-            check_inputs(self.model, x)
-            yield x, y, sample_weight
+    def read(
+        self, receive: Callable[[Any], None], verbose: int | bool = True
+    ) -> int:
+        """Calls `receive(batch)` for each batch; returns their number.
 
-    def check_complete(self, seen: int) -> None:
-        """Raises if the data ran out, or there was none."""
-        if seen == 0:
-            raise ValueError(
-                "`dataset` must hold at least one batch. Received: "
-                f"dataset={_described(self.dataset)}, which is empty."
+        A batch is what Keras hands to a step: `x`, `(x,)`, `(x, y)` or
+        `(x, y, sample_weight)`.
+
+        Raises:
+            ValueError: If the data ran out, or there was none.
+        """
+        seen = 0
+
+        def receive_one(batch: Any) -> None:
+            nonlocal seen
+            if self._is_read_by_keras and seen == self.asked:
+                return
+            receive(batch)
+            seen += 1
+            if seen == MANY_BATCHES and self.steps is None:
+                warnings.warn(
+                    f"`dataset` goes on after {MANY_BATCHES:,} batches. If it "
+                    "never ends, give `steps`.",
+                    stacklevel=2,
+                )
+
+        if self._is_read_by_keras:
+            self._predict(receive_one, verbose, lambda: seen)
+        else:
+            bar = keras.utils.Progbar(
+                self.steps, verbose=int(bool(verbose)), unit_name="batch"
             )
+            # Not through a generator of ours, which would close theirs when it
+            # ends: of one that never ends, the next steps are read later.
+            for batch in itertools.islice(iter(self.dataset), self.asked):
+                receive_one(checked_batch(batch))
+                bar.update(seen, finalize=False)
+            bar.update(seen, finalize=True)
+        if seen == 0:
+            raise _empty(self.dataset)
         self._check_enough(seen)
+        return seen
 
     def check_repeatable(self) -> None:
         """Raises if the data can be read only once."""
@@ -100,8 +153,64 @@ class Batches:
             raise ValueError(
                 "`dataset` must be one that can be read again where "
                 "layer_by_layer=True. Received: dataset="
-                f"{_described(self.dataset)}."
+                f"{described(self.dataset)}."
             )
+
+    @property
+    def _is_read_by_keras(self) -> bool:
+        return self._arrays is not None or _is_of_keras(self.dataset)
+
+    def _predict(
+        self,
+        receive: Callable[[Any], None],
+        verbose: int | bool,
+        seen: Callable[[], int],
+    ) -> None:
+        """Reads the data in Keras's loop, on the model's own `predict`."""
+        data, given = self.dataset, {"steps": self.asked}
+        predict = _own_predict(self.model)
+        if self._arrays is not None:
+            data = self._arrays
+            given = {"batch_size": self.batch_size}
+            if predict is not None:
+                # It may take what it is given apart before Keras does.
+                whole = backend.as_dataset(data, self.batch_size)
+                if len(data) == 1 or whole is None:
+                    data = data[0]
+                else:
+                    data, given = whole, {}
+        failures: list[BaseException] = []
+
+        def receive_or_note(batch: Any) -> None:
+            try:
+                if predict is None and self._arrays is not None:
+                    (batch,) = batch
+                receive(batch)
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        function = backend.predict_function(self.model, receive_or_note)
+        for each in (predict, keras.Model.predict):
+            if each is None or seen():
+                continue
+            before = self.model.predict_function
+            self.model.predict_function = function
+            try:
+                with warnings.catch_warnings():
+                    # It is an error here, below.
+                    warnings.filterwarnings("ignore", ".*ran out of data")
+                    each(self.model, data, verbose=int(bool(verbose)), **given)
+            except Exception as error:
+                # Keras's loop fails where there is no batch at all, and one of
+                # the user's may not know what to make of our outputs.
+                if failures or not (
+                    isinstance(error, UnboundLocalError)
+                    or (each is predict and seen())
+                ):
+                    raise
+            finally:
+                self.model.predict_function = before
 
     def _check_enough(self, found: float) -> None:
         if self.asked is None or self._is_most or self.asked <= found:
@@ -113,11 +222,11 @@ class Batches:
 
     def _known_steps(self) -> float | None:
         if self._arrays is not None:
-            return math.ceil(_examples(self._arrays) / self.batch_size)
+            return math.ceil(length_of(self._arrays) / self.batch_size)
         if isinstance(self.dataset, keras.utils.PyDataset):
             count = self.dataset.num_batches
             return math.inf if count is None else count
-        if hasattr(self.dataset, "cardinality"):  # tf.data
+        if callable(getattr(self.dataset, "cardinality", None)):  # tf.data
             count = int(self.dataset.cardinality())
             return {-1: math.inf, -2: None}.get(count, count)
         if (
@@ -129,184 +238,67 @@ class Batches:
             raise TypeError(
                 "`dataset` must be arrays, a tf.data.Dataset, a PyDataset or "
                 "an iterable of batches. Received: dataset="
-                f"{_described(self.dataset)}."
+                f"{described(self.dataset)}."
             )
         return None
 
-    def _all_batches(self) -> Iterator[Any]:
-        if self._arrays is not None:
-            return self._slices(self._arrays)
-        if isinstance(self.dataset, keras.utils.PyDataset):
-            return (self.dataset[index] for index in range(self.steps or 0))
-        # Not through a generator of ours, which would close theirs when it
-        # ends: of one that never ends, the next steps are read later.
-        return iter(self.dataset)
+    def _rows_of_steps(self, steps: int, is_drawn: bool) -> tuple[Any, ...]:
+        """So many batches, from all of the arrays."""
+        arrays: Any = self._arrays
+        examples, size = length_of(arrays), self.batch_size
+        if is_drawn:
+            drawn = np.random.default_rng(0).permutation(examples)
+            rows = drawn[: steps * size]
+        else:
+            # The last batch, which may be smaller, only where all are taken.
+            begins = np.linspace(0, examples // size - 1, steps).round()
+            rows = (
+                begins[:, np.newaxis].astype(int) * size + np.arange(size)
+            ).ravel()
 
-    def _slices(self, arrays: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-        for begin in range(0, _examples(arrays), self.batch_size):
-            part = slice(begin, begin + self.batch_size)
-            yield tuple(
-                tree.map_structure(lambda leaf, at=part: leaf[at], each)
-                if each is not None
-                else None
-                for each in arrays
-            )
+        def taken(leaf: Any) -> Any:
+            if leaf is None:
+                return None
+            # A file's rows can be read in ascending order only.
+            places = np.argsort(rows)
+            return rows_of(rows_of(leaf, rows[places]), np.argsort(places))
+
+        return tuple(tree.map_structure(taken, each) for each in arrays)
 
 
-def check_inputs(model: Any, x: Any, name: str = "dataset") -> None:
-    """Raises if a batch of arrays does not fit the inputs of a model.
-
-    Keras checks shapes where it traces a graph, and not again where the graph
-    takes a shape that was generalized: a batch of labels is broadcast there.
-    """
-    inputs = _inputs_of(model)
-    if not inputs:
-        return
-    pairs: list[tuple[Any, Any]]
-    if isinstance(x, dict):
-        # What is not an input, Keras leaves out.
-        named = {each.name: each for each in inputs}
-        pairs = [(x[key], named[key]) for key in named if key in x]
-    else:
-        leaves = tree.flatten(x)
-        if len(leaves) != len(inputs):
-            raise ValueError(
-                f"`{name}` must give as many arrays of inputs as the model "
-                f"has. Received: {len(leaves)} for {len(inputs)} of "
-                f"model={model.name}."
-            )
-        pairs = list(zip(leaves, inputs, strict=True))
-    for array, expected in pairs:
-        # Of another rank, Keras adds or drops an axis where it can.
-        fits = len(array.shape) != len(expected.shape) or all(
-            None in sizes or sizes[0] == sizes[1]
-            for sizes in zip(array.shape[1:], expected.shape[1:], strict=True)
+def _own_predict(model: keras.Model) -> Any:
+    """`predict` of a class of its own, if it takes what Keras's does."""
+    own = type(model).predict
+    if own is keras.Model.predict:
+        return None
+    try:
+        inspect.signature(own).bind(
+            model, None, batch_size=None, steps=None, verbose=0
         )
-        if not fits:
-            raise ValueError(
-                f"`{name}` must give inputs of the model's shapes. Received: "
-                f"a batch of shape {tuple(array.shape)}, for "
-                f"{tuple(expected.shape)} of model={model.name}."
-            )
+    except TypeError:
+        return None
+    return own
 
 
-def _inputs_of(model: Any) -> list[Any]:
-    """The symbolic inputs of a model, none where it is subclassed."""
-    return list(getattr(model, "inputs", None) or [])
-
-
-def _is_array(value: Any) -> bool:
-    return len(getattr(value, "shape", ())) > 0 and (
-        ops.is_tensor(value) or hasattr(value, "__array__")
+def _is_of_keras(dataset: Any) -> bool:
+    """Whether Keras's loop takes the class of what holds batches."""
+    return not isinstance(dataset, Iterator) and any(
+        each.__module__.split(".")[0] in _READ_BY_KERAS
+        for each in type(dataset).__mro__
     )
 
 
-def _is_arrays(structure: Any) -> bool:
-    leaves = tree.flatten(structure)
-    return bool(leaves) and all(_is_array(leaf) for leaf in leaves)
-
-
-def _converted(structure: Any) -> Any:
-    """Frames as arrays; of a series a column, as Keras makes it."""
-
-    def converted(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray) or ops.is_tensor(leaf):
-            return leaf
-        array = np.asarray(leaf)
-        if array.ndim == 1 and hasattr(leaf, "to_frame"):
-            return array[:, np.newaxis]
-        return array
-
-    return tree.map_structure(converted, structure)
-
-
-def _as_arrays(dataset: Any, inputs: int) -> tuple[Any, ...] | None:
-    """`(x,)`, `(x, y)` or `(x, y, sample_weight)`, if `dataset` is arrays."""
-    if isinstance(dataset, Iterator):
-        return None
-    if isinstance(dataset, list):
-        if inputs > 1 and len(dataset) == inputs and _is_arrays(dataset):
-            return (_converted(dataset),)
-        _check_list(dataset)
-        return None
-    if isinstance(dataset, tuple) and dataset:
-        x, *others = dataset
-        if _is_arrays(x):
-            _check_parts(others)
-            return tuple(
-                part if part is None else _converted(part) for part in dataset
-            )
-        return None
-    if isinstance(dataset, dict) or _is_array(dataset):
-        return (_converted(dataset),) if _is_arrays(dataset) else None
-    return None
-
-
-def _check_list(dataset: list[Any]) -> None:
-    """Raises if a list of arrays is inputs and labels, and not batches."""
-    if not all(map(_is_array, dataset)):
-        return
-    shapes = [tuple(each.shape) for each in dataset]
-    # Batches differ in length, or in what comes between it and the channels.
-    ranks, lengths, widths = (
-        len(set(each))
-        for each in (
-            map(len, shapes),
-            (shape[0] for shape in shapes),
-            (shape[-1] for shape in shapes),
-        )
-    )
-    if ranks > 1 or (lengths == 1 and widths > 1):
-        raise ValueError(
-            "`dataset` must be a tuple where it is inputs and labels, (x, y), "
-            "and hold tuples where it is a list of batches, [(x,), (x,)]. "
-            f"Received: a list of arrays of shapes {shapes[:3]}."
-        )
-
-
-def _check_parts(others: list[Any]) -> None:
-    """Raises if what comes after x are neither labels nor weights."""
-    fits = len(others) <= 2 and all(
-        part is None or _is_arrays(part) for part in others
-    )
-    if not fits:
-        described = ["array(s)", *map(_described, others)]
+def _checked_steps(steps: Any) -> int:
+    if is_array(steps) or isinstance(steps, list):
         raise TypeError(
-            "`dataset` must be x, (x, y) or (x, y, sample_weight), of arrays, "
-            f"where it is a tuple. Received: ({', '.join(described)})."
+            "`steps` must be an integer. Received: "
+            f"steps={described(steps)}. Labels belong to `dataset`: (x, y)."
         )
+    return arguments.check_integer("steps", steps, minimum=1)
 
 
-def _examples(arrays: tuple[Any, ...]) -> int:
-    sizes = {
-        int(leaf.shape[0])
-        for each in arrays
-        if each is not None
-        for leaf in tree.flatten(each)
-    }
-    if len(sizes) > 1:
-        raise ValueError(
-            "`dataset` must hold arrays of the same length. Received: "
-            f"lengths {sorted(sizes)}."
-        )
-    return sizes.pop()
-
-
-def _unpacked(batch: Any) -> tuple[Any, Any, Any]:
-    """x, y and weights of a batch, of arrays."""
-    parts = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
-    if not 1 <= len(parts) <= 3 or not _is_arrays(parts[0]):
-        found = ", ".join(map(_described, parts[:4]))
-        raise TypeError(
-            "`dataset` must give batches of arrays: x, (x, y) or (x, y, "
-            f"sample_weight). Received: a batch of {found}."
-        )
-    x, y, sample_weight = (
-        part if part is None or not _is_arrays(part) else _converted(part)
-        for part in (*parts, None, None)[:3]
+def _empty(dataset: Any) -> ValueError:
+    return ValueError(
+        "`dataset` must hold at least one batch. Received: "
+        f"dataset={described(dataset)}, which is empty."
     )
-    return x, y, sample_weight
-
-
-def _described(value: Any) -> str:
-    return f"<{type(value).__name__}>"

@@ -1,5 +1,8 @@
 """Passes over data that watch what goes through a model's normalization."""
 
+import inspect
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,32 +14,53 @@ from keras import ops, tree
 from keras_renorm import backend, functional, kernels
 from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
+from keras_renorm.models.feeding import Feed, Feeder
 from keras_renorm.models.finding import describe
 
-Call = Callable[..., Any]
+# Batch means that scatter by this much of the standard deviation of all data,
+# where batches are no random draws. A smaller scatter harms there: what the
+# examples of a batch have in common is taken from them in training.
+GROUPED = 0.1
+
 # Of a batch: layers, and what a call of each reported.
 Calls = list[tuple[Any, Any]]
 
 
-@contextmanager
-def observed(
-    layers: Sequence[Any], hook: Callable[[Any, Call], Call]
-) -> Iterator[None]:
-    """Puts `hook(layer, call)` in the place of each layer's `call`.
+class LayerCall:
+    """A call of a layer that is watched.
 
-    At the end each `call` is what it was before, also after an exception.
+    Attributes:
+        inputs: The inputs, which have the layer's channels.
+        training: The flag that arrived, `None` where there was none.
+        mask: The mask, or `None`.
     """
-    before = {id(layer): vars(layer).get("call") for layer in layers}
-    try:
-        for layer in layers:
-            layer.call = hook(layer, layer.call)
-        yield
-    finally:
-        for layer in layers:
-            if before[id(layer)] is not None:
-                layer.call = before[id(layer)]
-            elif "call" in vars(layer):
-                del layer.call  # what the class has is there again
+
+    def __init__(
+        self, call: Callable[..., Any], given: inspect.BoundArguments
+    ) -> None:
+        self._call = call
+        self._given = given
+        first, *_ = given.arguments
+        self._first = first
+        self.inputs = given.arguments[first]
+        self.training = given.arguments.get("training")
+        self.mask = given.arguments.get("mask")
+
+    def run(self, training: bool | None) -> Tensor:
+        """The layer's own outputs, with another flag if it takes one.
+
+        What is assigned is dropped: a second call of a shared layer must find
+        the statistics as they are.
+        """
+        self._given.arguments[self._first] = self.inputs
+        if "training" in self._given.signature.parameters:
+            self._given.arguments["training"] = training
+        with keras.StatelessScope():
+            return self._call(*self._given.args, **self._given.kwargs)
+
+
+# From a layer and a call of it to the outputs in the place of its own.
+Hook = Callable[[Any, LayerCall], Tensor]
 
 
 def aligned_inputs(
@@ -50,6 +74,43 @@ def aligned_inputs(
     return values, axis, mask
 
 
+def example_moments(
+    values: Tensor, axis: int, mask: Tensor | None
+) -> functional.Moments:
+    """Moments of the examples' channel means."""
+    has_elements = mask
+    if len(values.shape) > 2:
+        moments = functional.centered_moments(values, (0, axis), mask)[1]
+        values = moments.mean
+        has_elements = None if mask is None else moments.count > 0
+    return functional.centered_moments(values, (1,), has_elements)[1]
+
+
+def f_of_batches(examples: "Total", epsilon: float) -> tuple[float, float]:
+    """F of one-way analysis of variance, and what it may be by chance.
+
+    Of the examples' channel means in batches. F is a mean over channels; the
+    limit is four standard deviations of the F of one channel, for channels may
+    all say the same, and 2 at least. NaN where it cannot be told.
+    """
+    batches = examples.batches
+    free = examples.count - batches
+    if batches < 2 or free <= 0:
+        return math.nan, math.nan
+    between = examples.variance - examples.within
+    between = between * examples.count / (batches - 1)
+    within = examples.within * examples.count / free
+    varies = examples.variance > 1e-12 * (examples.mean**2 + epsilon)
+    if not np.any(varies):
+        return math.nan, math.nan
+    # Where nothing varies within batches, but between them.
+    f = between[varies] / np.maximum(
+        within[varies], 1e-6 * examples.variance[varies]
+    )
+    limit = 1 + 4 * math.sqrt(2 / (batches - 1) + 2 / free)
+    return float(np.mean(f)), max(2.0, limit)
+
+
 class Told:
     """What the calls of layers report of a batch.
 
@@ -61,6 +122,7 @@ class Told:
         self._calls: list[tuple[int, Any, Any]] = []
         self._error: ValueError | None = None
         self._places = 0
+        self._is_running = False
 
     def tell(self, layer: Any, found: Any, outputs: Tensor) -> Tensor:
         """The outputs of a call, which reports a structure of tensors."""
@@ -77,7 +139,39 @@ class Told:
         tensors = [ops.convert_to_tensor(each) for each in tree.flatten(found)]
         return backend.tell(receive, tensors, outputs)
 
-    def inputs(self, layer: Any, inputs: Tensor) -> Tensor:
+    @contextmanager
+    def _watching(self, layers: Sequence[Any], hook: Hook) -> Iterator[None]:
+        """Puts `hook` in the place of each layer's `call` while batches run.
+
+        At the end each `call` is what it was before, also after an exception.
+        """
+        before = {id(layer): vars(layer).get("call") for layer in layers}
+        try:
+            for layer in layers:
+                layer.call = self._hooked(layer, layer.call, hook)
+            yield
+        finally:
+            for layer in layers:
+                if before[id(layer)] is not None:
+                    layer.call = before[id(layer)]
+                elif "call" in vars(layer):
+                    del layer.call  # what the class has is there again
+
+    def _hooked(
+        self, layer: Any, call: Callable[..., Any], hook: Hook
+    ) -> Callable[..., Any]:
+        signature = inspect.signature(call)
+
+        def hooked(*arguments: Any, **named: Any) -> Tensor:
+            if not self._is_running:  # but a loss that calls layers, say
+                return call(*arguments, **named)
+            found = LayerCall(call, signature.bind(*arguments, **named))
+            found.inputs = self._checked(layer, found.inputs)
+            return hook(layer, found)
+
+        return hooked
+
+    def _checked(self, layer: Any, inputs: Tensor) -> Tensor:
         """The inputs of a layer, which have its channels."""
         channels = layer.moving_mean.shape[0]
 
@@ -92,19 +186,21 @@ class Told:
         axis = layer.axis % len(inputs.shape)
         return backend.with_size(inputs, axis, channels, check)
 
-    def run(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Calls]:
-        """`function(x)`, and what it reported: `(layer, arrays)`.
-
-        In the order of the calls; branches run in any order.
-        """
+    def _run(
+        self, function: Callable[..., Any], feed: Feed
+    ) -> tuple[Any, Calls]:
+        """What the function gives, and what was reported: `(layer, arrays)`."""
         self._calls, self._error = [], None
+        self._is_running = True
         try:
-            outputs = function(x)
+            outputs = function(feed.x, feed.named)
             backend.wait()
         except Exception:
             if self._error is not None:  # a graph's error tells less
                 raise self._error from None
             raise
+        finally:
+            self._is_running = False
         calls = sorted(self._calls, key=lambda call: call[0])
         self._calls = []
         return outputs, [(layer, found) for _, layer, found in calls]
@@ -113,39 +209,34 @@ class Told:
         self,
         data: Batches,
         layers: Sequence[Any],
-        hook: Callable[[Any, Call], Call],
-        function: Callable[[Any], Any],
-        count: Callable[[tuple[Any, Any, Any], Any, Calls], None],
+        hook: Hook,
+        function: Callable[..., Any],
+        count: Callable[[Feed, Any, Calls], None],
         verbose: int | bool,
-        unit: str = "batch",
     ) -> int:
         """Runs a function of a model over data; the number of batches.
 
         Args:
             data: The batches.
             layers: What is watched.
-            hook: As for `observed`.
-            function: As for `run`.
-            count: Takes each batch, what the function gave, and what was
-                reported.
+            hook: What watches.
+            function: Of the inputs of the model and of other arguments of its
+                call, a dict.
+            count: Takes of each batch what was fed, what the function gave,
+                and what was reported.
             verbose: Whether to show a progress bar.
-            unit: What the bar counts.
 
         Raises:
-            ValueError: As `Batches.check_complete`.
+            ValueError: As `Batches.read`.
         """
-        bar = keras.utils.Progbar(
-            data.steps, verbose=int(bool(verbose)), unit_name=unit
-        )
-        seen = 0
-        with observed(layers, hook):
-            for batch in data:
-                count(batch, *self.run(function, batch[0]))
-                seen += 1
-                bar.update(seen, finalize=False)
-        bar.update(seen, finalize=True)
-        data.check_complete(seen)
-        return seen
+        feeder = Feeder(data.model)
+
+        def receive(batch: Any) -> None:
+            feed = feeder(batch)
+            count(feed, *self._run(function, feed))
+
+        with self._watching(layers, hook):
+            return data.read(receive, verbose)
 
 
 class Total:
@@ -176,6 +267,12 @@ class Total:
     def count(self) -> float:
         """Number of elements of the channel that has the fewest."""
         return float(np.min(self._counts))
+
+    @property
+    def between(self) -> Any:
+        """Variance of the batch means (divisor: batches less 1)."""
+        between = np.maximum(self.variance - self.within, 0)
+        return between * self.batches / max(self.batches - 1, 1)
 
     @property
     def is_finite(self) -> bool:
@@ -209,26 +306,47 @@ class Total:
             self.mean = self.mean + share * distance
 
 
-def check_totals(
-    totals: Sequence[tuple[Any, Total]], seen: int, statistics: str
-) -> None:
-    """Raises if data did not reach a layer, or made it NaN.
+def reached_layers(
+    totals: Sequence[tuple[Any, Total]],
+    seen: int,
+    statistics: str,
+    *,
+    is_silent: bool = False,
+) -> list[Any]:
+    """The layers that data reached. The others are left out, with a warning.
 
     Args:
         totals: Layers, and what was seen of their elements.
         seen: Number of batches.
-        statistics: What is then not finite, in the words of the error.
+        statistics: What may not be finite, in the words of the error.
+        is_silent: Whether the others are known already.
+
+    Raises:
+        ValueError: If the data reached none.
+        NotFiniteError: If it made statistics NaN or infinite.
     """
+    found = [(layer, total) for layer, total in totals if total.count]
     unseen = [layer for layer, total in totals if not total.count]
-    if unseen:
+    if not found:
         raise ValueError(
-            "`dataset` must reach every batch normalization layer with at "
-            f"least one unmasked element. Received: {seen} batches that gave "
-            f"none to {describe(unseen)}."
+            "`dataset` must reach batch normalization with at least one "
+            f"unmasked element. Received: {seen} batches that gave none to "
+            f"{describe(unseen)}."
         )
-    bad = [layer for layer, total in totals if not total.is_finite]
+    bad = [layer for layer, total in found if not total.is_finite]
     if bad:
-        raise ValueError(
+        raise NotFiniteError(
             "`dataset` must make finite activations. Received: one that makes "
             f"the {statistics} of {describe(bad)} NaN or infinite."
         )
+    if unseen and not is_silent:
+        warnings.warn(
+            "Layers that no element of `dataset` reached are left out: "
+            f"{describe(unseen)}.",
+            stacklevel=2,
+        )
+    return [layer for layer, _ in found]
+
+
+class NotFiniteError(ValueError):
+    """Data makes activations that are NaN or infinite."""

@@ -1,29 +1,38 @@
 """Population statistics of the weights that a model has now."""
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+import weakref
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from keras_renorm import arguments, backend, functional
 from keras_renorm.functional import Tensor
+from keras_renorm.models.arrays import examples_of
 from keras_renorm.models.batches import Batches
+from keras_renorm.models.feeding import Feed
 from keras_renorm.models.finding import (
     Choice,
     built_layers,
     check_no_keras_renorm,
     describe,
 )
+from keras_renorm.models.graphs import compiled, kept
 from keras_renorm.models.passes import (
+    GROUPED,
     Calls,
+    LayerCall,
     Told,
     Total,
     aligned_inputs,
-    check_totals,
+    example_moments,
+    f_of_batches,
+    reached_layers,
 )
 
 
@@ -60,26 +69,33 @@ def recalibrate(
     left out, there is a pass for each layer instead.
 
     Layers count wherever they are called: in nested models, recurrent cells,
-    loops and conditionals, once for each time that they run. A layer whose
-    outputs nobody uses is not reached. What the model has compiled by itself
-    (`tf.function`, `jax.jit`) is not traced again, and its layers are not
-    reached.
+    loops and conditionals, once for each time that they run. A layer that no
+    data reaches keeps its statistics, with a warning: one that is not called,
+    or whose outputs nobody uses, or in what the model has compiled by itself
+    (`tf.function`, `jax.jit`), which is not traced again.
 
-    Only moving statistics change: no other weight, no step counter, no limit.
+    The data is read by the model's own `predict`, and goes in as the model's
+    own `predict_step`, `test_step` or `train_step` calls the model with it.
+    A loop over calls of this function traces the model once.
+
+    Only moving statistics change: no other weight, no step counter, no limit,
+    no state of a recurrent layer (each batch begins with the present one).
     They change at the end, and not at all if anything fails. Frozen layers
     (`frozen_statistics`, `trainable=False`) are recalibrated too: this is not
     training.
 
     Args:
         model: A built model with batch normalization, Keras's or ours.
-        dataset: Inputs of the model: an array or a frame of pandas (or a
-            structure of them, where the model has several inputs), a
-            `tf.data.Dataset`, a `keras.utils.PyDataset`, or another iterable
+        dataset: Inputs of the model: an array, a frame of pandas or a sparse
+            matrix of SciPy (or a structure of them, where the model has several
+            inputs; `None` for an optional one), a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, a loader of PyTorch, or another iterable
             of batches. All, and batches, are as for `fit`: `x`, `(x, y)` or
             `(x, y, sample_weight)`; only `x` is used. A tuple of arrays is
             the latter; a list of arrays is the inputs of a model with as
             many, or else batches, but never inputs and labels.
-        steps: Number of batches, or `None` (default) for all.
+        steps: Number of batches, or `None` (default) for all. Of arrays, so
+            many batches of examples that are drawn at random, from all of them.
         layers: Which layers: a function of a layer that returns whether it is
             meant, a layer or its name, or a list of such. A block or a nested
             model means all batch normalization in it. Defaults to `None`, for
@@ -103,9 +119,14 @@ def recalibrate(
             the model has not; if the dataset is empty, holds
             fewer than `steps` batches, never ends without `steps`, does not
             fit the model's inputs or a layer's channels, is a list of inputs
-            and labels, does not reach a layer, or makes statistics that are
-            not finite; if batches hold one element a channel and the data
+            and labels, reaches no layer, or makes statistics that are not
+            finite; if batches hold one element a channel and the data
             cannot be read again, or `layer_by_layer` is `False`.
+
+    Warns:
+        UserWarning: Of layers that no data reached; and if the examples of a
+            batch are alike (data sorted by class), for the statistics of
+            deeper layers are then those of such batches.
 
     Example:
 
@@ -119,7 +140,7 @@ def recalibrate(
         Wu and Johnson 2021, arXiv:2105.07576, section 3. Schneider et al.
         2020, arXiv:2006.16971, section 3.1.
     """
-    StatisticsPass(model, layers).run(
+    statistics_pass(model, layers).run(
         dataset,
         steps,
         layer_by_layer=layer_by_layer,
@@ -133,24 +154,30 @@ class _OneElementError(ValueError):
     """One pass cannot tell what most elements of a layer are."""
 
 
+def statistics_pass(model: Any, layers: Choice = None) -> "StatisticsPass":
+    """The pass for layers of a model, with the graphs that it has traced."""
+    chosen = built_layers(model, layers)
+    check_no_keras_renorm(chosen)
+    return kept(
+        model,
+        "statistics",
+        tuple(chosen),
+        lambda: StatisticsPass(model, chosen),
+    )
+
+
 class StatisticsPass:
-    """Passes over data that gather the moments of a model's layers.
+    """Passes over data that gather the moments of a model's layers."""
 
-    Kept by a callback, so that the graph is traced once.
-    """
-
-    def __init__(self, model: keras.Model, layers: Choice = None) -> None:
-        self.model = model
-        self.layers = built_layers(model, layers)
-        check_no_keras_renorm(self.layers)
+    def __init__(self, model: Any, layers: Sequence[Any]) -> None:
+        self._model = weakref.ref(model)
+        self.layers = layers
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []
         self._told = Told()
-        # A graph for each way to normalize, made on the first batch. Partials
-        # have no code of their own: TensorFlow counts traces by code, and would
-        # warn when many models, or one model many times, are recalibrated.
+        # A graph for each way to normalize, made on the first batch.
         self._gather = {
-            by_batch: backend.compiled(partial(self._run_model))
+            by_batch: compiled(model, self._run_model)
             for by_batch in (True, False)
         }
 
@@ -199,14 +226,19 @@ class StatisticsPass:
                     raise
             else:
                 for layer in self.layers:
-                    assign(layer, *mixed(layer, totals[id(layer)]))
+                    if id(layer) in totals:
+                        assign(layer, *mixed(layer, totals[id(layer)]))
                 return
+        done: set[int] = set()
+        reached = 1
         try:
-            done: set[int] = set()
-            while len(done) < len(self.layers):
+            while len(done) < reached:
                 totals = self._totals(data, False, verbose, done)
+                reached = len(totals)
                 layer = next(
-                    each for each in self._called if id(each) not in done
+                    each
+                    for each in self._called
+                    if id(each) in totals.keys() - done
                 )
                 assign(layer, *mixed(layer, totals[id(layer)]))
                 done.add(id(layer))
@@ -232,7 +264,7 @@ class StatisticsPass:
             )
         if layer_by_layer is not None:
             arguments.check_boolean("layer_by_layer", layer_by_layer)
-        data = Batches(dataset, steps, batch_size, self.model)
+        data = Batches(dataset, steps, batch_size, self._model(), is_drawn=True)
         if prior > 0 if layer_by_layer is None else layer_by_layer:
             data.check_repeatable()
         return data, prior
@@ -242,28 +274,31 @@ class StatisticsPass:
         data: Batches,
         by_batch: bool,
         verbose: int | bool,
-        done: Sequence[int] | set[int] = (),
+        done: Collection[int] = (),
     ) -> dict[int, Total]:
-        """The pooled moments of each layer; checked to be good."""
+        """The pooled moments of the layers that data reaches, by `id`."""
         totals = {id(layer): Total() for layer in self.layers}
+        of_examples = {id(layer): Total() for layer in self.layers}
 
-        def count(batch: Any, _: Any, calls: Calls) -> None:
-            examples = int(tree.flatten(batch[0])[0].shape[0])
+        def count(feed: Feed, _: Any, calls: Calls) -> None:
             skipped = set()
             # One element normalized by itself is zero: what comes after it
             # says nothing of the data.
             is_lost = False
-            for layer, moments in calls:
+            for layer, (moments, examples) in calls:
                 if is_lost:
                     skipped.add(id(layer))
                     totals[id(layer)].skipped += np.max(moments.count)
                 else:
                     totals[id(layer)].add(*moments)
+                    of_examples[id(layer)].add(*examples)
                 is_lost |= by_batch and np.max(moments.count) == 1
             for at, total in totals.items():
                 if at not in skipped:
-                    total.examples += examples
+                    total.examples += examples_of(feed.x)
 
+        if verbose and not by_batch:
+            print(f"layer {len(done) + 1} of {len(self.layers)}")
         seen = self._told.run_over(
             data,
             self.layers,
@@ -271,9 +306,6 @@ class StatisticsPass:
             self._gather[by_batch],
             count,
             verbose,
-            "batch"
-            if by_batch
-            else f"batch, layer {len(done) + 1} of {len(self.layers)}",
         )
         lost = [
             each
@@ -288,36 +320,52 @@ class StatisticsPass:
                 "that can be read again. Received: one element a channel, "
                 f"normalized by itself, before {describe(lost)}."
             )
-        check_totals(
+        reached = reached_layers(
             [(layer, totals[id(layer)]) for layer in self.layers],
             seen,
             "statistics",
+            is_silent=bool(done),
         )
-        return totals
+        if by_batch and len(reached) > 1:
+            for layer in reached:
+                _warn_of_likeness(
+                    layer, totals[id(layer)], of_examples[id(layer)]
+                )
+        return {id(layer): totals[id(layer)] for layer in reached}
 
-    def _run_model(self, x: Any) -> Any:
+    def _run_model(self, x: Any, named: dict[str, Any]) -> Any:
         self._called = []
-        return self.model(x, training=False)
+        model: Any = self._model()
+        # What the model assigns in inference (a stateful layer) is dropped.
+        with keras.StatelessScope():
+            return model(x, training=False, **named)
 
-    def _hook(
-        self, layer: Any, call: Callable[..., Any], by_batch: bool
-    ) -> Callable[..., Any]:
-        def hooked(
-            inputs: Tensor, training: bool | None = None, mask: Any = None
-        ) -> Tensor:
-            inputs = self._told.inputs(layer, inputs)
-            values, axis, aligned = aligned_inputs(layer, inputs, mask)
-            centered, moments = functional.centered_moments(
-                values, (axis,), aligned
-            )
-            self._called.append(layer)
-            if by_batch:
-                outputs = _normalized(layer, centered, axis, moments, aligned)
-            else:
-                outputs = call(inputs, training=False, mask=mask)
-            return self._told.tell(layer, moments, outputs)
+    def _hook(self, layer: Any, call: LayerCall, by_batch: bool) -> Tensor:
+        values, axis, mask = aligned_inputs(layer, call.inputs, call.mask)
+        centered, moments = functional.centered_moments(values, (axis,), mask)
+        self._called.append(layer)
+        if by_batch:
+            outputs = _normalized(layer, centered, axis, moments, mask)
+        else:
+            outputs = call.run(call.training)
+        return self._told.tell(
+            layer, (moments, example_moments(values, axis, mask)), outputs
+        )
 
-        return hooked
+
+def _warn_of_likeness(layer: Any, total: Total, examples: Total) -> None:
+    """Warns of batches that are no random draws, where that matters."""
+    f, limit = f_of_batches(examples, layer.epsilon)
+    scatter = np.sqrt(np.mean(total.between / (total.variance + layer.epsilon)))
+    if f > limit and scatter > GROUPED:
+        warnings.warn(
+            "Batches of `dataset` do not look i.i.d.: their means vary "
+            f"{f:.1f} times as much as random draws make them ({layer.name}; "
+            f"by chance below {limit:.1f}). Statistics of the layers after it "
+            "are those of such batches: shuffle the data, or give "
+            "layer_by_layer=True.",
+            stacklevel=2,
+        )
 
 
 def _normalized(

@@ -11,8 +11,9 @@ from keras import ops, tree
 
 from keras_renorm import arguments, backend, kernels
 from keras_renorm.functional import Tensor
-from keras_renorm.models.batches import check_inputs
+from keras_renorm.models.arrays import check_inputs
 from keras_renorm.models.finding import find_layers, numbered, own_variables
+from keras_renorm.models.graphs import kept
 
 
 class Objective:
@@ -100,71 +101,21 @@ class Objective:
         return list(zip(names, places.values(), strict=True))
 
 
-# Graphs by model and `training`, each with what it was traced for. Tracing
-# takes longer than a few points of a line, and TensorFlow never gives back
-# the memory of conditionals that it traced.
-_GRAPHS: weakref.WeakKeyDictionary[keras.Model, dict[bool, Any]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
 def _graphs(
     model: keras.Model, loss: Any, training: bool, x: Any
 ) -> tuple[Any, Any]:
     """The loss and its gradients as graphs, traced again after a change."""
-    held = _GRAPHS.setdefault(model, {})
     # Keras checks the shapes that a graph is made for, and one that was made
     # for several numbers of channels would broadcast.
-    shapes = tuple(tuple(each.shape)[1:] for each in tree.flatten(x))
-    mark = shapes, _fingerprint(model, loss)
-    if training not in held or held[training][0] != mark:
-        traced = backend.value_and_gradients(_function(model, loss, training))
-        held[training] = mark, traced
-    return held[training][1]
-
-
-# What Keras notes on a model while it trains and evaluates it: no graph depends
-# on it, and it is new at each epoch. If Keras removes or adds a name, the only
-# cost is a trace.
-_BOOKKEEPING = frozenset(
-    {
-        "_called",
-        "_eval_epoch_iterator",
-        "_initial_epoch",
-        "_jax_state",
-        "_jax_state_synced",
-        "_losses_override",
-        "history",
-        "predict_function",
-        "stop_evaluating",
-        "stop_predicting",
-        "stop_training",
-        "test_function",
-        "train_function",
-    }
-)
-
-
-def _fingerprint(model: keras.Model, loss: Any) -> tuple[Any, ...]:
-    """What a graph has baked in: the attributes of layers and losses.
-
-    Plain values as they are, other objects by identity, so that a changed
-    dropout rate or a frozen layer is seen. What changes inside a list is not.
-    """
-    losses = tree.flatten(loss)
-    owners = [*find_layers(model, keras.layers.Layer), *losses]
-    return (
-        # Not by `id`: the graph must not outlive the loss that it is of.
-        tuple(losses),
-        tuple(id(variable) for variable in model.trainable_variables),
-        tuple(
-            (id(owner), name, value)
-            if isinstance(value, bool | int | float | str)
-            else (id(owner), name, id(value))
-            for owner in owners
-            for name, value in vars(owner).items()
-            if name not in _BOOKKEEPING
-        ),
+    shapes = tuple(
+        None if each is None else tuple(each.shape)[1:]
+        for each in tree.flatten(x)
+    )
+    return kept(
+        model,
+        ("objective", training),
+        (*tree.flatten(loss), shapes),
+        lambda: backend.value_and_gradients(_function(model, loss, training)),
     )
 
 
@@ -330,9 +281,9 @@ def _checked_batch(batch: Any) -> list[Any]:
             "`batch` must be (x, y) or (x, y, sample_weight). Received: "
             f"{len(batch)} parts."
         )
-    return [
-        None
-        if part is None
-        else tree.map_structure(ops.convert_to_tensor, part)
-        for part in (*batch, None)[:3]
-    ]
+
+    def converted(leaf: Any) -> Any:
+        return None if leaf is None else ops.convert_to_tensor(leaf)
+
+    # `None` is an optional input, or no weights.
+    return [tree.map_structure(converted, part) for part in (*batch, None)[:3]]

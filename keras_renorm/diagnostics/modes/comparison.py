@@ -1,25 +1,29 @@
 """Runs data through a model in training and in inference mode."""
 
-from collections.abc import Callable
-from functools import partial
+import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_renorm import backend, functional, kernels, pooling
+from keras_renorm import functional, kernels, pooling
 from keras_renorm.diagnostics.modes.measurement import Gap, Measurement
 from keras_renorm.diagnostics.modes.record import Record
 from keras_renorm.diagnostics.modes.scores import Scores
 from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.finding import built_layers, names_of
+from keras_renorm.models.feeding import Feed
+from keras_renorm.models.finding import Choice, built_layers, names_of
+from keras_renorm.models.graphs import compiled, kept
 from keras_renorm.models.passes import (
     Calls,
+    LayerCall,
     Told,
     aligned_inputs,
-    check_totals,
+    example_moments,
+    reached_layers,
 )
 
 
@@ -38,22 +42,34 @@ class Result(NamedTuple):
     scores: tuple[dict[str, float], dict[str, float]]
 
 
+def comparison(model: keras.Model, layers: Choice = None) -> "Comparison":
+    """The comparison of a model, with the graph that it has traced."""
+    normalization = built_layers(model)
+    chosen = built_layers(model, layers)
+    return kept(
+        model,
+        "comparison",
+        (*normalization, *chosen),
+        lambda: Comparison(model, normalization, chosen),
+    )
+
+
 class Comparison:
-    """Passes over data that compare the two modes of a model.
+    """Passes over data that compare the two modes of a model."""
 
-    Kept by a callback, so that the graph is traced once.
-    """
-
-    def __init__(self, model: keras.Model) -> None:
-        self.model = model
-        self.layers = built_layers(model)
+    def __init__(
+        self, model: keras.Model, layers: Sequence[Any], chosen: Sequence[Any]
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._layers = layers
+        self._chosen = chosen
         self._mode = ""
         # The layers that normalize by batch when the model trains; known
         # once a batch was seen. So are those that were called, in order.
         self._training: set[int] | None = None
         self._called: list[Any] = []
         self._told = Told()
-        self._compare = backend.compiled(partial(self._run_both))
+        self._compare = compiled(model, self._run_both)
 
     def run(
         self,
@@ -66,39 +82,34 @@ class Comparison:
         records = {
             id(layer): Record(layer, name, r_max, d_max)
             for layer, name in zip(
-                self.layers, names_of(self.layers), strict=True
+                self._layers, names_of(self._layers), strict=True
             )
         }
         gaps: list[Gap] = []
-        scores = (Scores(self.model), Scores(self.model))
+        scores = (Scores(data.model), Scores(data.model))
 
-        def count(batch: Any, found: Any, calls: Calls) -> None:
+        def count(feed: Feed, found: Any, calls: Calls) -> None:
             nonlocal gaps
             outputs, losses = found
             for layer, told in calls:
                 _count(records[id(layer)], told)
             gaps = _added(gaps, outputs)
             for score, *given in zip(scores, outputs, losses, strict=True):
-                score.add(*batch, *given)
+                score.add(feed, *given)
 
         seen = self._told.run_over(
-            data,
-            self.layers,
-            self._hook,
-            self._compare,
-            count,
-            verbose,
+            data, self._layers, self._hook, self._compare, count, verbose
         )
-        check_totals(
-            [(each.layer, each.elements) for each in records.values()],
+        reached = reached_layers(
+            [(each, records[id(each)].elements) for each in self._chosen],
             seen,
             "batch statistics",
         )
-        order = {id(layer): layer for layer in self._called}
+        places = {id(layer): at for at, layer in enumerate(self._called)}
         return Result(
             [
-                records[at].measure(self._is_frozen(layer))
-                for at, layer in order.items()
+                records[id(layer)].measure(self._is_frozen(layer))
+                for layer in sorted(reached, key=lambda each: places[id(each)])
             ],
             float(max((gap.relative for gap in gaps), default=0.0)),
             (scores[0].values(), scores[1].values()),
@@ -111,59 +122,50 @@ class Comparison:
             or getattr(layer, "statistics_stand", False)
         )
 
-    def _run_both(self, x: Any) -> tuple[Any, Any]:
+    def _run_both(self, x: Any, named: dict[str, Any]) -> tuple[Any, Any]:
         """Outputs and activity losses, in training mode and in inference."""
         if self._training is None:
             self._training = set()
-            self._run_mode("listening", x)
+            self._run_mode("listening", x, named)
         self._called = []
-        training = self._run_mode("training", x)
-        inference = self._run_mode("inference", x)
+        training = self._run_mode("training", x, named)
+        inference = self._run_mode("inference", x, named)
         outputs, losses = zip(training, inference, strict=True)
         return outputs, losses
 
-    def _run_mode(self, mode: str, x: Any) -> tuple[Any, Any]:
+    def _run_mode(
+        self, mode: str, x: Any, named: dict[str, Any]
+    ) -> tuple[Any, Any]:
         self._mode = mode
+        model: Any = self._model()
         # What would be assigned goes to the scope, and ends there.
         with keras.StatelessScope(collect_losses=True) as scope:
-            outputs = self.model(x, training=mode == "listening")
+            outputs = model(x, training=mode == "listening", **named)
             return outputs, list(scope.losses)
 
-    def _hook(self, layer: Any, call: Callable[..., Any]) -> Any:
-        def hooked(
-            inputs: Tensor, training: bool | None = None, mask: Any = None
-        ) -> Tensor:
-            if self._mode == "listening":
-                if training and self._training is not None:
-                    self._training.add(id(layer))
-                return call(inputs, training=False, mask=mask)
-            inputs = self._told.inputs(layer, inputs)
-            # Each call in a scope of its own: a second call of a shared
-            # layer must find the statistics as they are.
-            with keras.StatelessScope():
-                inferred = call(inputs, training=False, mask=mask)
-            self._called.append(layer)
-            values, axis, aligned = aligned_inputs(layer, inputs, mask)
-            if self._mode == "inference":
-                return self._told.tell(
-                    layer, _example_moments(values, axis, aligned), inferred
-                )
-            with keras.StatelessScope():
-                outputs = call(
-                    inputs,
-                    training=id(layer) in (self._training or ()),
-                    mask=mask,
-                )
+    def _hook(self, layer: Any, call: LayerCall) -> Tensor:
+        training: Any = self._training
+        if self._mode == "listening":
+            if call.training:
+                training.add(id(layer))
+            return call.run(False)
+        # The flag that arrives: a model may fix it to `True`.
+        inferred = call.run(call.training)
+        self._called.append(layer)
+        values, axis, mask = aligned_inputs(layer, call.inputs, call.mask)
+        if self._mode == "inference":
             return self._told.tell(
-                layer,
-                (
-                    _normalized_moments(layer, values, axis, aligned),
-                    _squares(outputs, inferred, aligned),
-                ),
-                outputs,
+                layer, example_moments(values, axis, mask), inferred
             )
-
-        return hooked
+        outputs = call.run(id(layer) in training)
+        return self._told.tell(
+            layer,
+            (
+                _normalized_moments(layer, values, axis, mask),
+                _squares(outputs, inferred, mask),
+            ),
+            outputs,
+        )
 
 
 def _normalized_moments(
@@ -176,18 +178,6 @@ def _normalized_moments(
         values, mask, _ = pooling.split_into_groups(values, mask, size)
         kept = (0, axis + 1)
     return functional.centered_moments(values, kept, mask)[1]
-
-
-def _example_moments(
-    values: Tensor, axis: int, mask: Tensor | None
-) -> functional.Moments:
-    """Moments of the examples' channel means."""
-    has_elements = mask
-    if len(values.shape) > 2:
-        moments = functional.centered_moments(values, (0, axis), mask)[1]
-        values = moments.mean
-        has_elements = None if mask is None else moments.count > 0
-    return functional.centered_moments(values, (1,), has_elements)[1]
 
 
 def _squares(

@@ -5,11 +5,11 @@ from typing import Any
 import keras
 
 from keras_renorm import arguments, schedules
-from keras_renorm.diagnostics.modes.comparison import Comparison, Result
+from keras_renorm.diagnostics.modes.comparison import Result, comparison
 from keras_renorm.diagnostics.modes.report import Report
 from keras_renorm.diagnostics.modes.verdict import verdicts_of
 from keras_renorm.models.batches import Batches
-from keras_renorm.models.finding import find_layers, has_graph
+from keras_renorm.models.finding import Choice, find_layers, has_graph
 
 
 def discrepancy(
@@ -17,6 +17,7 @@ def discrepancy(
     dataset: Any,
     steps: int | None = None,
     *,
+    layers: Choice = None,
     reference: Any = None,
     r_max: float | None = None,
     d_max: float | None = None,
@@ -37,7 +38,8 @@ def discrepancy(
 
     Give it the batches that training uses: their size and what they hold
     together is what is measured. Arrays are cut in the order that they have,
-    while `fit` shuffles them; shuffle them before, if so.
+    while `fit` shuffles them; shuffle them before, if so. With `steps`, so many
+    batches of arrays are taken at even distances.
 
     Args:
         model: A built model with batch normalization, Keras's or ours, at any
@@ -48,6 +50,9 @@ def discrepancy(
             sample_weight)`.
         steps: Number of batches, or `None` (default) for all. Twenty or more
             tell causes apart well; with one, batches cannot be compared.
+        layers: Which layers to report on, as for `recalibrate`. Defaults to
+            `None`, for all. Those that the data does not reach are left out,
+            with a warning.
         reference: Training data, where `dataset` is other data, in the same
             forms: tells averages that lag from a change of domain. As many
             batches of it are read as of `dataset`, or all if `steps` is
@@ -67,8 +72,8 @@ def discrepancy(
         ValueError: If an argument is out of range; if the model has no batch
             normalization, or is not built; if the dataset is empty, holds
             fewer than `steps` batches, never ends without `steps`, does not
-            fit the model's inputs or a layer's channels, does not reach a
-            layer, or makes activations in training mode that are not
+            fit the model's inputs or a layer's channels, reaches no layer, or
+            makes activations in training mode that are not
             finite.
 
     Example:
@@ -97,11 +102,11 @@ def discrepancy(
         d_max = arguments.check_at_least(
             "d_max", d_max, schedules.MINIMA["d_max"]
         )
-    comparison = Comparison(model)
+    compared = comparison(model, layers)
 
     def run(data: Any) -> Result:
         batches = Batches(data, steps, batch_size, model)
-        return comparison.run(batches, r_max, d_max, verbose)
+        return compared.run(batches, r_max, d_max, verbose)
 
     referred = None if reference is None else run(reference).layers
     result = run(dataset)

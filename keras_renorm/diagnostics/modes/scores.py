@@ -7,6 +7,8 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import backend
+from keras_renorm.models.arrays import examples_of
+from keras_renorm.models.feeding import Feed
 
 
 class Scores:
@@ -22,16 +24,15 @@ class Scores:
         self._loss = 0.0
         self._examples = 0
 
-    def add(
-        self, x: Any, y: Any, weight: Any, outputs: Any, losses: Any
-    ) -> None:
+    def add(self, feed: Feed, outputs: Any, losses: Any) -> None:
         """One batch; `losses` are those of activities."""
-        if y is None or not getattr(self.model, "compiled", False):
+        if feed.y is None or not getattr(self.model, "compiled", False):
             return
-        examples = int(tree.flatten(x)[0].shape[0])
+        if self._has_no_loss():
+            return
         y, weight = (
             None if each is None else tree.map_structure(_tensor, each)
-            for each in (y, weight)
+            for each in (feed.y, feed.sample_weight)
         )
         # Regularizers read their variables from the scope.
         weights = [
@@ -42,19 +43,27 @@ class Scores:
                 for metric in self.model.metrics:
                     metric.reset_state()
             loss = self.model.compute_loss(
-                x=x, y=y, y_pred=outputs, sample_weight=weight
+                x=feed.x, y=y, y_pred=outputs, sample_weight=weight
             )
             loss = sum(
                 float(backend.to_numpy(each)) for each in (loss, *losses)
             )
-            self._metrics = self.model.compute_metrics(x, y, outputs, weight)
+            self._metrics = self.model.compute_metrics(
+                feed.x, y, outputs, weight
+            )
             found = [
                 (variable, scope.get_current_value(variable))
                 for variable in self.model.metrics_variables
             ]
         self._state = [pair for pair in found if pair[1] is not None]
+        examples = examples_of(feed.x)
         self._loss += loss * examples
         self._examples += examples
+
+    def _has_no_loss(self) -> bool:
+        """Whether a `train_step` of its own is all that says what is lost."""
+        is_own = type(self.model).compute_loss is not keras.Model.compute_loss
+        return getattr(self.model, "loss", None) is None and not is_own
 
     def values(self) -> dict[str, float]:
         """By name, the loss first; empty without labels."""

@@ -1,0 +1,122 @@
+"""What a model is fed with of a batch, which its own steps may change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_renorm import backend
+from keras_renorm.models.arrays import check_inputs, unpacked
+
+# In this order: what serves first, and what trains last.
+_STEPS = ("predict_step", "test_step", "train_step")
+
+
+class Feed(NamedTuple):
+    """What of a batch goes into a model, and what comes with it.
+
+    Attributes:
+        x: Inputs of the model.
+        named: Other arguments of its call, but `training`.
+        y: Labels, or `None`.
+        sample_weight: Their weights, or `None`.
+    """
+
+    x: Any
+    named: dict[str, Any]
+    y: Any
+    sample_weight: Any
+
+
+class _Called(BaseException):
+    """The model was called: what a step was run for."""
+
+    def __init__(self, x: Any, named: dict[str, Any]) -> None:
+        super().__init__()
+        self.x, self.named = x, named
+
+
+class Feeder:
+    """What the model's own steps make of batches, or else what they hold.
+
+    A `predict_step`, `test_step` or `train_step` of one's own may divide by
+    255, or pick parts of the data. It runs until it calls the model, and no
+    further; what it assigned is dropped.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._steps = [name for name in _STEPS if _is_own(model, name)]
+        self._parts: int | None = None
+
+    def __call__(self, batch: Any) -> Feed:
+        """What of a batch goes into the model."""
+        x, y, sample_weight = unpacked(batch)
+        called = self._called(batch)
+        if called is not None:
+            x = called.x
+        check_inputs(self._model, x)
+        return Feed(x, {} if called is None else called.named, y, sample_weight)
+
+    def _called(self, batch: Any) -> "_Called | None":
+        given = batch if isinstance(batch, tuple) else (batch,)
+        while self._steps:
+            # A step may take data apart that has no labels.
+            for parts in range(4) if self._parts is None else (self._parts,):
+                if 0 < parts < len(given):
+                    continue
+                data = (*given, *[None] * (parts - len(given)))
+                called = _first_call(
+                    self._model, self._steps[0], data if parts else batch
+                )
+                if called is not None:
+                    self._parts = parts
+                    return called
+            del self._steps[0]
+            self._parts = None
+        return None
+
+
+def _is_own(model: Any, name: str) -> bool:
+    return name in vars(model) or getattr(type(model), name) is not getattr(
+        keras.Model, name
+    )
+
+
+def _first_call(model: Any, name: str, batch: Any) -> _Called | None:
+    """What a step calls the model with; `None` if it does not."""
+    try:
+        with keras.StatelessScope(), _stopped(model):
+            getattr(model, name)(*backend.step_arguments(model, name, batch))
+    except _Called as called:
+        return called
+    except Exception:  # it takes other data, or trains other models
+        return None
+    return None
+
+
+@contextmanager
+def _stopped(model: Any) -> Iterator[None]:
+    """Ends a step where it calls the model, or an optimizer, which assigns."""
+    before = vars(model).get("call")
+    apply = keras.optimizers.Optimizer.apply
+
+    def call(x: Any, *others: Any, **named: Any) -> Any:
+        named.pop("training", None)
+        named = {key: each for key, each in named.items() if each is not None}
+        raise _Called(x, named)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise RuntimeError("The step trains without a call of the model.")
+
+    model.call = call
+    keras.optimizers.Optimizer.apply = stop
+    try:
+        yield
+    finally:
+        keras.optimizers.Optimizer.apply = apply
+        if before is not None:
+            model.call = before
+        else:
+            del model.call
