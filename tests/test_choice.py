@@ -1,5 +1,7 @@
 """The argument `layers`: which layers a function of a model is about."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from keras_renorm import (
     get_statistics,
     recalibrate,
     revert,
+    set_statistics,
     unfreeze_statistics,
 )
 from tests import helpers, networks
@@ -59,6 +62,16 @@ CHOICES = {
     ),
     "the model": (lambda model: model, [1, 1, 1, 1]),
     "iterator": (lambda model: iter(["first", "first"]), [0, 0, 1, 0]),
+    # Two layers have it; it is the name of the one that the model itself holds.
+    "name of two": (lambda model: "norm", [0, 1, 0, 0]),
+    "path": (lambda model: {"block/norm", "block/first"}, [0, 0, 1, 1]),
+    "keys": (lambda model: dict.fromkeys(["first"]).keys(), [0, 0, 1, 0]),
+    "class of blocks": (lambda model: keras.Sequential, [0, 0, 1, 1]),
+    "several kinds": (
+        lambda model: [by_prefix, "first", layers.BatchNormalization],
+        [1, 1, 1, 1],
+    ),
+    "class": (lambda model: layers.BatchNormalization, [1, 1, 1, 1]),
 }
 
 
@@ -205,17 +218,61 @@ def test_two_of_one_name_in_a_configuration():
     assert type(frame.layers[0]) is KERAS
 
 
-def test_names_are_those_of_reports_too(rng):
-    names = [KERAS().name for _ in range(3)]  # count on
-    model = keras.Sequential([keras.Input((4,)), KERAS(), KERAS()])
-    assert {each.name for each in model.layers}.isdisjoint(names)
-    converted = convert(model, layers="batch_normalization")
-    assert [type(each) for each in converted.layers] == [
-        BatchRenormalization,
-        KERAS,
+def test_a_class_of_ours_is_not_keras_own(rng):
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            KERAS(),
+            BatchNormalization(),
+            BatchRenormalization(),
+        ]
+    )
+    keras_own, *ours = networks.randomize(model, rng).layers
+    freeze_statistics(model, layers=BatchRenormalization)
+    assert [each.frozen_statistics for each in ours] == [False, True]
+    freeze_statistics(model, layers=(BatchRenormalization, BatchNormalization))
+    assert [each.frozen_statistics for each in ours] == [True, True]
+    assert not hasattr(keras_own, "frozen_statistics")
+
+
+def test_a_name_that_is_not_there_is_answered_with_those_that_are():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            *[BatchNormalization(name=f"stage_{at}") for at in range(13)],
+        ],
+        name="deep",
+    )
+    with helpers.raises(
+        ValueError,
+        "`layers` must be layers of the model. Received: ['stage7', "
+        "'stage_77'], which model=deep has not. It has 13 layers of batch "
+        "normalization; nearest: stage_7, stage_9, stage_8, stage_6.",
+    ):
+        get_statistics(model, layers=["stage7", "stage_77"])
+
+
+def test_a_name_of_several_is_answered_with_their_paths(rng):
+    def block(name):
+        return keras.Sequential(
+            [keras.Input((4,)), BatchNormalization(name="norm")], name=name
+        )
+
+    model = keras.Sequential(
+        [keras.Input((4,)), block("encoder"), block("decoder")], name="network"
+    )
+    with helpers.raises(
+        ValueError,
+        "`layers` must say which: each of these has the name. Received: "
+        "'norm', in model=network the name of encoder/norm, decoder/norm.",
+    ):
+        freeze_statistics(model, layers="norm")
+    networks.randomize(model, rng)
+    freeze_statistics(model, layers="decoder/norm")
+    assert [part.layers[0].frozen_statistics for part in model.layers] == [
+        False,
+        True,
     ]
-    converted = convert(model, layers=model.layers[1].name)
-    assert type(converted.layers[1]) is BatchRenormalization
 
 
 FUNCTIONS = {
@@ -227,6 +284,10 @@ FUNCTIONS = {
     "fold": fold,
     "freeze_statistics": freeze_statistics,
     "unfreeze_statistics": unfreeze_statistics,
+    "get_statistics": get_statistics,
+    "set_statistics": lambda model, layers: set_statistics(
+        model, {}, layers=layers
+    ),
     "recalibrate": lambda model, layers: recalibrate(
         model, np.ones((4, 4)), layers=layers, verbose=False
     ),
@@ -242,14 +303,9 @@ def test_errors(function):
             ["stem_norm", "stam", other],
             ValueError,
             "`layers` must be layers of the model. Received: ['stam', "
-            "'other'], which model=network has not.",
-        ),
-        (
-            "norm",
-            ValueError,
-            "`layers` must say which: choose by the layers themselves, or by "
-            "a function. Received: ['norm'], each the name of several layers "
-            "of model=network.",
+            "<BatchNormalization name=other, built=False>], which "
+            "model=network has not. Its batch normalization: stem_norm, "
+            "block/norm, first, norm.",
         ),
         (
             "stem",
@@ -267,14 +323,21 @@ def test_errors(function):
         (
             3,
             TypeError,
-            "`layers` must be a function of a layer, a layer, a name, or a "
-            "list of layers and names. Received: layers=3.",
+            "`layers` must be a function of a layer, a class of layers, a "
+            "layer, a name, or a list of such. Received: layers=3.",
+        ),
+        (
+            re.compile("stem.*"),
+            TypeError,
+            "`layers` must be a function of a layer, a class of layers, a "
+            "layer, a name, or a list of such. Received: "
+            "layers=re.compile('stem.*').",
         ),
         (
             [3],
             TypeError,
-            "`layers` must be a function of a layer, a layer, a name, or a "
-            "list of layers and names. Received: layers=[3].",
+            "`layers` must be a function of a layer, a class of layers, a "
+            "layer, a name, or a list of such. Received: layers=[3].",
         ),
     ):
         with helpers.raises(kind, message):

@@ -612,15 +612,14 @@ def test_the_worst_layers_are_printed_and_all_are_in_the_table(rng):
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= 79
     at = lines.index("The 5 layers with the largest gap:")
-    assert [line.split()[0][-2:] for line in lines[at + 2 : at + 7]] == [
-        "/2",
-        "/1",
-        "/4",
-        "/6",
-        "/3",
+    # Whole names, above the figures where there is no room beside them.
+    assert lines[at + 1] == "layer"
+    assert lines[at + 2].split()[-2:] == ["noise", "F"]
+    assert lines[at + 3 : at + 13 : 2] == [
+        f"a_model/with_a_long_name/{number}" for number in (2, 1, 4, 6, 3)
     ]
-    assert "<-999 >999" in lines[at + 2]
-    assert "<-999 57" in lines[at + 2]
+    assert "<-999 >999" in lines[at + 4]
+    assert "<-999 57" in lines[at + 4]
     assert lines[-1] == "All 7 layers: `print(report.table())`."
     head, *rows = report.table().splitlines()
     assert head.split()[-2:] == ["F", "constant"]

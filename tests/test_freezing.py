@@ -83,13 +83,12 @@ def test_statistics_stand_for_the_last_part_and_all_else_trains(data):
     assert [int(value["step"]) for value in values] == [4, 8, 8, 8, 8]
 
 
-def test_it_is_freezing_and_compiling_between_two_fits(data):
+def test_it_is_freezing_between_two_fits(data):
     model = make_model()
     fit(model, data, [FreezeStatistics(0.6)])
     other = make_model()
     fit(other, data, [], epochs=3)
     keras_renorm.freeze_statistics(other)
-    other.compile(other.optimizer, "mse")
     fit(other, data, [], initial_epoch=3)
     for ours, expected in zip(model.weights, other.weights, strict=True):
         assert_close(np.array(ours), np.array(expected), 1e-6)
@@ -165,8 +164,93 @@ def test_a_failed_run_can_be_unfrozen_by_hand(data):
     with pytest.raises(RuntimeError, match="a full disk"):
         fit(model, data, [FreezeStatistics(0.5), Failure()], epochs=2)
     keras_renorm.unfreeze_statistics(model)
-    model.compile(model.optimizer, "mse")
     assert [int(value["step"]) for value in fit(model, data, [], 1)] == [8]
+
+
+def around(part):
+    """A model that holds another."""
+    return keras.Sequential([keras.Input((4,)), part, keras.layers.Dense(1)])
+
+
+class Pair(keras.Model):
+    """Trains a model in a step of its own, which the model's own one is not."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def call(self, x, training=None):
+        return self.part(x, training=training)
+
+
+HOLDERS = {
+    # What was fitted, of what is frozen.
+    "itself": lambda part: part,
+    "a model around it": around,
+    "a model around that": lambda part: around(around(part)),
+    "a model of its layers": lambda part: keras.Model(
+        part.inputs[0], part.layers[-1].output
+    ),
+    "a class of its own": Pair,
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("is_eager", [True, False])
+def test_freezing_acts_at_once_in_what_was_fitted(holder, is_eager, data):
+    part = make_model()
+    layer = part.layers[1]
+    model = HOLDERS[holder](part)
+    model.compile("sgd", "mse", run_eagerly=is_eager)
+
+    def moved():
+        before = np.array(layer.moving_mean)
+        model.fit(*data, batch_size=8, verbose=0)
+        return np.abs(np.array(layer.moving_mean) - before).max() > 0
+
+    assert moved()
+    keras_renorm.freeze_statistics(part)
+    assert not moved()
+    keras_renorm.unfreeze_statistics(part)
+    assert moved()
+    keras_renorm.freeze_statistics(part, layers=layer.name)
+    assert not moved()
+
+
+def test_converting_a_part_in_place_acts_at_once(data):
+    """The fitted model runs the new layer, its validation as well."""
+    part = make_model(keras.layers.BatchNormalization(momentum=0.5))
+    model = around(part)
+    model.compile("sgd", "mse")
+    model.fit(*data, batch_size=8, verbose=0, validation_data=data)
+    model.predict(data[0], verbose=0)
+    keras_renorm.convert(part, in_place=True)
+    model.fit(*data, batch_size=8, verbose=0, validation_data=data)
+    assert int(part.layers[1].step) == 4
+    assert_close(model.predict(data[0], verbose=0), model(data[0]), 1e-5)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.jax
+def test_freezing_what_is_frozen_traces_nothing_anew(data):
+    traces = []
+
+    class Counting(BatchRenormalization):
+        def call(self, inputs, training=None, mask=None):
+            traces.append(1)
+            return super().call(inputs, training=training, mask=mask)
+
+    model = make_model(Counting())
+    other = make_model(Counting())
+    for each in (model, other):
+        fit(each, data, [], epochs=1)
+    keras_renorm.freeze_statistics(model)
+    fit(model, data, [], epochs=1)
+    before = len(traces)
+    keras_renorm.freeze_statistics(model)
+    for each in (model, other):
+        fit(each, data, [], epochs=1)
+    assert len(traces) == before
 
 
 @pytest.mark.slow
@@ -324,7 +408,7 @@ def test_a_run_that_ends_before_the_last_part_says_so(data):
     message = (
         "^`FreezeStatistics` froze nothing: `fit` ended before epoch 4 of 5, "
         "with which the last part begins. To freeze after early stopping, "
-        "`keras_renorm.freeze_statistics`, compile and `fit` once more.$"
+        "`keras_renorm.freeze_statistics` and `fit` once more.$"
     )
     with pytest.warns(UserWarning, match=message):
         values = fit(make_model(), data, [*callbacks, FreezeStatistics(0.6)])

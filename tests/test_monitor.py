@@ -307,17 +307,18 @@ def test_layers_of_one_name_are_told_apart():
     monitor = RenormMonitor(every=8, per_layer=True)
     history = fit(model, [monitor], epochs=1, learning_rate=0.0)
     gaps = {row["layer"]: row["gap"] for row in monitor.rows}
-    assert gaps.keys() == {"bn", "bn_1"}
+    assert gaps.keys() == {"near/bn", "far/bn"}
     assert min(gaps.values()) < 1
     assert max(gaps.values()) > 50
     assert history["renorm_gap"] == [max(gaps.values())]
     assert {name for name in history if name.endswith("/renorm_gap")} == {
-        "bn/renorm_gap",
-        "bn_1/renorm_gap",
+        "near/bn/renorm_gap",
+        "far/bn/renorm_gap",
     }
     report = discrepancy(model, X, verbose=False)
     assert {layer.name for layer in report.layers} == gaps.keys()
-    assert {key.split("/")[0] for key in get_statistics(model)} == gaps.keys()
+    keys = get_statistics(model)
+    assert {key.rpartition("/")[0] for key in keys} == gaps.keys()
     # And the same layer has the same name in each of them.
     shifts = {layer.name: layer.shift for layer in report.layers}
     assert max(shifts, key=shifts.get) == max(gaps, key=gaps.get)

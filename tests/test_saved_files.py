@@ -76,8 +76,9 @@ def test_a_bank_of_statistics_goes_into_a_model(folder, data):
         {key: value + 1 for key, value in get_statistics(model).items()},
     )
     assert not np.allclose(predictions_of(model, x), data["predictions"])
-    with np.load(folder / "statistics.npz") as bank:
-        set_statistics(model, bank)
+    # Paths of layers that share a name are younger than this version.
+    with pytest.warns(UserWarning, match=": norm_1 -> part/norm. "):
+        set_statistics(model, folder / "statistics.npz")
     helpers.assert_close(
         predictions_of(model, x), data["predictions"], TOLERANCE
     )

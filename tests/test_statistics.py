@@ -1,5 +1,6 @@
 """Statistics of whole models: frozen, taken out, put back."""
 
+import re
 import warnings
 
 import keras
@@ -13,10 +14,12 @@ from keras_renorm import (
     convert,
     freeze_statistics,
     get_statistics,
+    recalibrate,
     set_statistics,
     unfreeze_statistics,
 )
-from keras_renorm.models.finding import unique_names
+from keras_renorm.diagnostics import discrepancy
+from keras_renorm.models.finding import choose_layers, find_layers, names_of
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
@@ -118,44 +121,108 @@ def test_a_variance_of_zero_is_a_variance(rng):
     assert np.all(get_statistics(model)["last/moving_variance"] == 0)
 
 
+class Block(layers.Layer):
+    """Layers in it, which a custom layer makes; the first are called first."""
+
+    def __init__(self, *parts, name):
+        super().__init__(name=name)
+        self.parts = list(parts)
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Network(Block, keras.Model):
+    """The same, as a model."""
+
+
+def bn(name):
+    return BatchNormalization(name=name)
+
+
 @pytest.mark.parametrize(
-    ("names", "expected"),
+    ("parts", "expected"),
     [
-        (["first", "last"], ["first", "last"]),
-        (["bn", "bn", "bn"], ["bn", "bn_1", "bn_2"]),
-        # A number is free only if no layer has it.
-        (["bn", "bn", "bn_1", "bn"], ["bn", "bn_2", "bn_1", "bn_3"]),
-        (["bn_1", "bn_1", "bn"], ["bn_1", "bn_1_1", "bn"]),
-        # Those that Keras gave: counted within the model, in their order.
+        (lambda: [bn("first"), bn("last")], ["first", "last"]),
+        # The one that the model itself holds is what `get_layer` finds.
         (
-            ["batch_normalization_9", "batch_normalization_12"],
-            ["batch_normalization", "batch_normalization_1"],
+            lambda: [bn("bn"), Block(bn("bn"), bn("other"), name="block")],
+            ["bn", "block/bn", "other"],
         ),
         (
-            ["batch_normalization_2", "batch_normalization", "bn"],
-            ["batch_normalization_1", "batch_normalization", "bn"],
-        ),
-        (
-            ["batch_normalization_3", "batch_renormalization_5"],
-            ["batch_normalization", "batch_renormalization"],
-        ),
-        # Two submodels from two files.
-        (
-            ["batch_normalization", "batch_normalization_1"] * 2,
-            [
-                "batch_normalization",
-                "batch_normalization_1",
-                "batch_normalization_2",
-                "batch_normalization_3",
+            lambda: [
+                Block(bn("bn"), name="encoder"),
+                Block(Block(bn("bn"), name="block"), name="decoder"),
             ],
+            ["encoder/bn", "decoder/block/bn"],
         ),
-        # What somebody chose is not counted.
-        (["stem_batch_normalization_7"], ["stem_batch_normalization_7"]),
+        # A layer of another class has the name, or one that holds it.
+        (
+            lambda: [Block(bn("norm"), layers.Dense(2, name="norm"), name="a")],
+            ["a/norm:1"],
+        ),
+        (
+            lambda: [Block(bn("a"), bn("b"), name="a")],
+            ["a/a", "b"],
+        ),
+        # The model's own name is not in it.
+        (lambda: [bn("network")], ["network"]),
+        # Paths alike: numbers, but none that is a name.
+        (lambda: [bn("bn"), bn("bn"), bn("bn_1")], ["bn:1", "bn:2", "bn_1"]),
+        (lambda: [bn("bn"), bn("bn:1"), bn("bn")], ["bn:2", "bn:1", "bn:3"]),
+        (
+            lambda: [
+                Block(bn("bn"), name="block"),
+                Block(bn("bn"), name="block"),
+            ],
+            ["block/bn:1", "block/bn:2"],
+        ),
+        (
+            lambda: [
+                layers.TimeDistributed(bn("bn"), name="frames"),
+                bn("bn"),
+            ],
+            ["frames/bn", "bn"],
+        ),
     ],
 )
-def test_names_of_layers(names, expected):
-    assert unique_names(names) == expected
-    assert unique_names(expected) == expected
+def test_a_layer_is_called_its_name_or_its_path(parts, expected, rng):
+    model = Network(*parts(), name="network")
+    found = find_layers(model, BatchNormalization)
+    names = names_of(model, found)
+    assert sorted(names) == sorted(expected)
+    # And each name means its layer.
+    for name, layer in zip(names, found, strict=True):
+        assert choose_layers(model, name) == [layer]
+
+
+def test_numbers_that_keras_gave_stay(rng):
+    earlier = [BatchNormalization().name for _ in range(2)]
+    model = keras.Sequential(
+        [keras.Input((3,)), *[BatchNormalization() for _ in range(4)]]
+    )
+    names = [layer.name for layer in model.layers]
+    assert not set(earlier) & set(names)
+    broken = model.layers[2]
+    broken.moving_mean.assign([np.nan] * 3)
+    x = helpers.inputs_of(rng, (64, 3))
+    report = discrepancy(model, x, verbose=False)
+    assert [layer.name for layer in report.layers] == names
+    assert report.verdicts[0].layers == (broken.name,)
+    assert model.get_layer(report.verdicts[0].layers[0]) is broken
+    others = get_statistics(model)
+    recalibrate(model, x, layers=report.verdicts[0].layers, verbose=False)
+    for key, value in get_statistics(model).items():
+        is_broken = key.startswith(f"{broken.name}/")
+        assert np.array_equal(value, others[key]) != is_broken
+    assert np.all(np.isfinite(helpers.to_numpy(broken.moving_mean)))
+    converted = convert(model, layers=[row["layer"] for row in report.rows][:2])
+    assert [type(layer) for layer in converted.layers] == [
+        *[BatchRenormalization] * 2,
+        *[BatchNormalization] * 2,
+    ]
 
 
 def submodels(kind):
@@ -179,9 +246,31 @@ def test_submodels_whose_layers_have_the_same_names(kind, rng):
     names = [layer.name for layer in networks.normalizations(model)]
     assert len(set(names)) == 2
     bank = get_statistics(model)
-    assert len(bank) == 8
+    assert {key.rpartition("/")[0] for key in bank} == {
+        f"{part}/{name}" for part in ("left", "right") for name in names
+    }
     other = networks.randomize(submodels(kind), rng)
     set_statistics(other, bank)
+    assert_alike(model, other)
+    # An earlier version numbered them, in the order of the model.
+    networks.randomize(other, rng)
+    old = {"left": ["_1", ""], "right": ["_2", "_3"]}
+    numbers = [number for part in old.values() for number in part]
+    renamed = {
+        f"{names[0].removesuffix('_1')}{number}/{kind}": bank[f"{new}/{kind}"]
+        for number, new in zip(
+            numbers,
+            dict.fromkeys(key.rpartition("/")[0] for key in bank),
+            strict=True,
+        )
+        for kind in ("moving_mean", "moving_variance")
+    }
+    with pytest.warns(UserWarning, match="_3 -> right/.* Layers that you name"):
+        set_statistics(other, renamed)
+    assert_alike(model, other)
+
+
+def assert_alike(model, other):
     for old, new in zip(
         networks.normalizations(model),
         networks.normalizations(other),
@@ -192,35 +281,145 @@ def test_submodels_whose_layers_have_the_same_names(kind, rng):
         )
 
 
-def test_a_bank_fits_whatever_else_the_session_made(rng):
-    def network():
-        return keras.Sequential(
-            [
-                keras.Input((3,)),
-                BatchNormalization(),
-                layers.Dense(3),
-                BatchNormalization(),
-            ]
-        )
+def numbered_network(count=3):
+    """A network with the names that Keras gives, and one that it does not."""
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            *[BatchNormalization() for _ in range(count)],
+            BatchNormalization(name="head"),
+        ]
+    )
 
-    model = networks.randomize(network(), rng)
-    later = network()
-    assert later.layers[0].name == "batch_normalization_2"
+
+@pytest.mark.parametrize("first", [0, 2, 7])
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_bank_of_another_session_is_matched_by_order(first, is_sorted, rng):
+    """An earlier version counted from 0 on, whatever the session made."""
+    BatchNormalization()
+    model = networks.randomize(numbered_network(12), rng)
     bank = get_statistics(model)
-    set_statistics(later, bank)
-    for key, value in get_statistics(later).items():
-        np.testing.assert_array_equal(value, bank[key])
-    # A bank of an older version has the names of its session.
-    old = {
-        key.replace("normalization/", "normalization_7/").replace(
-            "normalization_1/", "normalization_8/"
-        ): value + 1
-        for key, value in bank.items()
+    assert "batch_normalization_12/moving_mean" in bank
+    numbers = range(first, first + 12)
+    other = {
+        f"{new}/{kind}": bank[f"batch_normalization_{old}/{kind}"]
+        for old, new in enumerate(
+            [
+                f"batch_normalization_{number}".removesuffix("_0")
+                for number in numbers
+            ],
+            start=1,
+        )
+        for kind in ("moving_mean", "moving_variance")
     }
-    assert len(old.keys() - bank.keys()) == 4
-    set_statistics(later, old)
-    for key, value in get_statistics(later).items():
-        np.testing.assert_array_equal(value, bank[key] + 1)
+    other |= {key: value for key, value in bank.items() if "head" in key}
+    if is_sorted:  # as files of other kinds are
+        other = dict(sorted(other.items()))
+    networks.randomize(model, rng)
+    with pytest.warns(UserWarning, match="are matched by order") as found:
+        set_statistics(model, other)
+    assert "head" not in str(found[0].message)
+    for key, value in get_statistics(model).items():
+        np.testing.assert_array_equal(value, bank[key])
+
+
+def test_what_is_matched_by_order_is_said(rng):
+    model = networks.randomize(numbered_network(), rng)
+    bank = get_statistics(model)
+    later = numbered_network()
+    message = (
+        "Statistics are matched by order, for their names are those of another "
+        "session or of an earlier version: batch_normalization -> "
+        "batch_normalization_3, batch_normalization_1 -> "
+        "batch_normalization_4, batch_normalization_2 -> "
+        "batch_normalization_5. Layers that you name are matched by name."
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        set_statistics(later, bank)
+    assert_alike(model, later)
+    # By name, nothing is to be said.
+    set_statistics(model, bank)
+
+
+def test_a_bank_is_a_path_too(rng, tmp_path):
+    model = networks.randomize(numbered_network(), rng)
+    bank = get_statistics(model)
+    for path in (tmp_path / "night.npz", str(tmp_path / "day.npz")):
+        np.savez(path, **bank)
+        networks.randomize(model, rng)
+        set_statistics(model, path)
+        for key, value in get_statistics(model).items():
+            np.testing.assert_array_equal(value, bank[key])
+    np.save(tmp_path / "mean.npy", bank["head/moving_mean"])
+    model.save_weights(tmp_path / "net.weights.h5")
+    for name in ("mean.npy", "net.weights.h5"):
+        with helpers.raises(
+            ValueError,
+            "`statistics` must be the path of a file of `np.savez` with what "
+            "`get_statistics` returns. Received: statistics="
+            f"'{tmp_path / name}', another kind of file.",
+        ):
+            set_statistics(model, tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        set_statistics(model, tmp_path / "dusk.npz")
+    with helpers.raises(
+        TypeError,
+        "`statistics` must be what `get_statistics` returns, or the path of a "
+        "file of `np.savez` with it. Received: an object of type list.",
+    ):
+        set_statistics(model, model.get_weights())
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_statistics_of_some_layers(is_whole, rng):
+    model = networks.randomize(networks.nested(BatchNormalization), rng)
+    first, *others = networks.normalizations(model)
+    before = get_statistics(model)
+    part = get_statistics(model, layers=first)
+    assert part.keys() < before.keys()
+    assert len(part) == 2
+    networks.randomize(model, rng)
+    after = get_statistics(model)
+    set_statistics(model, before if is_whole else part, layers=[first.name])
+    for key, value in get_statistics(model).items():
+        expected = before if key in part else after
+        np.testing.assert_array_equal(value, expected[key])
+    assert others
+    with pytest.raises(ValueError, match=r"same architecture\. Received: 2 a"):
+        set_statistics(model, part)
+
+
+@pytest.mark.filterwarnings("ignore:`build..` was called")
+def test_layers_that_are_never_called_are_left_out(rng):
+    class Holder(keras.Model):
+        def __init__(self):
+            super().__init__(name="holder")
+            self.used, self.unused = bn("used"), bn("unused")
+
+        def call(self, x, training=None):
+            return self.used(x, training=training)
+
+    model = Holder()
+    with pytest.raises(ValueError, match="layers used, unused not built"):
+        get_statistics(model)
+    x = helpers.inputs_of(rng, (8, 3))
+    model(x, training=True)
+    message = (
+        "^Layers that the model never called are left out: unused, not built.$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        bank = get_statistics(model)
+    assert {key.split("/")[0] for key in bank} == {"used"}
+    with pytest.warns(UserWarning, match=message):
+        set_statistics(model, {key: value + 1 for key, value in bank.items()})
+    np.testing.assert_array_equal(
+        helpers.to_numpy(model.used.moving_mean), bank["used/moving_mean"] + 1
+    )
+    for function in (recalibrate, discrepancy):
+        with pytest.warns(UserWarning, match=message):
+            function(model, x, verbose=False)
+    with pytest.raises(ValueError, match="with the layers unused not built"):
+        get_statistics(model, layers="unused")
 
 
 def test_bad_banks_change_nothing(rng):

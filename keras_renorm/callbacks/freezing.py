@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_renorm import arguments
 from keras_renorm.layers.batch_normalization import BatchNormalization
+from keras_renorm.models.compiled import trace_anew
 from keras_renorm.models.freeze import (
     normalization_layers,
     warn_of_untrained,
@@ -46,13 +47,13 @@ class FreezeStatistics(keras.callbacks.Callback):
     with one class and 0.414 -> 0.671 with one image (`--only
     regimes_cluttered`).
 
-    At the first epoch of that part the training step is traced again, once.
-    When `fit` ends, the layers are as they were: those that were frozen before
-    stay so, the others would move again. The freezing is no configuration: what
-    `ModelCheckpoint` or `model.save` writes in that part has
-    `frozen_statistics` as you set it. After a `fit` that an error ended in that
-    part, the next `fit` with this callback begins unfrozen; without it, call
-    `keras_renorm.unfreeze_statistics(model)` and compile.
+    At the first epoch of that part the training step is traced again, once
+    (and so is what validates). When `fit` ends, the layers are as they were:
+    those that were frozen before stay so, the others would move again. The
+    freezing is no configuration: what `ModelCheckpoint` or `model.save` writes
+    in that part has `frozen_statistics` as you set it. After a `fit` that an
+    error ended in that part, the next `fit` with this callback begins unfrozen;
+    without it, call `keras_renorm.unfreeze_statistics(model)`.
 
     Args:
         begin: Share of the epochs of `fit` after which the statistics are
@@ -181,15 +182,14 @@ class FreezeStatistics(keras.callbacks.Callback):
                 "`FreezeStatistics` froze nothing: `fit` ended before epoch "
                 f"{self._first_epoch + 1} of {self.params['epochs']}, with "
                 "which the last part begins. To freeze after early stopping, "
-                "`keras_renorm.freeze_statistics`, compile and `fit` once "
-                "more.",
+                "`keras_renorm.freeze_statistics` and `fit` once more.",
                 stacklevel=2,
             )
         self._thaw()
 
     def _freeze(self) -> None:
         layers = normalization_layers(self.model)
-        warn_of_untrained(layers)
+        warn_of_untrained(self.model, layers)
         if self._losses:
             self._loss_before = self._losses[-1]
             self._largest_rise = max(
@@ -214,7 +214,7 @@ class FreezeStatistics(keras.callbacks.Callback):
             return
         for layer in self._held:
             layer.hold_statistics(value)
-        self.model.make_train_function(force=True)
+        trace_anew(self._held)
 
 
 def _learning_rate(model: keras.Model) -> float:

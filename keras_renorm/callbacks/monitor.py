@@ -217,7 +217,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
 
     def _find_layers(self) -> None:
         self._layers = built_layers(self.model)
-        self._names = names_of(self._layers)
+        self._names = names_of(self.model, self._layers)
 
     def _synchronize(self) -> keras.Model:
         """Puts weights into the model that Keras's JAX trainer holds itself."""

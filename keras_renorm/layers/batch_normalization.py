@@ -36,7 +36,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     statistics in training too and never changes them; gamma and beta still
     train. With `trainable = False` nothing trains and nothing moves, as in
     Keras. Both hold for any `training` flag, and at any depth in other models.
-    A change takes effect when the model is compiled next.
+    Like a change of `trainable`, a change of the attribute takes effect when
+    the model is compiled next; `keras_renorm.freeze_statistics` acts at once.
 
     **Mask.** Elements under a `False` reach neither statistics nor
     gradients, even if they hold NaN. What the layer returns there is
@@ -219,9 +220,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def hold_statistics(self, value: bool) -> None:
         """Freezes the statistics for a while, or ends that.
 
-        For callbacks: it acts like `frozen_statistics`, from the next compile
-        or `make_train_function(force=True)` on, but is no configuration. No
-        file and no copy of the layer has it.
+        For callbacks: it acts like `frozen_statistics`, where steps are traced
+        next, but is no configuration. No file and no copy of the layer has it.
         """
         self._holds_statistics = value
 

@@ -52,9 +52,8 @@ def convert(
     stay the objects that they are: a layer turns into one of class `to`. Its
     gamma and beta stay the same variables, so that the optimizer keeps its
     state for them; its other weights are new ones. `fit`, `evaluate` and
-    `predict` of the model, and of models in it, are traced again. Other
-    functions are not: your own `tf.function` or `jax.jit`, another model that
-    holds this one (compile that again).
+    `predict` of all models that hold one of them are traced again. Other
+    functions are not: your own `tf.function` or `jax.jit`.
 
     **Save and load** a model that was changed in place: `save_weights`, and
     `load_weights` into one made and converted the same way, always works. Where
@@ -216,7 +215,7 @@ def _with_layers(
         raise ValueError(
             "`model` must have no batch normalization of a class of its own, "
             "whose meaning conversion would lose. Received: "
-            f"{describe(foreign)} of class {type(foreign[0]).__name__}."
+            f"{describe(foreign, model)} of class {type(foreign[0]).__name__}."
         )
 
     def replace(

@@ -1,8 +1,10 @@
 """Finding layers in a model, and their names."""
 
+import difflib
 import functools
 import itertools
-import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -12,16 +14,12 @@ from keras_renorm import arguments
 
 Layer = TypeVar("Layer")
 # Which layers a function of a model is about; `None` for all.
-Choice: TypeAlias = (
-    str
-    | keras.layers.Layer
-    | Callable[[Any], bool]
-    | Iterable[str | keras.layers.Layer]
-    | None
+Chooser: TypeAlias = (
+    str | keras.layers.Layer | type[keras.layers.Layer] | Callable[[Any], bool]
 )
-
-# A name that Keras gives: it counts the layers of a class in a session.
-_GIVEN = re.compile(r"(batch_normalization|batch_renormalization)(?:_(\d+))?")
+Choice: TypeAlias = Chooser | Iterable[Chooser] | None
+# An error lists all names of so many layers, and the nearest of more.
+LISTED = 12
 
 
 def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
@@ -29,8 +27,8 @@ def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
 
     Nested models, wrappers and custom layers are searched; what holds a layer
     comes before it. Keras has no public way into custom layers; only this
-    function uses its `_flatten_layers`. Every function of a model begins here,
-    so the type of `model` is checked here.
+    file uses its `_flatten_layers`. Every function of a model begins here, so
+    the type of `model` is checked here.
 
     Raises:
         TypeError: If `model` is not of Keras.
@@ -76,10 +74,10 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
     Args:
         model: A model.
         layers: `None` (default) for all; a function of a layer that says
-            whether it is meant; a layer of the model, or its name, or a list
-            of such. A layer that holds others (a block, a nested model) means
-            all batch normalization in it. Names are those of the layers, or
-            those that reports and `get_statistics` give them.
+            whether it is meant; a class, for all layers of it; a layer of the
+            model, or its name (`names_of`), or its path; or several of such. A
+            layer that holds others (a block, a nested model) means all batch
+            normalization in it.
 
     Returns:
         The layers, in the order of the model, each once. May be empty only
@@ -88,20 +86,33 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
     Raises:
         TypeError: If `model` is not of Keras, or `layers` of no such kind.
         ValueError: If a name or a layer is not the model's, a name is that of
-            two layers, or none is chosen.
+            several layers, or none is chosen.
     """
     normalization = find_layers(model, keras.layers.BatchNormalization)
     if layers is None:
         return normalization
-    is_one = isinstance(layers, str | keras.layers.Layer)
-    if not is_one and callable(layers):
-        chosen = {id(each) for each in normalization if layers(each)}
-    else:
-        chosen = {
-            id(each)
-            for layer in _named(model, [layers] if is_one else layers)
-            for each in find_layers(layer, keras.layers.BatchNormalization)
-        }
+    if isinstance(layers, Iterable) and not _is_chooser(layers):
+        layers = list(layers)
+    choosers: list[Any] = layers if isinstance(layers, list) else [layers]
+    if not all(map(_is_chooser, choosers)):
+        raise TypeError(
+            "`layers` must be a function of a layer, a class of layers, a "
+            "layer, a name, or a list of such. Received: "
+            f"layers={layers!r}."
+        )
+    named = _named(model, choosers)
+    chosen: set[int] = set()
+    for each in choosers:
+        if isinstance(each, str | keras.layers.Layer):
+            meant = [named[each] if isinstance(each, str) else each]
+        elif isinstance(each, type):
+            meant = find_layers(model, each)
+        else:
+            meant = [layer for layer in normalization if each(layer)]
+        for layer in meant:
+            chosen.update(
+                map(id, find_layers(layer, keras.layers.BatchNormalization))
+            )
     if not chosen:
         raise ValueError(
             "`layers` must choose batch normalization. Received: "
@@ -111,54 +122,71 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
     return [each for each in normalization if id(each) in chosen]
 
 
-def _named(model: Any, layers: Any) -> list[Any]:
-    """The layers of a model that are meant by names, or by themselves."""
-    layers = list(layers) if isinstance(layers, Iterable) else layers
-    if not isinstance(layers, list) or not all(
-        isinstance(each, str | keras.layers.Layer) for each in layers
-    ):
-        raise TypeError(
-            "`layers` must be a function of a layer, a layer, a name, or a "
-            f"list of layers and names. Received: layers={layers!r}."
-        )
+def _is_chooser(layers: Any) -> bool:
+    return isinstance(layers, str) or callable(layers)  # as layers are
+
+
+def _named(model: Any, choosers: Sequence[Any]) -> dict[str, Any]:
+    """The layers that are meant by names; an error for what is not there."""
+    ways = _ways(model)
     held = find_layers(model, keras.layers.Layer)
-    normalization = find_layers(model, keras.layers.BatchNormalization)
-    named: dict[str, dict[int, Any]] = {}
-    for name, layer in itertools.chain(
-        ((layer.name, layer) for layer in held),
-        zip(names_of(normalization), normalization, strict=True),
-    ):
-        named.setdefault(name, {})[id(layer)] = layer
-    known = {id(layer) for layer in held}
+    found: dict[str, list[Any]] = {}
+    for layer in held[1:]:
+        for name in {layer.name, "/".join(ways[id(layer)])}:
+            found.setdefault(name, []).append(layer)
+    # Only one layer has such a name, even where it is part of others.
+    found |= {
+        name: [layer]
+        for name, layer in zip(names_of(model, held[1:]), held[1:], strict=True)
+    }
+    found.setdefault(model.name, [model])
     unknown = [
-        each if isinstance(each, str) else each.name
-        for each in layers
-        if (
-            each not in named
-            if isinstance(each, str)
-            else id(each) not in known
-        )
+        each
+        for each in choosers
+        if (isinstance(each, str) and each not in found)
+        or (isinstance(each, keras.layers.Layer) and id(each) not in ways)
     ]
     if unknown:
         raise ValueError(
             f"`layers` must be layers of the model. Received: {unknown}, which "
-            f"model={model.name} has not."
+            f"model={model.name} has not. {_known(model, unknown)}"
         )
-    ambiguous = [
-        each
-        for each in layers
-        if isinstance(each, str) and len(named[each]) > 1
+    names = [each for each in choosers if isinstance(each, str)]
+    for name in names:
+        if len(found[name]) > 1:
+            raise ValueError(
+                "`layers` must say which: each of these has the name. "
+                f"Received: {name!r}, in model={model.name} the name of "
+                f"{describe(found[name], model)}."
+            )
+    return {name: found[name][0] for name in names}
+
+
+def _known(model: Any, unknown: Sequence[Any]) -> str:
+    """What a model's normalization is called, for the error of a name."""
+    normalization = find_layers(model, keras.layers.BatchNormalization)
+    names = names_of(model, normalization)
+    if len(names) <= LISTED:
+        return f"Its batch normalization: {', '.join(names) or 'none'}."
+    blocks = [
+        layer
+        for layer in find_layers(model, keras.layers.Layer)[1:]
+        if find_layers(layer, keras.layers.BatchNormalization)
     ]
-    if ambiguous:
-        raise ValueError(
-            "`layers` must say which: choose by the layers themselves, or by "
-            f"a function. Received: {ambiguous}, each the name of several "
-            f"layers of model={model.name}."
+    near = [
+        name
+        for each in unknown
+        for name in difflib.get_close_matches(
+            each if isinstance(each, str) else each.name,
+            names_of(model, blocks),
+            n=4,
+            cutoff=0,
         )
-    return [
-        next(iter(named[each].values())) if isinstance(each, str) else each
-        for each in layers
     ]
+    return (
+        f"It has {len(names)} layers of batch normalization; nearest: "
+        f"{', '.join(dict.fromkeys(near))}."
+    )
 
 
 def require_layers(model: Any, layers: Choice = None) -> list[Any]:
@@ -178,16 +206,28 @@ def no_normalization(model: Any) -> ValueError:
 
 
 def built_layers(model: Any, layers: Choice = None) -> list[Any]:
-    """`require_layers`, and an error where one is not built."""
+    """`require_layers`, and an error where they are not built.
+
+    A model that has run may hold layers that it never calls. They are left out.
+
+    Warns:
+        UserWarning: What was left out.
+    """
     chosen = require_layers(model, layers)
     unbuilt = [layer for layer in chosen if not layer.built]
-    if unbuilt:
+    if len(unbuilt) == len(chosen) or (unbuilt and not model.built):
         raise ValueError(
             "`model` must be built: call it on data, or give it an `Input`. "
             f"Received: model={model.name}, with the layers "
-            f"{describe(unbuilt)} not built."
+            f"{describe(unbuilt, model)} not built."
         )
-    return chosen
+    if unbuilt:
+        warnings.warn(
+            "Layers that the model never called are left out: "
+            f"{describe(unbuilt, model)}, not built.",
+            stacklevel=3,
+        )
+    return [layer for layer in chosen if layer.built]
 
 
 def check_no_keras_renorm(layers: list[Any]) -> None:
@@ -203,72 +243,55 @@ def check_no_keras_renorm(layers: list[Any]) -> None:
         )
 
 
-def names_of(layers: Iterable[Any]) -> list[str]:
-    """Names for all batch normalization layers of a model, no two alike.
+def names_of(model: Any, layers: Iterable[Any]) -> list[str]:
+    """What layers of a model are called in this package: no two alike.
 
-    The one naming of this package: `unique_names` of their own names.
+    A layer is called `layer.name`. Where another layer of the model, of
+    whatever class, has the same name, it is called by its path: the names of
+    the layers that hold it, the outermost first (the model is not among them),
+    and its own, as in "encoder/block/bn". Of several ways to a layer, the
+    path is the first that Keras finds. Layers with the same path get numbers,
+    in the order in which their holder got them: "block/bn:1", "block/bn:2". No
+    name of Keras has a slash, so no path is a name of another layer.
     """
-    return unique_names([layer.name for layer in layers])
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Names in the place of names, no two alike; their own where that can be.
-
-    - A name that somebody chose stays.
-    - Names that Keras gave are counted from this model's first on, in their
-      order: `batch_normalization_7` and `_9` become `batch_normalization` and
-      `batch_normalization_1`. So they do not depend on what else was made in
-      the session, and are their own where nothing else was.
-    - Of equal names the first stays, and each other gets the lowest number
-      that is free: `norm`, `norm_1`.
-
-    Names that this returned stay as they are.
-    """
-    given = [_GIVEN.fullmatch(name) for name in names]
-    numbers: dict[str, set[int]] = {}
-    for match in given:
-        if match:
-            numbers.setdefault(match[1], set()).add(int(match[2] or 0))
-    order = {
-        stem: {number: at for at, number in enumerate(sorted(taken_numbers))}
-        for stem, taken_numbers in numbers.items()
+    ways = _ways(model)
+    count = Counter(way[-1] for way in ways.values() if way)
+    names = {
+        at: "/".join(way if count[way[-1]] > 1 else way[-1:])
+        for at, way in ways.items()
+        if way
     }
-    stems, wanted = [], []
-    for name, match in zip(names, given, strict=True):
-        stems.append(match[1] if match else name)
-        at = order[match[1]][int(match[2] or 0)] if match else 0
-        wanted.append(f"{stems[-1]}_{at}" if at else stems[-1])
-    return _numbered(wanted, stems)
-
-
-def numbered(names: Sequence[str]) -> list[str]:
-    """Names, no two alike: the first of equal ones stays, others get numbers.
-
-    Each the lowest that is free: `norm`, `norm`, `norm_2` are `norm`,
-    `norm_1`, `norm_2`.
-    """
-    return _numbered(names, names)
-
-
-def _numbered(names: Sequence[str], stems: Sequence[str]) -> list[str]:
-    """`numbered`, where the numbers go after other names, the stems."""
-    taken = set(names)
-    seen: set[str] = set()
-    unique = []
-    for name, stem in zip(names, stems, strict=True):
-        if name in seen:
-            name = next(
+    alike = Counter(names.values())
+    taken = set(alike)
+    for at, name in names.items():
+        if alike[name] > 1:
+            names[at] = next(
                 free
                 for number in itertools.count(1)
-                if (free := f"{stem}_{number}") not in taken
+                if (free := f"{name}:{number}") not in taken
             )
-            taken.add(name)
-        seen.add(name)
-        unique.append(name)
-    return unique
+            taken.add(names[at])
+    return [names.get(id(layer), layer.name) for layer in layers]
 
 
-def describe(layers: Sequence[Any]) -> str:
-    """Names of layers, for messages: the first few."""
-    names = [layer.name for layer in layers[:8]]
+def _ways(model: Any) -> dict[int, tuple[str, ...]]:
+    """By `id`, the names on the way from a model to each layer in it.
+
+    What one layer holds is in the order in which it got it.
+    """
+    ways: dict[int, tuple[str, ...]] = {id(model): ()}
+    for layer in find_layers(model, keras.layers.Layer):
+        for each in layer._flatten_layers(include_self=False, recursive=False):
+            ways.setdefault(id(each), (*ways[id(layer)], each.name))
+    return ways
+
+
+def describe(layers: Sequence[Any], model: Any = None) -> str:
+    """The first few names of layers, for messages; `names_of` where known."""
+    shown = layers[:8]
+    names = (
+        [layer.name for layer in shown]
+        if model is None
+        else names_of(model, shown)
+    )
     return ", ".join(names) + (", ..." if len(layers) > 8 else "")

@@ -5,6 +5,7 @@ import warnings
 import keras
 
 from keras_renorm.layers.batch_normalization import BatchNormalization
+from keras_renorm.models.compiled import trace_anew
 from keras_renorm.models.finding import Choice, choose_layers, describe
 from keras_renorm.models.state import is_untrained
 
@@ -14,15 +15,19 @@ def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
 
     Sets `frozen_statistics` of all our layers in the model, in place: they
     normalize with their moving statistics in training too and never change
-    them, while gamma and beta train. Like a change of `trainable`, it takes
-    effect when the model is compiled next.
+    them, while gamma and beta train. It acts at once: in the next `fit` of a
+    model that was fitted before, and where `model` is a part of that one.
+
+    Functions of your own that were traced before (`tf.function`, `jax.jit`)
+    cannot be reached: they go on as they are. Freeze before you call them
+    first, or make them anew.
 
     Args:
         model: A model with layers of this package, at any depth.
         layers: Which layers: a function of a layer that returns whether it is
-            meant, a layer or its name, or a list of such. A block or a nested
-            model means all batch normalization in it. Defaults to `None`, for
-            all.
+            meant, a class, a layer or its name, or a list of such. A block or
+            a nested model means all batch normalization in it. Defaults to
+            `None`, for all.
 
     Raises:
         ValueError: If the model has none, or Keras's batch normalization is
@@ -43,15 +48,14 @@ def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
     True
     """
     chosen = normalization_layers(model, layers)
-    warn_of_untrained(chosen)
-    for layer in chosen:
-        layer.frozen_statistics = True
+    warn_of_untrained(model, chosen)
+    _freeze(chosen, True)
 
 
 def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
     """Lets the statistics of a model move again: the inverse.
 
-    In place; takes effect when the model is compiled next. Ends what
+    In place, and at once, as `freeze_statistics`. Ends what
     `callbacks.FreezeStatistics` began in a `fit` that failed, too.
 
     Args:
@@ -80,19 +84,28 @@ def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
     >>> [layer.frozen_statistics for layer in backbone.layers[1::2]]
     [True, False, False]
     """
-    for layer in normalization_layers(model, layers):
-        layer.frozen_statistics = False
-        layer.hold_statistics(False)
+    _freeze(normalization_layers(model, layers), False)
 
 
-def warn_of_untrained(layers: list[BatchNormalization]) -> None:
+def _freeze(layers: list[BatchNormalization], value: bool) -> None:
+    changed = [each for each in layers if each.statistics_stand != value]
+    for layer in layers:
+        layer.frozen_statistics = value
+        if not value:
+            layer.hold_statistics(False)
+    trace_anew(changed)
+
+
+def warn_of_untrained(
+    model: keras.Model, layers: list[BatchNormalization]
+) -> None:
     """Warns of statistics that are to be frozen and were never trained."""
     untrained = [layer for layer in layers if is_untrained(layer)]
     if untrained:
         warnings.warn(
             "Statistics that were never trained are frozen at mean 0 and "
-            f"variance 1: layers {describe(untrained)}. Load weights, or "
-            "train, before.",
+            f"variance 1: layers {describe(untrained, model)}. Load weights, "
+            "or train, before.",
             stacklevel=3,
         )
 
@@ -107,7 +120,7 @@ def normalization_layers(
     ]
     if others or not chosen:
         what = (
-            f"Keras's own layers {describe(others)}"
+            f"Keras's own layers {describe(others, model)}"
             if others
             else "none at all"
         )

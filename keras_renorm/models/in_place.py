@@ -10,8 +10,9 @@ from typing import Any
 
 import keras
 
+from keras_renorm.models.compiled import trace_anew
 from keras_renorm.models.configuration import Configurations
-from keras_renorm.models.finding import describe, find_layers
+from keras_renorm.models.finding import describe
 from keras_renorm.models.replacing import as_asked
 
 # Weights that an optimizer knows: they stay the same variables.
@@ -42,8 +43,8 @@ def replace_in_place(
             "`model` must be built to be changed in place: call it on data, "
             "make it in `keras_renorm.replacing`, or leave out layers that it "
             "never calls (layers=lambda layer: layer.built). Received: "
-            f"model={model.name}, with the layers {describe(unbuilt)} not "
-            "built."
+            f"model={model.name}, with the layers "
+            f"{describe(unbuilt, model)} not built."
         )
     configurations = Configurations()
     news = []
@@ -63,12 +64,7 @@ def replace_in_place(
         layers, news, names, strict=True
     ):
         _become(layer, new, old_names, new_names)
-    for each in find_layers(model, keras.Model):
-        # Otherwise the graphs of before would still run.
-        each.make_predict_function(force=True)
-        if each.compiled:
-            each.make_train_function(force=True)
-            each.make_test_function(force=True)
+    trace_anew(layers)
 
 
 def _build_alike(layer: Any, new: Any) -> None:

@@ -28,7 +28,7 @@ def check_has_graph(model: Any) -> None:
     if has_graph(model):
         return
     held = find_layers(model, keras.layers.BatchNormalization)
-    layers = f", with the layers {describe(held)}" if held else ""
+    layers = f", with the layers {describe(held, model)}" if held else ""
     raise ValueError(
         "`model` must be a sequential or a functional model: of another no "
         "copy with other layers can be made (`keras_renorm.convert` changes "

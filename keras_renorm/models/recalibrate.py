@@ -208,7 +208,9 @@ class StatisticsPass:
             layer.moving_variance.assign(variance)
 
         def mixed(layer: Any, total: Total) -> tuple[np.ndarray, ...]:
-            keep = prior / (prior + total.examples) if prior else 0.0
+            if not prior:  # nothing of the old ones, not their NaN either
+                return total.mean, total.variance
+            keep = prior / (prior + total.examples)
             return tuple(
                 keep * old + (1 - keep) * new
                 for old, new in zip(
@@ -318,7 +320,7 @@ class StatisticsPass:
                 "`dataset` must hold batches of two elements a channel or "
                 "more, or be read with layer_by_layer=True, which needs data "
                 "that can be read again. Received: one element a channel, "
-                f"normalized by itself, before {describe(lost)}."
+                f"normalized by itself, before {describe(lost, self.model)}."
             )
         reached = reached_layers(
             [(layer, totals[id(layer)]) for layer in self.layers],

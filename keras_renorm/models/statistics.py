@@ -1,41 +1,61 @@
 """The moving statistics of a whole model, as arrays."""
 
-from collections.abc import Mapping
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_renorm import backend
-from keras_renorm.models.finding import built_layers, names_of, unique_names
+from keras_renorm.models.finding import (
+    LISTED,
+    Choice,
+    built_layers,
+    choose_layers,
+    names_of,
+)
 
 Statistics = dict[str, np.ndarray]
-_NAMES = ("moving_mean", "moving_variance")
+_KINDS = ("moving_mean", "moving_variance")
+# What Keras and this package put after names that would be alike.
+_NUMBERS = re.compile(r"([_:]\d+)*$")
 
 
-def get_statistics(model: keras.Model) -> Statistics:
+def get_statistics(model: keras.Model, *, layers: Choice = None) -> Statistics:
     """Copies of the moving means and variances of a model.
 
     A bank of statistics, one a domain, is what a network needs to serve
     several (Li et al. 2016, arXiv:1603.04779, "AdaBN"). To keep one on disk:
 
         np.savez("night.npz", **get_statistics(model))
-        set_statistics(model, np.load("night.npz"))
+        set_statistics(model, "night.npz")
 
     Args:
         model: A built model with batch normalization, Keras's or ours, at any
             depth.
+        layers: Which layers: a function of a layer that returns whether it is
+            meant, a class, a layer or its name, or a list of such. A block or
+            a nested model means all batch normalization in it. Defaults to
+            `None`, for all.
 
     Returns:
         Arrays of shape `(channels,)` by name: `"<layer>/moving_mean"` and
-        `"<layer>/moving_variance"`. Where several layers have one name (in
-        nested models), they are numbered in order, past numbers that are
-        names already: `"<layer>_1"`... Names that Keras gave are counted from
-        the model's first layer on (`"batch_normalization"`,
-        `"batch_normalization_1"`...), whatever else the session made.
+        `"<layer>/moving_variance"`. `<layer>` is `layer.name`; where layers of
+        the model share a name, the path in the model: the names of the layers
+        that hold it and its own, as in `"encoder/block/bn"`. Where they share
+        that too, numbers follow: `"block/bn:1"`, `"block/bn:2"`. Reports call
+        a layer the same, and `layers=` takes these names.
 
     Raises:
-        ValueError: If the model has no batch normalization, or is not built.
+        TypeError, ValueError: If the model has no batch normalization, or is
+            not built; if `layers` chooses none, or what the model has not.
+
+    Warns:
+        UserWarning: If the model holds layers that it never called; they are
+            left out.
 
     Example:
 
@@ -45,28 +65,45 @@ def get_statistics(model: keras.Model) -> Statistics:
     >>> sorted(get_statistics(model))
     ['bn/moving_mean', 'bn/moving_variance']
     """
+    chosen = built_layers(model, layers)
     return {
-        key: backend.to_numpy(variable)
-        for key, variable in _variables(model).items()
+        f"{name}/{kind}": backend.to_numpy(getattr(layer, kind))
+        for name, layer in zip(names_of(model, chosen), chosen, strict=True)
+        for kind in _KINDS
     }
 
 
 def set_statistics(
-    model: keras.Model, statistics: Mapping[str, np.ndarray]
+    model: keras.Model,
+    statistics: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    layers: Choice = None,
 ) -> None:
     """Puts moving means and variances into a model, in place.
 
     Nothing else changes, and nothing at all if something does not fit.
 
+    Layers are matched by name. Where the numbers in names are those of another
+    session, or names are those of an earlier version, layers of a kind are
+    matched in their order, with a warning that says which.
+
     Args:
         model: A built model with batch normalization, at any depth.
-        statistics: What `get_statistics` returns, or a file of `np.savez`
-            with it. Names with the numbers of another session are accepted.
+        statistics: What `get_statistics` returns, of all layers that are set
+            or of the whole model; or the path of a file of `np.savez` with it.
+        layers: Which layers to set, as for `get_statistics`. Defaults to
+            `None`, for all.
 
     Raises:
+        TypeError: If `statistics` is neither arrays by name nor a path.
         ValueError: If the model has no batch normalization, or is not built;
             if names or shapes are not the model's; if a value is not finite,
-            or a variance negative.
+            or a variance negative; if `layers` chooses none, or what the model
+            has not.
+
+    Warns:
+        UserWarning: What is matched by order; layers that the model holds and
+            never called.
 
     Example:
 
@@ -79,50 +116,136 @@ def set_statistics(
     >>> model.layers[0].moving_mean.numpy().tolist()
     [3.0, 3.0]
     """
-    variables = _variables(model)
-    statistics = _renamed(statistics)
-    missing = sorted(variables.keys() - set(statistics))
-    unknown = sorted(set(statistics) - variables.keys())
-    if missing or unknown:
+    chosen = built_layers(model, layers)
+    everything = [layer for layer in choose_layers(model) if layer.built]
+    names = names_of(model, chosen)
+    bank = _read(statistics)
+    sources = _sources(bank, names, names_of(model, everything))
+    values = {}
+    for name, layer in zip(names, chosen, strict=True):
+        for kind in _KINDS:
+            key = f"{sources[name]}/{kind}"
+            weight, value = getattr(layer, kind), bank[key]
+            _check_values(key, value, tuple(weight.shape))
+            values[id(weight)] = weight, value
+    by_order = [
+        f"{source} -> {name}"
+        for name, source in sources.items()
+        if name != source
+    ]
+    if by_order:
+        more = ", ..." if len(by_order) > LISTED else ""
+        warnings.warn(
+            "Statistics are matched by order, for their names are those of "
+            "another session or of an earlier version: "
+            f"{', '.join(by_order[:LISTED])}{more}. Layers that you name are "
+            "matched by name.",
+            stacklevel=2,
+        )
+    for weight, value in values.values():
+        weight.assign(value)
+
+
+def _read(statistics: Any) -> dict[str, np.ndarray]:
+    """The arrays of a bank, or of its file."""
+    if isinstance(statistics, str | os.PathLike):
+        try:
+            found: Any = np.load(statistics)
+        except ValueError:  # no file of NumPy
+            found = None
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            raise ValueError(
+                "`statistics` must be the path of a file of `np.savez` with "
+                "what `get_statistics` returns. Received: "
+                f"statistics={str(statistics)!r}, another kind of file."
+            )
+        with found:
+            return dict(found)
+    if not isinstance(statistics, Mapping):
+        raise TypeError(
+            "`statistics` must be what `get_statistics` returns, or the path "
+            "of a file of `np.savez` with it. Received: an object of type "
+            f"{type(statistics).__name__}."
+        )
+    return {key: np.array(value) for key, value in statistics.items()}
+
+
+def _sources(
+    bank: Mapping[str, Any], names: Sequence[str], every: Sequence[str]
+) -> dict[str, str]:
+    """What a bank calls each of some layers.
+
+    Args:
+        bank: Arrays by name.
+        names: Names of the layers.
+        every: Names of all layers of the model.
+    """
+    given = list(dict.fromkeys(key.rpartition("/")[0] for key in bank))
+    sources: dict[str, str] | None = None
+    if set(bank) == {f"{name}/{kind}" for name in given for kind in _KINDS}:
+        if set(names) <= set(given) <= set(every):
+            return dict(zip(names, names, strict=True))
+        sources = _matched(names if len(given) == len(names) else every, given)
+    if sources is None:
+        wanted = {f"{name}/{kind}" for name in names for kind in _KINDS}
+        missing = sorted(wanted - set(bank))
+        unknown = sorted(set(bank) - wanted)
         raise ValueError(
             "`statistics` must be those of the same architecture. Received: "
-            f"{len(set(statistics))} arrays for the {len(variables)} of "
-            f"{model.name}; missing {missing[:4]}, unknown {unknown[:4]}."
+            f"{len(bank)} arrays for {len(wanted)}; missing {missing[:4]}, "
+            f"unknown {unknown[:4]}."
         )
-    values = {key: np.array(statistics[key]) for key in variables}
-    for key, value in values.items():
-        if value.shape != tuple(variables[key].shape):
-            raise ValueError(
-                "`statistics` must have the shapes of the model's. Received: "
-                f"{key} of shape {value.shape}, for {variables[key].shape}."
-            )
-        is_variance = key.endswith(_NAMES[1])
-        if not np.all(np.isfinite(value)) or (is_variance and value.min() < 0):
-            raise ValueError(
-                "`statistics` must be finite, and variances not negative. "
-                f"Received: {key}={value}."
-            )
-    for key, variable in variables.items():
-        variable.assign(values[key])
+    return {name: sources[name] for name in names}
 
 
-def _variables(model: keras.Model) -> dict[str, Any]:
-    layers = built_layers(model)
+def _matched(
+    names: Sequence[str], given: Sequence[str]
+) -> dict[str, str] | None:
+    """For each name one that is given; `None` if they are others.
+
+    Names that differ in their last number only are matched in the order of
+    these numbers, whatever order the bank is in: files may be sorted. The rest,
+    in which a number may stand for a path, is matched as it comes.
+    """
+    ours, theirs = _by_stem(names), _by_stem(given)
+    matched: dict[str, str] = {}
+    for stem, group in ours.items():
+        if len(group) == len(theirs.get(stem, ())):
+            matched |= dict(zip(group, theirs[stem], strict=True))
+    left = [name for name in names if name not in matched]
+    rest = [name for name in given if name not in matched.values()]
+    if list(map(_kind, left)) != list(map(_kind, rest)):
+        return None
+    return matched | dict(zip(left, rest, strict=True))
+
+
+def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by what they are without their last number, in its order."""
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.*?)(?:_(\d+))?", name)
+        assert match is not None
+        groups.setdefault(match[1], []).append((int(match[2] or 0), name))
     return {
-        f"{name}/{kind}": getattr(layer, kind)
-        for name, layer in zip(names_of(layers), layers, strict=True)
-        for kind in _NAMES
+        stem: [name for _, name in sorted(group)]
+        for stem, group in groups.items()
     }
 
 
-def _renamed(
-    statistics: Mapping[str, np.ndarray],
-) -> Mapping[str, np.ndarray]:
-    """A bank by the names of `names_of`, which older banks may not have."""
-    parts = [key.rpartition("/") for key in statistics]
-    old = list(dict.fromkeys(layer for layer, _, _ in parts))
-    new = dict(zip(old, unique_names(old), strict=True))
-    return {
-        f"{new[layer]}{slash}{kind}": statistics[f"{layer}{slash}{kind}"]
-        for layer, slash, kind in parts
-    }
+def _kind(name: str) -> str:
+    """A name without its path and its numbers."""
+    return _NUMBERS.sub("", name.rpartition("/")[2])
+
+
+def _check_values(key: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            "`statistics` must have the shapes of the model's. Received: "
+            f"{key} of shape {value.shape}, for {shape}."
+        )
+    is_variance = key.endswith(_KINDS[1])
+    if not np.all(np.isfinite(value)) or (is_variance and value.min() < 0):
+        raise ValueError(
+            "`statistics` must be finite, and variances not negative. "
+            f"Received: {key}={value}."
+        )

@@ -12,7 +12,7 @@ from keras import ops, tree
 from keras_renorm import arguments, backend, kernels
 from keras_renorm.functional import Tensor
 from keras_renorm.models.arrays import check_inputs
-from keras_renorm.models.finding import find_layers, numbered, own_variables
+from keras_renorm.models.finding import find_layers, names_of, own_variables
 from keras_renorm.models.graphs import kept
 
 
@@ -84,8 +84,7 @@ class Objective:
     def layers(self) -> list[tuple[str, list[int]]]:
         """Names of the layers that own weights, and the places of these.
 
-        In the order of the weights. The owner is the innermost layer; where
-        several layers have one name, they are numbered.
+        In the order of the weights. The owner is the innermost layer.
         """
         owners: dict[int, Any] = {}
         for layer in find_layers(self.model, keras.layers.Layer):
@@ -97,7 +96,7 @@ class Objective:
             owner = owners[id(variable)]
             layers[id(owner)] = owner
             places.setdefault(id(owner), []).append(at)
-        names = numbered([layer.name for layer in layers.values()])
+        names = names_of(self.model, layers.values())
         return list(zip(names, places.values(), strict=True))
 
 

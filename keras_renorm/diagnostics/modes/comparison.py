@@ -82,7 +82,7 @@ class Comparison:
         records = {
             id(layer): Record(layer, name, r_max, d_max)
             for layer, name in zip(
-                self._layers, names_of(self._layers), strict=True
+                self._layers, names_of(self._model(), self._layers), strict=True
             )
         }
         gaps: list[Gap] = []

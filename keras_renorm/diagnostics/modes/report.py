@@ -1,6 +1,7 @@
 """What `discrepancy` returns."""
 
 import html
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ class Report:
             lines += ["", f"The {WORST} layers with the largest gap:"]
         else:
             lines.append("")
-        lines += [_columns(_cells(worst, SHOWN), WIDTH), *_wrapped(LEGEND)]
+        lines += [_printed(_cells(worst, SHOWN)), *_wrapped(LEGEND)]
         if len(worst) < len(self.layers):
             lines.append(
                 f"All {len(self.layers)} layers: `print(report.table())`."
@@ -225,25 +226,25 @@ def _cells(
     ]
 
 
-def _columns(lines: list[list[str]], width: int | None = None) -> str:
-    """Cells one below the other; long names lose their beginning."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    if width is not None:
-        others = sum(widths[1:]) + 2 * len(widths[1:])
-        widths[0] = min(widths[0], width - others)
+def _printed(lines: list[list[str]]) -> str:
+    """`_columns` in the width of a page: whole names, above where too long."""
+    table = _columns(lines)
+    if table.index("\n") <= WIDTH:
+        return table
+    under = _columns([["", *cells] for _, *cells in lines]).split("\n")
+    names = [name for name, *_ in lines]
     return "\n".join(
-        "  ".join(
-            [
-                _end_of(name, widths[0]).ljust(widths[0]),
-                *map(str.rjust, cells, widths[1:]),
-            ]
-        )
-        for name, *cells in lines
+        itertools.chain.from_iterable(zip(names, under, strict=True))
     )
 
 
-def _end_of(name: str, width: int) -> str:
-    return name if len(name) <= width else f"…{name[1 - width :]}"
+def _columns(lines: list[list[str]]) -> str:
+    """Cells one below the other."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+        for name, *cells in lines
+    )
 
 
 def _html_cells(tag: str, cells: list[str]) -> str:
@@ -252,7 +253,13 @@ def _html_cells(tag: str, cells: list[str]) -> str:
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(
-        text, WIDTH, initial_indent=indent, subsequent_indent=indent
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        # Names of layers stay whole.
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
