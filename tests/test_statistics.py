@@ -329,7 +329,7 @@ def test_what_is_matched_by_order_is_said(rng):
     later = numbered_network()
     message = (
         "Statistics are matched by order, for their names are those of another "
-        "session or of an earlier version: batch_normalization -> "
+        "session, of an earlier version or of a part: batch_normalization -> "
         "batch_normalization_3, batch_normalization_1 -> "
         "batch_normalization_4, batch_normalization_2 -> "
         "batch_normalization_5. Layers that you name are matched by name."
@@ -389,6 +389,47 @@ def test_statistics_of_some_layers(is_whole, rng):
         set_statistics(model, part)
 
 
+@pytest.mark.filterwarnings("ignore:Statistics are matched by order")
+@pytest.mark.parametrize("part", ["left", "right"])
+def test_a_bank_of_a_part_goes_into_the_whole_and_back(part, rng):
+    """In the model the path of a layer is longer, and the order another."""
+
+    def network():
+        halves = [
+            keras.Sequential(
+                [
+                    keras.Input((3,)),
+                    keras.Sequential([keras.Input((3,)), bn("bn"), bn("last")]),
+                    keras.Sequential([keras.Input((3,)), bn("bn")]),
+                    bn(f"{name}_bn"),
+                ],
+                name=name,
+            )
+            for name in ("left", "right")
+        ]
+        return networks.randomize(
+            keras.Sequential([keras.Input((3,)), *halves]), rng
+        )
+
+    model, other = network(), network()
+    mine, others = model.get_layer(part), other.get_layer(part)
+    before = get_statistics(other)
+    set_statistics(other, get_statistics(mine), layers=part)
+    assert_alike(mine, others)
+    for key, value in get_statistics(other).items():
+        is_part = any(
+            np.array_equal(value, each)
+            for each in get_statistics(mine).values()
+        )
+        assert np.array_equal(value, before[key]) != is_part
+    networks.randomize(others, rng)
+    set_statistics(others, get_statistics(model, layers=part))
+    assert_alike(mine, others)
+    networks.randomize(others, rng)
+    set_statistics(other, get_statistics(model), layers=part)
+    assert_alike(mine, others)
+
+
 @pytest.mark.filterwarnings("ignore:`build..` was called")
 def test_layers_that_are_never_called_are_left_out(rng):
     class Holder(keras.Model):
@@ -415,6 +456,7 @@ def test_layers_that_are_never_called_are_left_out(rng):
     np.testing.assert_array_equal(
         helpers.to_numpy(model.used.moving_mean), bank["used/moving_mean"] + 1
     )
+    freeze_statistics(model)  # here it does not matter
     for function in (recalibrate, discrepancy):
         with pytest.warns(UserWarning, match=message):
             function(model, x, verbose=False)

@@ -72,9 +72,9 @@ def convert(
         to: The class to convert to: `BatchRenormalization` (default) or
             `BatchNormalization`.
         layers: Which layers: a function of a layer that returns whether to
-            convert it, a layer or its name, or a list of such. A block or a
-            nested model means all batch normalization in it. Defaults to
-            `None`, for all. The others stay what they are.
+            convert it, a class, a layer or its name, or a list of such. A
+            block or a nested model means all batch normalization in it.
+            Defaults to `None`, for all. The others stay what they are.
         in_place: Whether to change `model` instead of making a copy. Defaults
             to `False`.
         **layer_arguments: Arguments for each new layer, in place of the old

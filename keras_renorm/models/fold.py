@@ -54,9 +54,9 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
         model: A built sequential or functional model with batch normalization
             of Keras or of this package.
         layers: Which layers: a function of a layer that returns whether it is
-            meant, a layer or its name, or a list of such. A block or a nested
-            model means all batch normalization in it. Defaults to `None`, for
-            all.
+            meant, a class, a layer or its name, or a list of such. A block or
+            a nested model means all batch normalization in it. Defaults to
+            `None`, for all.
 
     Returns:
         A new model. The normalization that remains in it infers as before.

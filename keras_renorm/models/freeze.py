@@ -100,7 +100,12 @@ def warn_of_untrained(
     model: keras.Model, layers: list[BatchNormalization]
 ) -> None:
     """Warns of statistics that are to be frozen and were never trained."""
-    untrained = [layer for layer in layers if is_untrained(layer)]
+    untrained = [
+        layer
+        for layer in layers
+        # What a built model never called does not matter.
+        if is_untrained(layer) and (layer.built or not model.built)
+    ]
     if untrained:
         warnings.warn(
             "Statistics that were never trained are frozen at mean 0 and "

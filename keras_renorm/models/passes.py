@@ -307,6 +307,7 @@ class Total:
 
 
 def reached_layers(
+    model: Any,
     totals: Sequence[tuple[Any, Total]],
     seen: int,
     statistics: str,
@@ -316,6 +317,7 @@ def reached_layers(
     """The layers that data reached. The others are left out, with a warning.
 
     Args:
+        model: The model, for names.
         totals: Layers, and what was seen of their elements.
         seen: Number of batches.
         statistics: What may not be finite, in the words of the error.
@@ -331,18 +333,18 @@ def reached_layers(
         raise ValueError(
             "`dataset` must reach batch normalization with at least one "
             f"unmasked element. Received: {seen} batches that gave none to "
-            f"{describe(unseen)}."
+            f"{describe(unseen, model)}."
         )
     bad = [layer for layer, total in found if not total.is_finite]
     if bad:
         raise NotFiniteError(
             "`dataset` must make finite activations. Received: one that makes "
-            f"the {statistics} of {describe(bad)} NaN or infinite."
+            f"the {statistics} of {describe(bad, model)} NaN or infinite."
         )
     if unseen and not is_silent:
         warnings.warn(
             "Layers that no element of `dataset` reached are left out: "
-            f"{describe(unseen)}.",
+            f"{describe(unseen, model)}.",
             stacklevel=2,
         )
     return [layer for layer, _ in found]

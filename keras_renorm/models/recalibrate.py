@@ -21,6 +21,7 @@ from keras_renorm.models.finding import (
     built_layers,
     check_no_keras_renorm,
     describe,
+    names_of,
 )
 from keras_renorm.models.graphs import compiled, kept
 from keras_renorm.models.passes import (
@@ -97,9 +98,10 @@ def recalibrate(
         steps: Number of batches, or `None` (default) for all. Of arrays, so
             many batches of examples that are drawn at random, from all of them.
         layers: Which layers: a function of a layer that returns whether it is
-            meant, a layer or its name, or a list of such. A block or a nested
-            model means all batch normalization in it. Defaults to `None`, for
-            all. The others infer, with the statistics that they have.
+            meant, a class, a layer or its name, or a list of such. A block or
+            a nested model means all batch normalization in it. Defaults to
+            `None`, for all. The others infer, with the statistics that they
+            have.
         layer_by_layer: Whether to make a pass for each layer. The dataset must
             be one that can be read again. `None` (default): where there are
             `prior_examples`, so that each layer is measured after layers that
@@ -320,18 +322,21 @@ class StatisticsPass:
                 "`dataset` must hold batches of two elements a channel or "
                 "more, or be read with layer_by_layer=True, which needs data "
                 "that can be read again. Received: one element a channel, "
-                f"normalized by itself, before {describe(lost, self.model)}."
+                f"normalized by itself, before {describe(lost, data.model)}."
             )
         reached = reached_layers(
+            data.model,
             [(layer, totals[id(layer)]) for layer in self.layers],
             seen,
             "statistics",
             is_silent=bool(done),
         )
         if by_batch and len(reached) > 1:
-            for layer in reached:
+            for layer, name in zip(
+                reached, names_of(data.model, reached), strict=True
+            ):
                 _warn_of_likeness(
-                    layer, totals[id(layer)], of_examples[id(layer)]
+                    layer, name, totals[id(layer)], of_examples[id(layer)]
                 )
         return {id(layer): totals[id(layer)] for layer in reached}
 
@@ -355,14 +360,16 @@ class StatisticsPass:
         )
 
 
-def _warn_of_likeness(layer: Any, total: Total, examples: Total) -> None:
+def _warn_of_likeness(
+    layer: Any, name: str, total: Total, examples: Total
+) -> None:
     """Warns of batches that are no random draws, where that matters."""
     f, limit = f_of_batches(examples, layer.epsilon)
     scatter = np.sqrt(np.mean(total.between / (total.variance + layer.epsilon)))
     if f > limit and scatter > GROUPED:
         warnings.warn(
             "Batches of `dataset` do not look i.i.d.: their means vary "
-            f"{f:.1f} times as much as random draws make them ({layer.name}; "
+            f"{f:.1f} times as much as random draws make them ({name}; "
             f"by chance below {limit:.1f}). Statistics of the layers after it "
             "are those of such batches: shuffle the data, or give "
             "layer_by_layer=True.",

@@ -84,8 +84,9 @@ def set_statistics(
     Nothing else changes, and nothing at all if something does not fit.
 
     Layers are matched by name. Where the numbers in names are those of another
-    session, or names are those of an earlier version, layers of a kind are
-    matched in their order, with a warning that says which.
+    session, or names are those of an earlier version or of a part of the model,
+    they are matched by what else the names say, and in their order; a warning
+    says which.
 
     Args:
         model: A built model with batch normalization, at any depth.
@@ -137,7 +138,7 @@ def set_statistics(
         more = ", ..." if len(by_order) > LISTED else ""
         warnings.warn(
             "Statistics are matched by order, for their names are those of "
-            "another session or of an earlier version: "
+            "another session, of an earlier version or of a part: "
             f"{', '.join(by_order[:LISTED])}{more}. Layers that you name are "
             "matched by name.",
             stacklevel=2,
@@ -185,7 +186,8 @@ def _sources(
     if set(bank) == {f"{name}/{kind}" for name in given for kind in _KINDS}:
         if set(names) <= set(given) <= set(every):
             return dict(zip(names, names, strict=True))
-        sources = _matched(names if len(given) == len(names) else every, given)
+        is_whole = len(given) != len(names) or len(names) == len(every)
+        sources = _matched(every if is_whole else names, given, is_whole)
     if sources is None:
         wanted = {f"{name}/{kind}" for name in names for kind in _KINDS}
         missing = sorted(wanted - set(bank))
@@ -199,36 +201,53 @@ def _sources(
 
 
 def _matched(
-    names: Sequence[str], given: Sequence[str]
+    names: Sequence[str], given: Sequence[str], is_whole: bool
 ) -> dict[str, str] | None:
     """For each name one that is given; `None` if they are others.
 
-    Names that differ in their last number only are matched in the order of
-    these numbers, whatever order the bank is in: files may be sorted. The rest,
-    in which a number may stand for a path, is matched as it comes.
+    First by as much of the paths as tells layers apart, for those of a part are
+    shorter; names that differ in numbers only, in the order of the numbers: a
+    file may be sorted. An earlier version had numbers in the place of paths:
+    what is left of a whole model is taken in its order.
     """
-    ours, theirs = _by_stem(names), _by_stem(given)
     matched: dict[str, str] = {}
-    for stem, group in ours.items():
-        if len(group) == len(theirs.get(stem, ())):
-            matched |= dict(zip(group, theirs[stem], strict=True))
-    left = [name for name in names if name not in matched]
-    rest = [name for name in given if name not in matched.values()]
-    if list(map(_kind, left)) != list(map(_kind, rest)):
+    left, rest = list(names), list(given)
+    longest = max(name.count("/") for name in [*left, *rest, ""]) + 1
+    for parts in range(longest, 0, -1):
+        ours, theirs = _by_stem(left, parts), _by_stem(rest, parts)
+        for stem, group in ours.items():
+            if len(group) == len(theirs.get(stem, ())):
+                matched |= dict(zip(group, theirs[stem], strict=True))
+        left = [name for name in names if name not in matched]
+        rest = [name for name in given if name not in matched.values()]
+    if (left and not is_whole) or list(map(_kind, left)) != list(
+        map(_kind, rest)
+    ):
         return None
     return matched | dict(zip(left, rest, strict=True))
 
 
-def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by what they are without their last number, in its order."""
-    groups: dict[str, list[tuple[int, str]]] = {}
+def _by_stem(names: Iterable[str], parts: int) -> dict[str, list[str]]:
+    """Names in the order of their numbers, by what they are without.
+
+    Args:
+        names: Names, or paths.
+        parts: How much of a path counts, from its end. Names that are alike
+            in it are left out.
+    """
+    groups: dict[str, list[tuple[tuple[int, ...], str]]] = {}
     for name in names:
-        match = re.fullmatch(r"(.*?)(?:_(\d+))?", name)
-        assert match is not None
-        groups.setdefault(match[1], []).append((int(match[2] or 0), name))
+        found = [
+            re.fullmatch(r"(.*?)(?:_(\d+))?", part)
+            for part in name.split("/")[-parts:]
+        ]
+        stem = "/".join(match[1] for match in found if match)
+        numbers = tuple(int(match[2] or 0) for match in found if match)
+        groups.setdefault(stem, []).append((numbers, name))
     return {
         stem: [name for _, name in sorted(group)]
         for stem, group in groups.items()
+        if len({numbers for numbers, _ in group}) == len(group)
     }
 
 

@@ -101,6 +101,7 @@ class Comparison:
             data, self._layers, self._hook, self._compare, count, verbose
         )
         reached = reached_layers(
+            data.model,
             [(each, records[id(each)].elements) for each in self._chosen],
             seen,
             "batch statistics",
