@@ -411,16 +411,6 @@ def step_arguments(model: Any, name: str, batch: Any) -> tuple[Any, ...]:
     return [[each.value for each in group] for group in state], batch
 
 
-def as_dataset(arrays: Any, batch_size: int) -> Any:
-    """Arrays as a `tf.data.Dataset` of batches; `None` without TensorFlow."""
-    try:
-        import tensorflow
-    except ImportError:
-        return None
-    dataset = tensorflow.data.Dataset.from_tensor_slices(arrays)
-    return dataset.batch(batch_size)
-
-
 def with_size(
     values: Tensor,
     axis: int,

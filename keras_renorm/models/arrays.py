@@ -89,7 +89,9 @@ def is_arrays(structure: Any) -> bool:
 
 
 def rows_of(leaf: Any, rows: np.ndarray) -> Any:
-    """These rows of an array, a frame or a sparse matrix."""
+    """These rows of an array, a frame or a sparse matrix; `None` of `None`."""
+    if leaf is None:
+        return None
     if hasattr(leaf, "iloc"):
         return leaf.iloc[rows]
     if hasattr(leaf, "tocsr"):
@@ -178,14 +180,14 @@ def checked_batch(batch: Any) -> tuple[Any, ...]:
             f"sample_weight). Received: a batch of {found}."
         )
     return tuple(
-        tree.map_structure(_converted, part)
+        tree.map_structure(converted, part)
         if part is not None and is_arrays(part)
         else part
         for part in parts
     )
 
 
-def _converted(leaf: Any) -> Any:
+def converted(leaf: Any) -> Any:
     """A frame as an array; of a series a column, as Keras makes it."""
     if leaf is None or isinstance(leaf, np.ndarray) or ops.is_tensor(leaf):
         return leaf

@@ -16,11 +16,13 @@ from keras_renorm.models.arrays import (
     as_arrays,
     check_inputs,
     checked_batch,
+    converted,
     described,
     inputs_of,
     is_array,
     length_of,
     rows_of,
+    unpacked,
 )
 
 # After so many batches of data of unknown length it is asked whether it ends.
@@ -119,7 +121,7 @@ class Batches:
 
         def receive_one(batch: Any) -> None:
             nonlocal seen
-            if self._is_read_by_keras and seen == self.asked:
+            if seen == self.steps:  # of a `predict` that goes on
                 return
             receive(batch)
             seen += 1
@@ -167,24 +169,18 @@ class Batches:
         seen: Callable[[], int],
     ) -> None:
         """Reads the data in Keras's loop, on the model's own `predict`."""
-        data, given = self.dataset, {"steps": self.asked}
+        data: Any = self.dataset
+        given: dict[str, Any] = {"steps": self.asked}
         predict = _own_predict(self.model)
         if self._arrays is not None:
-            data = self._arrays
-            given = {"batch_size": self.batch_size}
-            if predict is not None:
-                # It may take what it is given apart before Keras does.
-                whole = backend.as_dataset(data, self.batch_size)
-                if len(data) == 1 or whole is None:
-                    data = data[0]
-                else:
-                    data, given = whole, {}
+            # Labels come after: `predict` would take them for inputs.
+            data, given = self._arrays[0], {"batch_size": self.batch_size}
         failures: list[BaseException] = []
 
         def receive_or_note(batch: Any) -> None:
             try:
-                if predict is None and self._arrays is not None:
-                    (batch,) = batch
+                if self._arrays is not None:
+                    batch = self._with_labels(batch, seen())
                 receive(batch)
             except BaseException as error:
                 failures.append(error)
@@ -211,6 +207,27 @@ class Batches:
                     raise
             finally:
                 self.model.predict_function = before
+
+    def _with_labels(self, batch: Any, index: int) -> Any:
+        """A batch of arrays, of which Keras has read the inputs."""
+        _, *others = self._arrays or ()
+        if not others:
+            return batch
+        begin = index * self.batch_size
+        rows = np.arange(
+            begin, min(begin + self.batch_size, length_of(self._arrays or ()))
+        )
+        return (
+            unpacked(batch)[0],
+            *(
+                tree.map_structure(
+                    lambda leaf: converted(rows_of(leaf, rows)), part
+                )
+                if part is not None
+                else None
+                for part in others
+            ),
+        )
 
     def _check_enough(self, found: float) -> None:
         if self.asked is None or self._is_most or self.asked <= found:
@@ -257,8 +274,6 @@ class Batches:
             ).ravel()
 
         def taken(leaf: Any) -> Any:
-            if leaf is None:
-                return None
             # A file's rows can be read in ascending order only.
             places = np.argsort(rows)
             return rows_of(rows_of(leaf, rows[places]), np.argsort(places))

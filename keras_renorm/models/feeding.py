@@ -48,7 +48,7 @@ class Feeder:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._steps = [name for name in _STEPS if _is_own(model, name)]
-        self._parts: int | None = None
+        self._form: int | None = None
 
     def __call__(self, batch: Any) -> Feed:
         """What of a batch goes into the model."""
@@ -61,20 +61,20 @@ class Feeder:
 
     def _called(self, batch: Any) -> "_Called | None":
         given = batch if isinstance(batch, tuple) else (batch,)
+        # A step may take apart what has no labels, or want it bare.
+        forms = [
+            batch,
+            *((*given, *[None] * more) for more in (1, 2)),
+            given[0],
+        ]
         while self._steps:
-            # A step may take data apart that has no labels.
-            for parts in range(4) if self._parts is None else (self._parts,):
-                if 0 < parts < len(given):
-                    continue
-                data = (*given, *[None] * (parts - len(given)))
-                called = _first_call(
-                    self._model, self._steps[0], data if parts else batch
-                )
+            for at in range(4) if self._form is None else (self._form,):
+                called = _first_call(self._model, self._steps[0], forms[at])
                 if called is not None:
-                    self._parts = parts
+                    self._form = at
                     return called
             del self._steps[0]
-            self._parts = None
+            self._form = None
         return None
 
 
