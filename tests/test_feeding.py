@@ -80,6 +80,10 @@ class Holds(Net):
         super().__init__()
         self.unused = layers.Dense(3)
 
+    def build(self, input_shape):
+        self.bn.build(input_shape)
+        self.dense.build(input_shape)
+
 
 @pytest.mark.parametrize("held", [False, True])
 def test_layers_alone_and_models_that_hold_more_than_they_call(held, rng):
