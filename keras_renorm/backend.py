@@ -313,6 +313,19 @@ def compiled(function: Any, is_eager: bool = False) -> Any:
     return tf.function(function, autograph=False, reduce_retracing=True)
 
 
+def forget_traces(method: Any) -> None:
+    """Lets a method of an object be traced anew.
+
+    JAX finds traces by the function, and a bound method equals those before
+    it: while anything holds the one that was traced (a traceback does), another
+    gets its trace.
+    """
+    if _is("jax"):
+        import jax
+
+        jax.jit(method).clear_cache()
+
+
 def tell(
     receive: Callable[..., None], tensors: Sequence[Tensor], outputs: Tensor
 ) -> Tensor:

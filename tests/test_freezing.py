@@ -1,5 +1,6 @@
 """`FreezeStatistics`: the last part of `fit` with frozen statistics."""
 
+import gc
 import itertools
 
 import keras
@@ -215,6 +216,21 @@ def test_freezing_acts_at_once_in_what_was_fitted(holder, is_eager, data):
     assert moved()
     keras_renorm.freeze_statistics(part, layers=layer.name)
     assert not moved()
+
+
+def test_freezing_acts_whatever_holds_the_step_and_hides_the_model(data):
+    model = make_model()
+    fit(model, data, [], epochs=1)
+    traced = model.train_function  # as a traceback may hold it
+    gc.freeze()
+    try:
+        keras_renorm.freeze_statistics(model)
+    finally:
+        gc.unfreeze()
+    before = np.array(model.layers[1].moving_mean)
+    fit(model, data, [], epochs=1)
+    assert np.array_equal(np.array(model.layers[1].moving_mean), before)
+    assert model.train_function is not traced
 
 
 def test_converting_a_part_in_place_acts_at_once(data):

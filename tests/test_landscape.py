@@ -241,10 +241,10 @@ def test_layers_are_the_owners_of_weights_in_their_order():
     model.build((None, 5, 4))
     found = Objective(model, "mse", (np.zeros((1, 5, 4)), np.zeros(1)), True)
     assert found.layers() == [
-        ("dense", [0, 1]),
+        ("inner/td/dense", [0, 1]),
         ("bn", [2, 3]),
         ("gru_cell", [4, 5, 6]),
-        ("dense_1", [7, 8]),
+        ("dense", [7, 8]),
     ]
 
 

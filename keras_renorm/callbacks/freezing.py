@@ -214,7 +214,7 @@ class FreezeStatistics(keras.callbacks.Callback):
             return
         for layer in self._held:
             layer.hold_statistics(value)
-        trace_anew(self._held)
+        trace_anew(self.model, self._held)
 
 
 def _learning_rate(model: keras.Model) -> float:

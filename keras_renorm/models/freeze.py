@@ -49,7 +49,7 @@ def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
     """
     chosen = normalization_layers(model, layers)
     warn_of_untrained(model, chosen)
-    _freeze(chosen, True)
+    _freeze(model, chosen, True)
 
 
 def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
@@ -84,16 +84,18 @@ def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
     >>> [layer.frozen_statistics for layer in backbone.layers[1::2]]
     [True, False, False]
     """
-    _freeze(normalization_layers(model, layers), False)
+    _freeze(model, normalization_layers(model, layers), False)
 
 
-def _freeze(layers: list[BatchNormalization], value: bool) -> None:
+def _freeze(
+    model: keras.Model, layers: list[BatchNormalization], value: bool
+) -> None:
     changed = [each for each in layers if each.statistics_stand != value]
     for layer in layers:
         layer.frozen_statistics = value
         if not value:
             layer.hold_statistics(False)
-    trace_anew(changed)
+    trace_anew(model, changed)
 
 
 def warn_of_untrained(

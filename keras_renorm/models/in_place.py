@@ -64,7 +64,7 @@ def replace_in_place(
         layers, news, names, strict=True
     ):
         _become(layer, new, old_names, new_names)
-    trace_anew(layers)
+    trace_anew(model, layers)
 
 
 def _build_alike(layer: Any, new: Any) -> None:
