@@ -1,5 +1,6 @@
 """From Keras's batch normalization to ours, and back."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -29,6 +30,7 @@ def convert(
     *,
     layers: Choice = None,
     in_place: bool = False,
+    custom_objects: Mapping[str, Callable[..., Any]] | None = None,
     **layer_arguments: Any,
 ) -> keras.Model:
     """A model with our layers in the place of its batch normalization.
@@ -63,9 +65,21 @@ def convert(
     arguments, or make the model, convert it in place and load weights. After
     `revert`, the file has Keras's layers again.
 
-    A model of tf_keras (Keras 2) becomes one of Keras 3, not compiled. It may
-    hold layers that Keras 3 has too, and sums and products; the statistics of
-    its renormalization are copied.
+    **A model of tf_keras** (Keras 2) becomes one of Keras 3, not compiled. It
+    may hold what Keras 3 has too: layers, and TensorFlow's functions that
+    `keras.ops` has. All else is named in one error, and `custom_objects` has
+    something in its place. If tf_keras is installed:
+
+        inputs = tf_keras.Input((4, 2))
+        x = tf_keras.layers.BatchNormalization()(inputs)
+        old = tf_keras.Model(inputs, tf_keras.layers.ThresholdedReLU()(x))
+
+        def relu(layer):
+            return keras.layers.ReLU(threshold=layer.theta, name=layer.name)
+
+        new = convert(old, custom_objects={"ThresholdedReLU": relu})
+
+    The statistics of its renormalization are copied.
 
     Args:
         model: A model, built; for a copy sequential or functional.
@@ -77,6 +91,15 @@ def convert(
             Defaults to `None`, for all. The others stay what they are.
         in_place: Whether to change `model` instead of making a copy. Defaults
             to `False`.
+        custom_objects: For a model of tf_keras, what takes the place of what
+            Keras 3 lacks, by name. For the class of a layer: a class of Keras
+            3, which is made from the old layer's configuration, or a function
+            from the old layer to the new one. The old layer's weights are
+            copied, unless the new one is built already; Keras's batch
+            normalization in it is converted, too. For a function of TensorFlow
+            (`"tf.signal.fft"`): a function that takes the same arguments. For
+            a function that a layer is made with (an activation): a function.
+            Defaults to `None`.
         **layer_arguments: Arguments for each new layer, in place of the old
             layer's: `momentum=0.95`, `r_max=2.0`, `frozen_statistics=True`...
             Without them a new layer has what the old one has: a Keras layer
@@ -130,7 +153,9 @@ def convert(
     ['BatchNormalization', 'BatchRenormalization']
     """
     check_class(to)
-    return _with_layers(model, to, layer_arguments, layers, in_place)
+    return _with_layers(
+        model, to, layer_arguments, layers, in_place, custom_objects
+    )
 
 
 def revert(
@@ -176,6 +201,7 @@ def _with_layers(
     layer_arguments: dict[str, Any],
     layers: Choice,
     in_place: bool,
+    custom_objects: Mapping[str, Callable[..., Any]] | None = None,
 ) -> keras.Model:
     if to is not KERAS:
         to(**layer_arguments)  # raises before anything is built
@@ -187,6 +213,15 @@ def _with_layers(
                     "keep theirs. Received: "
                     f"{name}={layer_arguments[name]!r}."
                 )
+    if custom_objects is not None and not (
+        isinstance(custom_objects, Mapping)
+        and all(isinstance(name, str) for name in custom_objects)
+        and all(map(callable, custom_objects.values()))
+    ):
+        raise TypeError(
+            "`custom_objects` must be a dictionary from names to classes or "
+            f"functions. Received: custom_objects={custom_objects!r}."
+        )
     if from_tf_keras.is_tf_keras(model):
         if in_place or layers is not None:
             raise ValueError(
@@ -201,10 +236,22 @@ def _with_layers(
             made.append((to.from_config(given), given))
             return made[-1][0]
 
-        new_model = from_tf_keras.translate(model, make)
+        new_model = from_tf_keras.translate(model, make, custom_objects or {})
         for layer, given in made:
             _open_limits(layer, given)
+        theirs = [
+            layer
+            for layer in require_layers(new_model)
+            if type(layer) is KERAS and to is not KERAS
+        ]
+        if theirs:  # of what custom_objects put there
+            _with_layers(new_model, to, layer_arguments, theirs, True)
         return new_model
+    if custom_objects is not None:
+        raise ValueError(
+            "`custom_objects` must be given with a model of tf_keras only. "
+            f"Received: model={model.name}, of Keras 3."
+        )
     chosen = require_layers(model, layers)
     foreign = [
         layer

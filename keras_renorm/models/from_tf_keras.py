@@ -1,49 +1,45 @@
 """From the models of tf_keras (Keras 2) to Keras 3."""
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 from keras import layers, tree
 
-from keras_renorm.models.finding import no_normalization
+from keras_renorm import arguments
+from keras_renorm.models import tf_functions
+from keras_renorm.models.finding import find_layers, no_normalization
 from keras_renorm.models.state import copy_assets, reload
 
-# Layers for the operations that tf_keras has no layer for: on two tensors, on
-# a tensor and a number, on one tensor.
-_OF_TENSORS = {
-    "__operators__.add": layers.Add,
-    "math.add": layers.Add,
-    "math.subtract": layers.Subtract,
-    "math.multiply": layers.Multiply,
-}
-_OF_NUMBER = {
-    "__operators__.add": lambda y: {"scale": 1.0, "offset": y},
-    "math.add": lambda y: {"scale": 1.0, "offset": y},
-    "math.subtract": lambda y: {"scale": 1.0, "offset": -y},
-    "math.multiply": lambda y: {"scale": y},
-    "math.truediv": lambda y: {"scale": 1 / y},
-}
-_COMMUTATIVE = {"__operators__.add", "math.add", "math.multiply"}
-_OF_ONE = {
-    "nn.relu": "relu",
-    "nn.silu": "silu",
-    "nn.relu6": "relu6",
-    "math.sigmoid": "sigmoid",
-    "math.tanh": "tanh",
-}
 _WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
-# How Keras 2 computes, not what; Keras 3 has no such choice. A vocabulary,
-# whose size this is, is copied.
+# Layers of another name, and what their arguments are called.
+_RENAMED = {
+    "Layer": ("Identity", {}),
+    "LeakyReLU": ("LeakyReLU", {"alpha": "negative_slope"}),
+    "ThresholdedReLU": ("ReLU", {"theta": "threshold"}),
+}
+# How Keras 2 computes, or what was known before a call; not what is computed.
+# A vocabulary, whose size this is, is copied.
 _WITHOUT_MEANING = {
     "batch_input_shape",
     "implementation",
-    "fused",
+    "input_length",
+    "key_shape",
+    "query_shape",
+    "rng_type",
+    "value_shape",
     "vocabulary_size",
 }
+# Attributes that have the name of an argument, and another meaning.
+_NO_ARGUMENTS = {"backward_layer", "input_shape", "weights"}
+# Where all is masked, the softmax is 0 in Keras 3 and 1 / n in Keras 2.
+_OF_A_MASK = "with a mask"
+# What is something else in Keras 3: an image is not cropped in inference.
+_OTHERS = {"RandomCrop"}
 
 
 def is_tf_keras(model: Any) -> bool:
@@ -53,220 +49,590 @@ def is_tf_keras(model: Any) -> bool:
 
 
 def translate(
-    model: Any, normalization: Callable[[dict[str, Any]], layers.Layer]
+    model: Any,
+    normalization: Callable[[dict[str, Any]], layers.Layer],
+    custom_objects: Mapping[str, Callable[..., Any]],
 ) -> keras.Model:
     """A Keras 3 model that infers what a tf_keras model infers.
 
     Sequential and functional models, nested and with shared layers, of the
-    layers that Keras 3 has too, and of simple operations on tensors. Weights,
-    names (a slash becomes an underscore) and `trainable` flags are the
-    model's; it is not compiled.
+    layers that Keras 3 has too, and of operations on tensors. Weights, names
+    (a slash becomes an underscore) and `trainable` flags are the model's; it is
+    not compiled.
 
     Args:
         model: A built sequential or functional model of tf_keras.
         normalization: From the configuration of a batch normalization layer
             to the layer in its place.
+        custom_objects: As for `keras_renorm.convert`.
 
     Returns:
         A new model.
 
     Raises:
         ValueError: If the model has no graph, has no batch normalization, or
-            holds what has no counterpart.
+            holds what has no counterpart: all of that.
     """
-    return _Translation(normalization).run(model)
+    if not _has_graph(model):
+        raise ValueError(
+            "`model` must be a built sequential or functional model. "
+            f"Received: model={model.name}, of class "
+            f"{type(model).__name__} of tf_keras."
+        )
+    return _Translation(normalization, custom_objects).run(model)
+
+
+class _NoCounterpartError(Exception):
+    """What of a layer Keras 3 lacks."""
+
+
+class _NotedError(Exception):
+    """Something inside has no counterpart, and that is noted."""
 
 
 class _Translation:
     def __init__(
         self,
         normalization: Callable[[dict[str, Any]], layers.Layer],
+        custom_objects: Mapping[str, Callable[..., Any]],
     ) -> None:
         self._tf_keras = sys.modules["tf_keras"]
         self._normalization = normalization
+        self._custom_objects = custom_objects
+        # By the `id` of the old layer; `None` where there is none.
         self._new: dict[int, Any] = {}
-        # Old and new, of layers that hold no other; copied when all is built.
-        self._leaves: list[tuple[Any, Any]] = []
-        self._normalizations: list[tuple[Any, Any]] = []
+        # Functions and classes by name, for layers that copy others.
+        self._known: dict[str, Any] = {}
+        # Old and new, whose weights are copied when all is built.
+        self._pairs: list[tuple[Any, Any]] = []
+        # Of each layer that has no counterpart, why.
+        self._obstacles: dict[int, tuple[str, str]] = {}
 
     def run(self, model: Any) -> keras.Model:
+        _reserve_names(model)
         new = self._new_of(model)
-        if not self._normalizations:
+        for pair in self._pairs:
+            if new is not None or pair[1].built:
+                self._attempt(pair[0], self._copy_weights, *pair)
+        if self._obstacles:
+            raise _no_counterparts(self._obstacles.values())
+        if not find_layers(new, layers.BatchNormalization):
             raise no_normalization(model)
-        for old, layer in self._normalizations:
-            for name in _WEIGHTS:
-                if getattr(old, name) is not None:
-                    getattr(layer, name).assign(getattr(old, name).numpy())
-        for old, layer in self._leaves:
-            values = old.get_weights()
-            shapes = [np.shape(value) for value in values]
-            if shapes != [tuple(weight.shape) for weight in layer.weights]:
-                raise _no_counterpart(old, "whose weights are others there")
-            layer.set_weights(values)
-            reload(layer)
         for old in model._flatten_layers():
-            if id(old) in self._new:
+            if isinstance(self._new.get(id(old)), layers.Layer):
                 self._new[id(old)].trainable = old.trainable
         return new
 
+    def _attempt(
+        self, layer: Any, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """What a function returns; `None` if it cannot, and why is noted."""
+        try:
+            return function(*arguments)
+        except _NotedError:
+            return None
+        except _NoCounterpartError as error:
+            why = str(error)
+        except Exception as error:  # whatever a layer of Keras 3 raises
+            why = f"which Keras 3 refuses ({_reason(error)})"
+        self._obstacles.setdefault(id(layer), (layer.name, why))
+        return None
+
     def _new_of(self, layer: Any) -> Any:
         if id(layer) not in self._new:
-            self._new[id(layer)] = self._make(layer)
+            self._new[id(layer)] = self._attempt(layer, self._make, layer)
         return self._new[id(layer)]
 
     def _make(self, layer: Any) -> Any:
         kinds = self._tf_keras.layers
+        custom = self._custom_objects.get(type(layer).__name__)
+        if custom is not None:
+            return self._custom(layer, custom)
         if isinstance(layer, self._tf_keras.Model):
             return self._graph(layer)
-        if isinstance(layer, kinds.BatchNormalization):
-            config = _plain(layer.get_config())
-            if isinstance(config["axis"], list):
-                if len(config["axis"]) > 1:
-                    raise _no_counterpart(layer, "of several axes")
-                config["axis"] = config["axis"][0]
-            config["dtype"] = layer.dtype_policy.name
-            config["name"] = _name_of(layer)
-            new = self._normalization(config)
-            self._normalizations.append((layer, new))
-            return new
-        if isinstance(layer, kinds.Discretization):
-            # Its boundaries are no weights in Keras 3.
-            arguments = dict(self._arguments(layer, layers.Discretization))
-            boundaries = [float(each) for each in layer.bin_boundaries]
-            return layers.Discretization.from_config(
-                {**arguments, "bin_boundaries": boundaries}
-            )
-        if isinstance(layer, kinds.Wrapper) and not isinstance(
-            layer, kinds.Bidirectional
+        if not _is_of_tf_keras(type(layer)):
+            raise _NoCounterpartError(f"of class {type(layer).__name__}")
+        if type(layer) in (
+            kinds.BatchNormalization,
+            kinds.experimental.SyncBatchNormalization,
         ):
-            return self._same_kind(layer, self._new_of(layer.layer))
-        if isinstance(layer, kinds.Bidirectional):
-            # Its weights come as a whole: it makes the second layer itself.
-            new = self._same_kind(layer, self._same_kind(layer.forward_layer))
+            new = self._normalization(self._normalization_config(layer))
+        elif isinstance(layer, kinds.Bidirectional):
+            return self._bidirectional(layer)
+        elif isinstance(layer, kinds.Lambda):
+            new = self._lambda(layer)
         else:
             new = self._same_kind(layer)
         if hasattr(layer, "save_assets"):
             # A vocabulary: shapes follow from its size. Its table counts as a
             # weight in Keras 2 only.
             if layer.get_config()["output_mode"] == "tf_idf":
-                raise _no_counterpart(layer, "with output_mode=tf_idf")
+                raise _NoCounterpartError("with output_mode=tf_idf")
             copy_assets(layer, new)
-            return new
-        self._leaves.append((layer, new))
+        elif not isinstance(layer, kinds.Discretization):
+            self._pairs.append((layer, new))
         return new
 
-    def _same_kind(self, layer: Any, wrapped: Any = None) -> Any:
-        """A layer of Keras 3 of the same name and arguments."""
-        kind = getattr(layers, type(layer).__name__, None)
-        if kind is None or not type(layer).__module__.startswith("tf_keras."):
-            raise _no_counterpart(layer, f"of class {type(layer).__name__}")
-        arguments = dict(self._arguments(layer, kind))
-        if wrapped is None:
-            return kind.from_config(arguments)
-        return kind(**{**arguments, "layer": wrapped})
+    def _custom(self, layer: Any, custom: Callable[..., Any]) -> Any:
+        """What `custom_objects` has for a layer."""
+        if not isinstance(custom, type):
+            new = custom(layer)
+        else:
+            config = _plain(layer.get_config())
+            for name in ("batch_input_shape", "trainable"):
+                config.pop(name, None)
+            config["name"] = _name_of(layer)
+            config["dtype"] = layer.dtype_policy.name
+            new = custom.from_config(config)  # type: ignore[attr-defined]
+            self._known[custom.__name__] = custom
+        if not callable(new):
+            raise _NoCounterpartError(
+                f"for which `custom_objects` gives {new!r}"
+            )
+        if isinstance(new, layers.Layer) and not new.built:
+            self._pairs.append((layer, new))
+        return new
 
-    def _arguments(self, layer: Any, kind: type) -> Iterator[tuple[str, Any]]:
-        """The configuration of a layer, as far as Keras 3's takes it."""
-        taken = set(inspect.signature(kind).parameters) | {
-            "name",
-            "dtype",
-            "activity_regularizer",
+    def _copy_weights(self, old: Any, new: Any) -> None:
+        """Copies the weights of a layer, and of those that it alone holds."""
+        made = {id(each) for each in self._new.values()}
+        before = [
+            each
+            for each in old._flatten_layers()
+            if each is old or id(each) not in self._new
+        ]
+        after = [
+            each
+            for each in find_layers(new, layers.Layer)
+            if each is new or id(each) not in made
+        ]
+        pairs = [
+            [(each, own) for each in several if (own := _own_weights(each))]
+            for several in (before, after)
+        ]
+        shapes = [
+            [[_shape(weight) for weight in own] for _, own in several]
+            for several in pairs
+        ]
+        if shapes[0] != shapes[1]:
+            raise _NoCounterpartError("whose weights are others there")
+        for (each, weights), (its, copies) in zip(*pairs, strict=True):
+            self._new[id(each)] = its
+            for weight, copy in zip(weights, copies, strict=True):
+                copy.assign(np.reshape(weight.numpy(), copy.shape))
+            if not isinstance(its, layers.BatchNormalization):
+                reload(its)
+        if getattr(old, "stateful", False):
+            for state, copy in zip(old.states, new.states, strict=True):
+                copy.assign(state.numpy())
+
+    def _normalization_config(self, layer: Any) -> dict[str, Any]:
+        if layer.adjustment is not None:
+            raise _NoCounterpartError("with an adjustment")
+        axes = layer.axis if isinstance(layer.axis, int) else list(layer.axis)
+        if isinstance(axes, list):
+            if len(axes) > 1:
+                raise _NoCounterpartError("of several axes")
+            # With virtual batches it is that of a tensor with one axis more.
+            axes = axes[0] - (layer.virtual_batch_size is not None)
+        config = dict(self._members(layer))
+        if config.get("renorm_clipping"):
+            config["renorm_clipping"] = {
+                name: float(value)
+                for name, value in config["renorm_clipping"].items()
+            }
+        return {**config, "axis": axes}
+
+    def _bidirectional(self, layer: Any) -> Any:
+        # It makes its first layer anew: what is made here is for that.
+        new, pairs = dict(self._new), list(self._pairs)
+        given = {
+            **dict(self._arguments(layer, layers.Bidirectional)),
+            "layer": self._inner(layer.forward_layer),
+            "backward_layer": self._inner(layer.backward_layer),
         }
-        for name, value in _plain(layer.get_config()).items():
-            if name == "dtype":
-                yield name, layer.dtype_policy.name
-            elif name == "name":
-                yield name, _name_of(layer)
-            elif name in taken:
-                yield name, value
-            elif (
-                value  # nothing is asked for
-                and value != 1  # of groups
-                and name not in _WITHOUT_MEANING
-                and name != "trainable"  # set later
-                and not name.endswith("_initializer")  # the weights are there
+        self._new, self._pairs = new, pairs
+        with keras.saving.custom_object_scope(self._known):
+            made = layers.Bidirectional(**given)
+        for name in ("forward_layer", "backward_layer"):
+            old = getattr(layer, name)
+            self._new[id(old)] = getattr(made, name)
+            self._pairs.append((old, self._new[id(old)]))
+        return made
+
+    def _lambda(self, layer: Any) -> Any:
+        return layers.Lambda(
+            layer.function,
+            None,  # the shape of the output is found by calling it
+            layer.mask,
+            layer.arguments,
+            name=_name_of(layer),
+            dtype=layer.dtype_policy.name,
+        )
+
+    def _same_kind(self, layer: Any) -> Any:
+        """A layer of Keras 3 of the same name and arguments."""
+        own_name = type(layer).__name__
+        name, renamed = _RENAMED.get(own_name, (own_name, {}))
+        kind = getattr(layers, name, None)
+        if kind is None or own_name in _OTHERS:
+            raise _NoCounterpartError(f"of class {own_name}")
+        arguments = dict(self._arguments(layer, kind, renamed))
+        if isinstance(layer, self._tf_keras.layers.Discretization):
+            # Its boundaries are no weights in Keras 3.
+            boundaries = [float(each) for each in layer.bin_boundaries]
+            arguments["bin_boundaries"] = boundaries
+        return kind(**arguments)
+
+    def _arguments(
+        self, layer: Any, kind: type, renamed: Mapping[str, str] = {}
+    ) -> Iterator[tuple[str, Any]]:
+        """The configuration of a layer, as far as Keras 3's takes it."""
+        taken = _parameters(kind)
+        lacking = []
+        for name, value in self._members(layer):
+            if (
+                name == "interpolation"
+                and value in tf_functions.LACKING_INTERPOLATIONS
             ):
-                raise _no_counterpart(layer, f"with {name}={value}")
+                lacking.append(f"{name}={value}")
+            elif renamed.get(name, name) in taken:
+                yield renamed.get(name, name), value
+            elif (
+                name not in _WITHOUT_MEANING
+                and not name.endswith("_initializer")  # the weights are there
+                and not _is_default(type(layer), name, value)
+            ):
+                lacking.append(f"{name}={value}")
+        if lacking:
+            raise _NoCounterpartError(f"with {', '.join(lacking)}")
+
+    def _members(self, layer: Any) -> Iterator[tuple[str, Any]]:
+        """The configuration of a layer, with what is not Keras's as itself."""
+        yield "name", _name_of(layer)
+        yield "dtype", layer.dtype_policy.name
+        config = _plain(layer.get_config())
+        for name in inspect.signature(type(layer)).parameters:
+            # A few arguments are in no configuration.
+            if name not in config and name not in _NO_ARGUMENTS:
+                value = _plain(getattr(layer, name, None))
+                if not _is_default(type(layer), name, value):
+                    config[name] = value
+        for name, value in config.items():
+            if name in ("name", "dtype", "trainable"):  # the last is set later
+                continue
+            member = value if callable(value) else getattr(layer, name, None)
+            if name.endswith("activation"):
+                yield name, self._activation(layer, member)
+            elif isinstance(member, self._tf_keras.layers.Layer):
+                yield name, self._inner(member)
+            elif name == "cells":
+                yield name, [self._inner(cell) for cell in layer.cells]
+            elif not callable(member) or _is_of_tf_keras(_kind_of(member)):
+                yield name, value
+            elif not name.endswith("_initializer"):  # the weights are there
+                yield name, self._function(member)
+
+    def _inner(self, layer: Any) -> Any:
+        new = self._new_of(layer)
+        if new is None:
+            raise _NotedError
+        return new
+
+    def _activation(self, layer: Any, function: Any) -> Any:
+        if isinstance(function, self._tf_keras.layers.Layer):
+            return self._inner(function)
+        name = getattr(function, "__name__", "")
+        if function is None or name in self._custom_objects:
+            return self._custom_objects.get(name)
+        if function is self._tf_keras.activations.hard_sigmoid:
+            # That of Keras 3 is x / 6 + 0.5 between 0 and 1.
+            dtype = layer.dtype_policy.name
+            return keras.Sequential(
+                [
+                    layers.Rescaling(0.2, offset=0.5, dtype=dtype),
+                    layers.ReLU(max_value=1.0, dtype=dtype),
+                ]
+            )
+        if _is_of_tf_keras(function):
+            return name
+        if function.__module__.startswith("tensorflow."):
+            return tf_functions.ACTIVATIONS.get(name, function)
+        return self._function(function)
+
+    def _function(self, function: Any) -> Any:
+        """A function, or an object like one, that is not Keras's."""
+        name = getattr(function, "__name__", type(function).__name__)
+        self._known[name] = self._custom_objects.get(name, function)
+        return self._known[name]
 
     def _graph(self, model: Any) -> keras.Model:
-        if not hasattr(model, "_nodes_by_depth") or not model.built:
-            raise ValueError(
-                "`model` must be a built sequential or functional model. "
-                f"Received: model={model.name}, of class "
-                f"{type(model).__name__} of tf_keras."
-            )
-        tensors = {
-            id(tensor): keras.Input(
+        if not _has_graph(model):
+            raise _NoCounterpartError(f"of class {type(model).__name__}")
+        refused = None
+        tensors: dict[int, Any] = {}
+        for tensor, name in zip(model.inputs, model.input_names, strict=True):
+            tensors[id(tensor)] = keras.Input(
                 batch_shape=tuple(tensor.shape),
                 dtype=tensor.dtype.name,
-                name=name,
+                name=name.replace("/", "_"),
             )
-            for tensor, name in zip(
-                model.inputs, model.input_names, strict=True
-            )
-        }
+        nodes = [
+            node
+            for depth in sorted(model._nodes_by_depth, reverse=True)
+            for node in model._nodes_by_depth[depth]
+            if not node.is_input
+        ]
         if isinstance(model, self._tf_keras.Sequential):
-            return keras.Sequential(
-                [*tensors.values(), *map(self._new_of, model.layers)],
-                name=model.name,
-            )
-
-        def new_tensors(structure: Any) -> Any:
-            return tree.map_structure(
-                lambda leaf: tensors.get(id(leaf), leaf), structure
-            )
-
-        for depth in sorted(model._nodes_by_depth, reverse=True):
-            for node in model._nodes_by_depth[depth]:
-                if node.is_input:
-                    continue
-                named = {
-                    name: new_tensors(_plain(value))
-                    for name, value in node.call_kwargs.items()
-                    if value is not None
-                }
-                outputs = self._callable_of(node.layer)(
-                    *new_tensors(_plain(node.call_args)), **named
-                )
-                for old, new in zip(
-                    tree.flatten(_plain(node.outputs)),
-                    tree.flatten(outputs),
-                    strict=True,
-                ):
-                    tensors[id(old)] = new
+            new_layers = [self._new_of(layer) for layer in model.layers]
+            if not self._obstacles:
+                try:
+                    new = keras.Sequential(
+                        [*tensors.values(), *new_layers], name=_name_of(model)
+                    )
+                except Exception as error:  # of which layer is seen below
+                    refused = error
+                else:
+                    for node in nodes:
+                        self._attempt(node.layer, self._check_output, node)
+                    if self._obstacles:
+                        raise _NotedError
+                    return new
+        for node in nodes:
+            self._follow(node, tensors)
+        if self._obstacles:
+            raise _NotedError
+        if refused is not None:
+            raise refused
         return keras.Model(
-            new_tensors(_plain(model.input)),
-            new_tensors(_plain(model.output)),
-            name=model.name,
+            _mapped(model.input, tensors),
+            _mapped(model.output, tensors),
+            name=_name_of(model),
         )
 
-    def _callable_of(self, layer: Any) -> Callable[..., Any]:
-        if type(layer).__name__ != "TFOpLambda":
-            return self._new_of(layer)
+    def _check_output(self, node: Any) -> None:
+        try:
+            output = self._new[id(node.layer)].output
+        except (AttributeError, ValueError):  # it is called elsewhere, too
+            return
+        _check(node, output)
 
-        return lambda *given, **named: _operate(
-            layer, [*given, *named.values()]
-        )
+    def _follow(self, node: Any, tensors: dict[int, Any]) -> None:
+        """Calls what is called in a graph."""
+        expected = _plain(node.outputs)
+        outputs = self._attempt(node.layer, self._outputs, node, tensors)
+        if outputs is None:  # go on, for what else has no counterpart
+            outputs = tree.map_structure(_stand_in, expected)
+        if not isinstance(expected, list | tuple | dict):
+            tensors[id(expected)] = (
+                outputs[0] if isinstance(outputs, list) else outputs
+            )
+            return
+        for old, new in zip(
+            tree.flatten(expected), tree.flatten(outputs), strict=True
+        ):
+            tensors[id(old)] = new
+
+    def _outputs(self, node: Any, tensors: dict[int, Any]) -> Any:
+        given = _mapped(node.call_args, tensors)
+        named = {
+            name: _mapped(value, tensors)
+            for name, value in node.call_kwargs.items()
+            if value is not None
+        }
+        if hasattr(node.layer, "symbol"):
+            return self._operate(node.layer, given, named, node.outputs)
+        outputs = self._call(node.layer, given, named)
+        if not self._obstacles:
+            _check(node, outputs)
+        return outputs
+
+    def _call(
+        self, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> Any:
+        new = self._inner(layer)
+        if type(layer).__name__ in self._custom_objects or isinstance(
+            layer, self._tf_keras.Model
+        ):
+            return new(*arguments, **named)
+        # Keras 3 has arguments of the same names, in another order.
+        bound = inspect.signature(layer.call).bind(*arguments, **named)
+        (_, first), *others = bound.arguments.items()
+        given = dict(others)
+        kinds = self._tf_keras.layers
+        if isinstance(layer, kinds.MultiHeadAttention | kinds.Softmax) and (
+            not {"attention_mask", "mask"}.isdisjoint(given)
+        ):
+            raise _NoCounterpartError(_OF_A_MASK)
+        if isinstance(layer, kinds.RNN | kinds.Bidirectional) and isinstance(
+            first, list
+        ):
+            first, *given["initial_state"] = first
+        lacking = [
+            name
+            for name in given
+            if name not in inspect.signature(new.call).parameters
+        ]
+        if lacking:
+            raise _NoCounterpartError(f"called with {', '.join(lacking)}")
+        return new(first, **given)
+
+    def _operate(
+        self,
+        layer: Any,
+        arguments: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        """What an operation gives, for which tf_keras has no layer."""
+        symbol = layer.symbol
+        custom = self._custom_objects.get(f"tf.{symbol}")
+        if custom is not None:
+            return custom(*arguments, **named)
+        try:
+            return tf_functions.apply(
+                layer.function, symbol, arguments, named, output
+            )
+        except Exception as error:
+            what = f"the operation tf.{symbol} {_reason(error)}"
+            raise _NoCounterpartError(what.strip()) from error
 
 
-def _operate(layer: Any, operands: list[Any]) -> Any:
-    """What an operation without a layer gives, by a layer of Keras 3."""
-    operation, name = layer.get_config()["function"], _name_of(layer)
-    is_tensor = [isinstance(each, keras.KerasTensor) for each in operands]
-    if is_tensor == [True, True] and operation in _OF_TENSORS:
-        return _OF_TENSORS[operation](name=name)(operands)
-    if is_tensor == [True] and operation in _OF_ONE:
-        return layers.Activation(_OF_ONE[operation], name=name)(operands[0])
-    if is_tensor == [False, True] and operation in _COMMUTATIVE:
-        operands, is_tensor = operands[::-1], is_tensor[::-1]
-    if (
-        is_tensor == [True, False]
-        and operation in _OF_NUMBER
-        and np.ndim(operands[1]) == 0
+def _reserve_names(model: Any) -> None:
+    """Lets Keras give no operation the name of a layer of the model."""
+    for layer in model._flatten_layers():
+        stem, _, number = _name_of(layer).rpartition("_")
+        if not number.isdecimal():
+            stem, number = _name_of(layer), "0"
+        while keras.backend.get_uid(stem) <= int(number):
+            pass
+
+
+def _has_graph(model: Any) -> bool:
+    """Whether a model is no more than its graph."""
+    call = inspect.getattr_static(type(model), "call")
+    return (
+        hasattr(model, "_nodes_by_depth")
+        and model.built
+        and _is_of_tf_keras(call)
+    )
+
+
+def _own_weights(layer: Any) -> list[Any]:
+    """The weights of a layer, those inside excepted, as Keras 2 orders them.
+
+    Of batch normalization those that both have.
+    """
+    if hasattr(layer, "moving_variance"):
+        own = [getattr(layer, name, None) for name in _WEIGHTS]
+        return [weight for weight in own if weight is not None]
+    inner = {
+        id(weight)
+        for each in layer._flatten_layers(include_self=False)
+        for weight in each.weights
+    }
+    return sorted(
+        (weight for weight in layer.weights if id(weight) not in inner),
+        key=lambda weight: not weight.trainable,
+    )
+
+
+def _shape(weight: Any) -> list[int]:
+    # With virtual batches, axes of length 1 are put in.
+    return [size for size in weight.shape if size != 1]
+
+
+def _check(node: Any, outputs: Any) -> None:
+    """Raises where a layer of Keras 3 is seen to give something else."""
+    kinds = sys.modules["tf_keras"].layers
+    inputs = tree.flatten(_plain((node.call_args, node.call_kwargs)))
+    if isinstance(node.layer, kinds.MultiHeadAttention | kinds.Softmax) and any(
+        map(_is_masked, inputs)
     ):
-        arguments = _OF_NUMBER[operation](float(operands[1]))
-        return layers.Rescaling(**arguments, name=name)(operands[0])
-    raise _no_counterpart(layer, f"the operation tf.{operation}")
+        raise _NoCounterpartError(_OF_A_MASK)
+    for new, old in zip(
+        tree.flatten(outputs), tree.flatten(_plain(node.outputs)), strict=True
+    ):
+        if len(new.shape) != len(old.shape) or any(
+            one is not None and other is not None and one != other
+            for one, other in zip(new.shape, old.shape, strict=True)
+        ):
+            raise _NoCounterpartError(
+                f"which gives {tuple(new.shape)} there, not {tuple(old.shape)}"
+            )
+        if _is_masked(new) != _is_masked(old) and not isinstance(
+            node.layer, sys.modules["tf_keras"].Model
+        ):
+            raise _NoCounterpartError("which hands on another mask there")
+
+
+def _is_masked(tensor: Any) -> bool:
+    return getattr(tensor, "_keras_mask", None) is not None
+
+
+def _stand_in(tensor: Any) -> keras.KerasTensor:
+    return keras.KerasTensor(tuple(tensor.shape), tensor.dtype.name)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says first, without where Keras caught it."""
+    lines = re.sub(r"\x1b\[\d*m", "", str(error)).split("\n")
+    said = [
+        line.strip()
+        for line in lines
+        if line.strip() and not line.startswith("Exception encountered")
+    ]
+    return said[0] if said else ""
+
+
+def _mapped(structure: Any, tensors: dict[int, Any]) -> Any:
+    """Arguments of a call, with the tensors of the new model."""
+
+    def leaf(value: Any) -> Any:
+        if id(value) in tensors:
+            return tensors[id(value)]
+        if hasattr(value, "numpy"):
+            value = value.numpy()
+        return arguments.plain(value)
+
+    def slices(value: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) == {"start", "stop", "step"}:
+                return slice(value["start"], value["stop"], value["step"])
+            return {name: slices(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(slices, value))
+        return value
+
+    return slices(tree.map_structure(leaf, _plain(structure)))
+
+
+def _parameters(kind: type) -> set[str]:
+    """The arguments of a class of Keras 3, those that it passes on included."""
+    taken: set[str] = set()
+    for each in kind.__mro__:
+        parameters = inspect.signature(each.__init__).parameters  # type: ignore[misc]
+        taken |= parameters.keys()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return taken
+
+
+def _is_default(kind: type, name: str, value: Any) -> bool:
+    """Whether an argument of a layer of tf_keras asks for nothing."""
+    for each in kind.__mro__:
+        parameter = inspect.signature(each.__init__).parameters.get(name)  # type: ignore[misc]
+        if parameter is not None:
+            return bool(value is None or value == parameter.default)
+    return value is None
+
+
+def _kind_of(value: Any) -> Any:
+    return value if hasattr(value, "__name__") else type(value)
+
+
+def _is_of_tf_keras(value: Any) -> bool:
+    return str(value.__module__).startswith("tf_keras.")
 
 
 def _plain(structure: Any) -> Any:
@@ -285,8 +651,10 @@ def _name_of(layer: Any) -> str:
     return str(layer.name).replace("/", "_")
 
 
-def _no_counterpart(layer: Any, what: str) -> ValueError:
+def _no_counterparts(obstacles: Iterable[tuple[str, str]]) -> ValueError:
+    found = "; ".join(f"layer {name}, {why}" for name, why in obstacles)
     return ValueError(
-        "`model` must hold only what Keras 3 has too. Received: layer "
-        f"{layer.name} of tf_keras, {what}."
+        "`model` must hold only what Keras 3 has too, or what "
+        "`custom_objects` has something for. Received: a model of tf_keras "
+        f"with {found}."
     )
