@@ -448,3 +448,26 @@ def test_a_model_of_keras_2_is_not_one():
         "`keras_renorm.convert` makes one of a model of tf_keras.",
     ):
         keras_renorm.get_statistics(model)
+
+
+@pytest.mark.parametrize("given", [["Flat"], {"Flat": 3}, {3: len}])
+def test_custom_objects_are_functions_by_name(given):
+    model = keras.Sequential([keras.Input((4,)), BatchNormalization()])
+    with raises(
+        TypeError,
+        "`custom_objects` must be a dictionary from names to classes or "
+        f"functions. Received: custom_objects={given!r}.",
+    ):
+        keras_renorm.convert(model, custom_objects=given)
+
+
+def test_custom_objects_are_for_models_of_keras_2():
+    model = keras.Sequential(
+        [keras.Input((4,)), BatchNormalization()], name="net"
+    )
+    with raises(
+        ValueError,
+        "`custom_objects` must be given with a model of tf_keras only. "
+        "Received: model=net, of Keras 3.",
+    ):
+        keras_renorm.convert(model, custom_objects={})

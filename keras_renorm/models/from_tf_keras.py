@@ -12,7 +12,12 @@ from keras import layers, tree
 
 from keras_renorm import arguments
 from keras_renorm.models import tf_functions
-from keras_renorm.models.finding import find_layers, no_normalization
+from keras_renorm.models.finding import (
+    describe,
+    find_layers,
+    inside,
+    no_normalization,
+)
 from keras_renorm.models.state import copy_assets, reload
 
 _WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -106,7 +111,7 @@ class _Translation:
         # Old and new, whose weights are copied when all is built.
         self._pairs: list[tuple[Any, Any]] = []
         # Of each layer that has no counterpart, why.
-        self._obstacles: dict[int, tuple[str, str]] = {}
+        self._obstacles: dict[int, tuple[Any, str]] = {}
 
     def run(self, model: Any) -> keras.Model:
         _reserve_names(model)
@@ -134,8 +139,8 @@ class _Translation:
         except _NoCounterpartError as error:
             why = str(error)
         except Exception as error:  # whatever a layer of Keras 3 raises
-            why = f"which Keras 3 refuses ({_reason(error)})"
-        self._obstacles.setdefault(id(layer), (layer.name, why))
+            why = f"which is refused there: {_reason(error)}"
+        self._obstacles.setdefault(id(layer), (layer, why))
         return None
 
     def _new_of(self, layer: Any) -> Any:
@@ -152,6 +157,8 @@ class _Translation:
             return self._graph(layer)
         if not _is_of_tf_keras(type(layer)):
             raise _NoCounterpartError(f"of class {type(layer).__name__}")
+        if type(layer).__name__ == "CustomScaleLayer":  # of InceptionResNetV2
+            return lambda inputs: inputs[0] + inputs[1] * layer.scale
         if type(layer) in (
             kinds.BatchNormalization,
             kinds.experimental.SyncBatchNormalization,
@@ -196,19 +203,14 @@ class _Translation:
     def _copy_weights(self, old: Any, new: Any) -> None:
         """Copies the weights of a layer, and of those that it alone holds."""
         made = {id(each) for each in self._new.values()}
-        before = [
-            each
-            for each in old._flatten_layers()
-            if each is old or id(each) not in self._new
-        ]
-        after = [
-            each
-            for each in find_layers(new, layers.Layer)
-            if each is new or id(each) not in made
-        ]
         pairs = [
-            [(each, own) for each in several if (own := _own_weights(each))]
-            for several in (before, after)
+            [
+                (each, own)
+                for each in _in_order(whole)
+                if (each is whole or id(each) not in others)
+                and (own := _own_weights(each))
+            ]
+            for whole, others in ((old, self._new.keys()), (new, made))
         ]
         shapes = [
             [[_shape(weight) for weight in own] for _, own in several]
@@ -241,7 +243,8 @@ class _Translation:
                 name: float(value)
                 for name, value in config["renorm_clipping"].items()
             }
-        return {**config, "axis": axes}
+        # That of a SyncBatchNormalization is no argument.
+        return {**config, "axis": axes, "synchronized": layer.synchronized}
 
     def _bidirectional(self, layer: Any) -> Any:
         # It makes its first layer anew: what is made here is for that.
@@ -281,7 +284,7 @@ class _Translation:
         if isinstance(layer, self._tf_keras.layers.Discretization):
             # Its boundaries are no weights in Keras 3.
             boundaries = [float(each) for each in layer.bin_boundaries]
-            arguments["bin_boundaries"] = boundaries
+            arguments |= {"bin_boundaries": boundaries, "num_bins": None}
         return kind(**arguments)
 
     def _arguments(
@@ -314,8 +317,8 @@ class _Translation:
         config = _plain(layer.get_config())
         for name in inspect.signature(type(layer)).parameters:
             # A few arguments are in no configuration.
-            if name not in config and name not in _NO_ARGUMENTS:
-                value = _plain(getattr(layer, name, None))
+            if name not in (*config, *_NO_ARGUMENTS) and hasattr(layer, name):
+                value = _plain(getattr(layer, name))
                 if not _is_default(type(layer), name, value):
                     config[name] = value
         for name, value in config.items():
@@ -372,9 +375,13 @@ class _Translation:
         refused = None
         tensors: dict[int, Any] = {}
         for tensor, name in zip(model.inputs, model.input_names, strict=True):
+            layer = tensor.node.layer
+            if layer.ragged:
+                raise _NoCounterpartError(f"with a ragged input, {name}")
             tensors[id(tensor)] = keras.Input(
                 batch_shape=tuple(tensor.shape),
                 dtype=tensor.dtype.name,
+                sparse=bool(layer.sparse),
                 name=name.replace("/", "_"),
             )
         nodes = [
@@ -518,6 +525,23 @@ def _has_graph(model: Any) -> bool:
     )
 
 
+def _inside(layer: Any) -> list[Any]:
+    """The layers that a layer of either holds."""
+    if isinstance(layer, layers.Layer):
+        return inside(layer)
+    return list(layer._flatten_layers(include_self=False))
+
+
+def _in_order(layer: Any) -> Iterator[Any]:
+    """A layer and those inside, of Keras 3 in the order of Keras 2."""
+    yield layer
+    held = _inside(layer)
+    deeper = {id(inner) for each in held for inner in _inside(each)}
+    for each in held:
+        if id(each) not in deeper:
+            yield from _in_order(each)
+
+
 def _own_weights(layer: Any) -> list[Any]:
     """The weights of a layer, those inside excepted, as Keras 2 orders them.
 
@@ -526,11 +550,7 @@ def _own_weights(layer: Any) -> list[Any]:
     if hasattr(layer, "moving_variance"):
         own = [getattr(layer, name, None) for name in _WEIGHTS]
         return [weight for weight in own if weight is not None]
-    inner = {
-        id(weight)
-        for each in layer._flatten_layers(include_self=False)
-        for weight in each.weights
-    }
+    inner = {id(weight) for each in _inside(layer) for weight in each.weights}
     return sorted(
         (weight for weight in layer.weights if id(weight) not in inner),
         key=lambda weight: not weight.trainable,
@@ -544,7 +564,8 @@ def _shape(weight: Any) -> list[int]:
 
 def _check(node: Any, outputs: Any) -> None:
     """Raises where a layer of Keras 3 is seen to give something else."""
-    kinds = sys.modules["tf_keras"].layers
+    tf_keras = sys.modules["tf_keras"]
+    kinds = tf_keras.layers
     inputs = tree.flatten(_plain((node.call_args, node.call_kwargs)))
     if isinstance(node.layer, kinds.MultiHeadAttention | kinds.Softmax) and any(
         map(_is_masked, inputs)
@@ -561,7 +582,8 @@ def _check(node: Any, outputs: Any) -> None:
                 f"which gives {tuple(new.shape)} there, not {tuple(old.shape)}"
             )
         if _is_masked(new) != _is_masked(old) and not isinstance(
-            node.layer, sys.modules["tf_keras"].Model
+            node.layer,
+            tf_keras.Model,  # Keras 3 knows its mask in a call only
         ):
             raise _NoCounterpartError("which hands on another mask there")
 
@@ -623,7 +645,7 @@ def _is_default(kind: type, name: str, value: Any) -> bool:
     for each in kind.__mro__:
         parameter = inspect.signature(each.__init__).parameters.get(name)  # type: ignore[misc]
         if parameter is not None:
-            return bool(value is None or value == parameter.default)
+            return bool(value == parameter.default)
     return value is None
 
 
@@ -651,10 +673,16 @@ def _name_of(layer: Any) -> str:
     return str(layer.name).replace("/", "_")
 
 
-def _no_counterparts(obstacles: Iterable[tuple[str, str]]) -> ValueError:
-    found = "; ".join(f"layer {name}, {why}" for name, why in obstacles)
+def _no_counterparts(obstacles: Iterable[tuple[Any, str]]) -> ValueError:
+    alike: dict[str, list[Any]] = {}
+    for layer, why in obstacles:
+        alike.setdefault(why, []).append(layer)
+    found = "; ".join(
+        f"layer{'s' * (len(several) > 1)} {describe(several)}, {why}"
+        for why, several in alike.items()
+    )
     return ValueError(
-        "`model` must hold only what Keras 3 has too, or what "
-        "`custom_objects` has something for. Received: a model of tf_keras "
-        f"with {found}."
+        "`model` must hold only what Keras 3 has too, or what `convert` is "
+        "given `custom_objects` for. Received: a model of tf_keras with "
+        f"{found}."
     )
