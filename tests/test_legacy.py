@@ -215,10 +215,10 @@ def test_all_that_has_no_counterpart_is_named(tf_keras):
         "layer norm, of class OwnNorm; "
         "layer rnn, with time_major=True; "
         "layer tf.signal.fft, the operation tf.signal.fft; "
-        "layer tf.cast_1, the operation tf.cast of a size that is not known; "
         "layer tf.math.real, the operation tf.math.real; "
         "layer tf.math.cumsum, the operation tf.math.cumsum with these "
         "arguments; "
+        "layer tf.cast_1, the operation tf.cast of a size that is not known; "
         "layer up, with interpolation=gaussian."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
