@@ -322,6 +322,8 @@ def check_layer(tf_keras, rng, function, *shapes):
     data = networks.data_of(model, rng)
     if not isinstance(data, list):
         data = [data]
+    for each in data:
+        each[0, 2:] = 0  # for masks
     expected = networks.outputs_of(model, data)
     new = convert(model)
     for output, wanted in zip(
@@ -377,6 +379,9 @@ def layers_in_layers(layers):
         "states": lambda x: layers.LSTM(3)(
             x, initial_state=layers.LSTM(3, return_state=True)(x)[1:]
         ),
+        "states and mask": lambda x: layers.GRU(4, return_sequences=True)(
+            layers.Masking(0.0)(x), initial_state=x[:, 0]
+        ),
         "activation": layers.Dense(3, activation=layers.LeakyReLU(0.1)),
         "attention": lambda x: layers.MultiHeadAttention(2, 3)(
             x, x, use_causal_mask=True
@@ -393,6 +398,7 @@ def layers_in_layers(layers):
         "two ways",
         "mask",
         "states",
+        "states and mask",
         "activation",
         "attention",
         "lambda",
@@ -618,6 +624,26 @@ def test_a_shape_that_only_data_tell_is_an_error(tf_keras):
         r"that is not known\.$",
     ):
         convert(tf_keras.Model(inputs, again))
+
+
+def test_a_shape_with_the_size_of_another_tensor(rng, tf_keras):
+    import tensorflow as tf
+
+    def heads(x):
+        y = tf_keras.layers.Conv1D(6, 3)(x)
+        rows = tf.reshape(x, (-1, 4))
+        return [
+            tf.reshape(y, (tf.shape(x)[0], -1, 2)),
+            tf.reshape(rows, (tf.shape(x)[0], -1, 4)),
+            tf.reshape(rows, (-1, tf.shape(x)[1] * 2, 2)),
+        ]
+
+    new = check_layer(tf_keras, rng, heads, (6, 4))
+    assert [output.shape for output in new.outputs[:3]] == [
+        (None, 12, 2),
+        (None, 6, 4),
+        (None, 12, 2),
+    ]
 
 
 def test_another_mask_is_an_error(tf_keras):

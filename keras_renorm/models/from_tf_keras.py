@@ -406,7 +406,7 @@ class _Translation:
                         raise _NotedError
                     return new
         for node in nodes:
-            self._follow(node, tensors)
+            self._follow(model, node, tensors)
         if self._obstacles:
             raise _NotedError
         if refused is not None:
@@ -424,10 +424,10 @@ class _Translation:
             return
         _check(node, output)
 
-    def _follow(self, node: Any, tensors: dict[int, Any]) -> None:
+    def _follow(self, model: Any, node: Any, tensors: dict[int, Any]) -> None:
         """Calls what is called in a graph."""
         expected = _plain(node.outputs)
-        outputs = self._attempt(node.layer, self._outputs, node, tensors)
+        outputs = self._attempt(node.layer, self._outputs, model, node, tensors)
         if outputs is None:  # go on, for what else has no counterpart
             outputs = tree.map_structure(_stand_in, expected)
         if not isinstance(expected, list | tuple | dict):
@@ -440,7 +440,7 @@ class _Translation:
         ):
             tensors[id(old)] = new
 
-    def _outputs(self, node: Any, tensors: dict[int, Any]) -> Any:
+    def _outputs(self, model: Any, node: Any, tensors: dict[int, Any]) -> Any:
         given = _mapped(node.call_args, tensors)
         named = {
             name: _mapped(value, tensors)
@@ -448,15 +448,16 @@ class _Translation:
             if value is not None
         }
         if hasattr(node.layer, "symbol"):
-            return self._operate(node.layer, given, named, node.outputs)
-        outputs = self._call(node.layer, given, named)
+            return self._operate(model, node, given, named)
+        outputs = self._call(node, given, named)
         if not self._obstacles:
             _check(node, outputs)
         return outputs
 
     def _call(
-        self, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+        self, node: Any, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> Any:
+        layer = node.layer
         new = self._inner(layer)
         if type(layer).__name__ in self._custom_objects or isinstance(
             layer, self._tf_keras.Model
@@ -475,6 +476,13 @@ class _Translation:
             first, list
         ):
             first, *given["initial_state"] = first
+        if "initial_state" in given and _is_masked(
+            tree.flatten(_plain(node.call_args))[0]
+        ):
+            # Of several tensors Keras 3 does not take the mask by itself.
+            given.setdefault("mask", getattr(first, "_keras_mask", None))
+            if given["mask"] is None:
+                raise _NoCounterpartError("with states and a mask")
         lacking = [
             name
             for name in given
@@ -486,23 +494,51 @@ class _Translation:
 
     def _operate(
         self,
-        layer: Any,
+        model: Any,
+        node: Any,
         arguments: tuple[Any, ...],
         named: dict[str, Any],
-        output: Any,
     ) -> Any:
         """What an operation gives, for which tf_keras has no layer."""
-        symbol = layer.symbol
+        symbol = node.layer.symbol
         custom = self._custom_objects.get(f"tf.{symbol}")
         if custom is not None:
             return custom(*arguments, **named)
         try:
             return tf_functions.apply(
-                layer.function, symbol, arguments, named, output
+                node.layer.function,
+                symbol,
+                arguments,
+                named,
+                node.outputs,
+                lambda tensor: self._shape_of(model, tensor),
             )
         except Exception as error:
             what = f"the operation tf.{symbol} {_reason(error)}"
             raise _NoCounterpartError(what.strip()) from error
+
+    def _shape_of(self, model: Any, tensor: Any) -> tuple[int | None, ...]:
+        """The shape of a tensor of a model, `None` where examples change it.
+
+        tf_keras does not know that of `tf.reshape(x, (tf.shape(y)[0], -1))`.
+        """
+        shape = tuple(tensor.shape)
+        if shape.count(None) < 2 or any(
+            None in each.shape[1:] for each in model.inputs
+        ):
+            return shape
+        part = self._tf_keras.Model(model.inputs, tensor)
+        shapes = []
+        for examples in (2, 5, 11):  # what is alike in all is fixed
+            zeros = [
+                np.zeros((examples, *each.shape[1:]), each.dtype.name)
+                for each in model.inputs
+            ]
+            shapes.append(part(zeros, training=False).shape)
+        return tuple(
+            sizes[0] if len(set(sizes)) == 1 else None
+            for sizes in zip(*shapes, strict=True)
+        )
 
 
 def _reserve_names(model: Any) -> None:

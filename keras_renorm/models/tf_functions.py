@@ -7,7 +7,6 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -18,12 +17,8 @@ from keras import ops, tree
 LACKING_INTERPOLATIONS = {"gaussian", "mitchellcubic"}
 
 
-@dataclass(frozen=True)
-class Size:
-    """How long a tensor is on an axis, where only data will tell."""
-
-    tensor: Any
-    axis: int
+# How long a tensor is, where only data will tell.
+_UNKNOWN = object()
 
 
 def apply(
@@ -32,6 +27,7 @@ def apply(
     arguments: tuple[Any, ...],
     named: dict[str, Any],
     output: Any,
+    shape_of: Callable[[Any], Any],
 ) -> Any:
     """What a function of TensorFlow gives, by operations of Keras.
 
@@ -41,7 +37,8 @@ def apply(
         arguments: What it is called with: Keras tensors, and values; of the
             shape of a tensor, sizes.
         named: The same by name.
-        output: What it gave tf_keras, for shapes that are known there.
+        output: What it gave tf_keras.
+        shape_of: The shape of that, `None` where it varies.
 
     Returns:
         Keras tensors; a value where it was called with values only.
@@ -58,9 +55,9 @@ def apply(
         return _of_values(function, symbol, arguments, named, output)
     arguments, named = _as_written(function, arguments, named)
     if symbol in ("reshape", "image.resize"):
-        known = _RESHAPING[symbol](output.shape, *arguments[:2])
+        known = _RESHAPING[symbol](shape_of(output))
         arguments = (arguments[0], known, *arguments[2:])
-    if any(isinstance(leaf, Size) for leaf in tree.flatten((arguments, named))):
+    if _has_unknown(arguments, named):
         raise NotImplementedError("of a size that is not known")
     if symbol == "shape":
         return _shape(*arguments)
@@ -82,9 +79,7 @@ def _of_values(
     named: dict[str, Any],
     output: Any,
 ) -> Any:
-    leaves = tree.flatten((arguments, named))
-    unknown = [leaf for leaf in leaves if isinstance(leaf, Size)]
-    if not unknown:
+    if not _has_unknown(arguments, named):
         return tree.map_structure(np.asarray, function(*arguments, **named))
     if symbol == "__operators__.getitem" and isinstance(arguments[0], tuple):
         item = arguments[1]
@@ -94,9 +89,11 @@ def _of_values(
     if any(not each.dtype.is_integer for each in tree.flatten(output)):
         raise NotImplementedError("of a size that is not known")
     # Good for a shape that is known otherwise, and for nothing else.
-    return tree.map_structure(
-        lambda _: unknown[0] if len(leaves) == 1 else Size(None, 0), output
-    )
+    return tree.map_structure(lambda _: _UNKNOWN, output)
+
+
+def _has_unknown(*structures: Any) -> bool:
+    return any(leaf is _UNKNOWN for leaf in tree.flatten(structures))
 
 
 def _of_the_type(new: Any, old: Any) -> Any:
@@ -140,42 +137,19 @@ def _as_written(
     return tuple(by_position), by_name
 
 
-def _new_shape(known: Any, tensor: Any, shape: Any) -> list[int]:
-    """The shape that a tensor is given, with -1 for one unknown size."""
-    sizes = list(known)
-    if sizes.count(None) > 1:
-        # Of its own sizes, what is asked for times what is left.
-        sizes = [
-            size if isinstance(size, Size) else int(size)
-            for size in (shape if isinstance(shape, list | tuple) else [shape])
-        ]
-        own = [size.axis for size in sizes if isinstance(size, Size)]
-        left = [n for axis, n in enumerate(tensor.shape) if axis not in own]
-        if (
-            len(own) != 1
-            or any(
-                isinstance(size, Size) and size.tensor is not tensor
-                for size in sizes
-            )
-            or None in left
-        ):
-            raise NotImplementedError("to a shape that is not known")
-        others = [size for size in sizes if not isinstance(size, Size)]
-        rest = math.prod(left) // -math.prod(others)
-        sizes = [
-            None if isinstance(size, Size) else rest if size == -1 else size
-            for size in sizes
-        ]
-    return [-1 if size is None else size for size in sizes]
+def _new_shape(shape: Any) -> list[int]:
+    """What a tensor is reshaped to, with -1 for a size that varies."""
+    sizes = [-1 if size is None else size for size in shape]
+    if sizes.count(-1) > 1:
+        raise NotImplementedError("to a shape that is not known")
+    return sizes
 
 
-def _new_size(known: Any, tensor: Any, size: Any) -> tuple[int, int]:
-    """The height and width of images."""
-    height, width = known[-3:-1]
+def _new_size(shape: Any) -> tuple[int, int]:
+    """The height and width that images are resized to."""
+    height, width = shape[-3:-1]
     if height is None or width is None:
-        if any(isinstance(each, Size) for each in tree.flatten(size)):
-            raise NotImplementedError("to a size that is not known")
-        height, width = map(int, size)
+        raise NotImplementedError("to a size that is not known")
     return height, width
 
 
@@ -183,10 +157,7 @@ _RESHAPING = {"reshape": _new_shape, "image.resize": _new_size}
 
 
 def _shape(tensor: Any, *out_type: Any) -> tuple[Any, ...]:
-    return tuple(
-        Size(tensor, axis) if size is None else size
-        for axis, size in enumerate(tensor.shape)
-    )
+    return tuple(_UNKNOWN if size is None else size for size in tensor.shape)
 
 
 def _pad(
@@ -273,29 +244,6 @@ def _of_space(sizes: Any) -> Any:
     return tuple(sizes[1:-1])
 
 
-def _known(images: Any) -> Any:
-    if None in images.shape[1:]:
-        raise NotImplementedError("of a size that is not known")
-    return images.shape
-
-
-def _depth_to_space(input: Any, block_size: int) -> Any:
-    _, height, width, channels = _known(input)
-    depth = channels // block_size**2
-    blocks = (-1, height, width, block_size, block_size, depth)
-    rows = ops.transpose(ops.reshape(input, blocks), (0, 1, 3, 2, 4, 5))
-    shape = (-1, height * block_size, width * block_size, depth)
-    return ops.reshape(rows, shape)
-
-
-def _space_to_depth(input: Any, block_size: int) -> Any:
-    _, height, width, channels = _known(input)
-    rows, columns = height // block_size, width // block_size
-    blocks = (-1, rows, block_size, columns, block_size, channels)
-    depth = ops.transpose(ops.reshape(input, blocks), (0, 1, 3, 2, 4, 5))
-    return ops.reshape(depth, (-1, rows, columns, block_size**2 * channels))
-
-
 def _strided_slice(
     input_: Any,
     begin: Any,
@@ -339,6 +287,8 @@ _MATH_NAMES = (
     "subtract tan tanh"
 )
 _NN_NAMES = "elu leaky_relu log_softmax relu relu6 selu silu softmax softsign"
+# Of later versions of Keras.
+_NEW_NAMES = ("depth_to_space", "space_to_depth")
 # By their public names, those that the operators of Python call as well.
 # The arguments are TensorFlow's, by position and by name.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -348,6 +298,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         for name in ("all", "any", "max", "mean", "min", "prod", "std", "sum")
     },
     **{f"nn.{name}": getattr(ops, name) for name in _NN_NAMES.split()},
+    **{
+        f"nn.{name}": getattr(ops, name)
+        for name in _NEW_NAMES
+        if hasattr(ops, name)
+    },
     "__operators__.add": ops.add,
     "__operators__.eq": ops.equal,
     "__operators__.getitem": lambda tensor, item: tensor[item],
@@ -384,13 +339,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "nn.avg_pool2d": _pool(ops.average_pool),
     "nn.avg_pool": _pool(ops.average_pool),
     "nn.bias_add": lambda value, bias: ops.add(value, np.asarray(bias)),
-    "nn.depth_to_space": _depth_to_space,
     "nn.gelu": lambda features, approximate=False: ops.gelu(
         features, approximate
     ),
     "nn.max_pool": _pool(ops.max_pool),
     "nn.max_pool2d": _pool(ops.max_pool),
-    "nn.space_to_depth": _space_to_depth,
     "norm": _norm,
     "one_hot": _one_hot,
     "ones_like": ops.ones_like,
