@@ -18,6 +18,7 @@ from keras_renorm.models.finding import (
     inside,
     no_normalization,
 )
+from keras_renorm.models.replacing import as_asked
 from keras_renorm.models.state import copy_assets, reload
 
 _WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -84,7 +85,8 @@ def translate(
             f"Received: model={model.name}, of class "
             f"{type(model).__name__} of tf_keras."
         )
-    return _Translation(normalization, custom_objects).run(model)
+    with as_asked():
+        return _Translation(normalization, custom_objects).run(model)
 
 
 class _NoCounterpartError(Exception):
