@@ -54,6 +54,14 @@ def keeps_state_backwards() -> bool:
     return _is("tensorflow")
 
 
+def counter_dtype(dtype: str) -> str:
+    """The type of a counter that means of weights do not cut, at least `dtype`.
+
+    A float32 counts to 2**24; float64 is not on each device of the others.
+    """
+    return "float64" if _is("tensorflow") else dtype
+
+
 def lets_keras_synchronize() -> bool:
     """Whether Keras's own layer takes `synchronized=True`."""
     return _is("tensorflow")

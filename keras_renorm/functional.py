@@ -257,8 +257,8 @@ class Limits(NamedTuple):
 
     Attributes:
         values: Where each begins and ends, shape `(2, 2)`.
-        steps: When each begins and ends, integers, shape `(2, 2)`.
-        step: The current step, an integer scalar.
+        steps: When each begins and ends, shape `(2, 2)`.
+        step: The current step, a scalar.
     """
 
     values: Tensor
@@ -378,10 +378,16 @@ def interpolate(
 
 
 def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
-    """r_max and d_max of this step."""
+    """r_max and d_max of this step, at least 1 and 0.
+
+    Weights may be an average that is off by rounding, or none at all.
+    """
     # Each slice would be four nodes of a graph, in each layer.
     begin_steps, end_steps = ops.unstack(limits.steps, num=2, axis=1)
     values = ops.cast(limits.values, dtype)
+    lowest = ops.convert_to_tensor([[1.0], [0.0]], dtype=dtype)
+    # Not `maximum`: of float64 it gives float32 on PyTorch.
+    values = ops.where(values < lowest, lowest, values)
     initial_values, final_values = ops.unstack(values, num=2, axis=1)
     r_max, d_max = ops.unstack(
         interpolate(

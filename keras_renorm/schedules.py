@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,11 @@ CLOSED = (MINIMA["r_max"], MINIMA["d_max"])
 # Ioffe 2017, section 4.2: where the limits end, in runs of 130,000 steps.
 R_MAX, D_MAX = 3.0, 5.0
 _PAPER_TOTAL_STEPS = 130_000
+# Infinity is stored as a number that survives sums, means and squares of
+# weights; what is at least a millionth of it counts as infinity.
+_UNLIMITED = 2.0**60
+# How far an average of equal numbers may be off them.
+_ROUNDING = 1e-4
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
@@ -220,6 +226,57 @@ def default_limits(momentum: float) -> tuple[LinearRamp, LinearRamp]:
         LinearRamp(CLOSED[0], R_MAX, *steps),
         LinearRamp(CLOSED[1], D_MAX, *steps),
     )
+
+
+def store_ramps(ramps: Iterable[LinearRamp]) -> tuple[np.ndarray, np.ndarray]:
+    """Values and steps of ramps, a row each, as weights of a layer."""
+    rows = [
+        (
+            (
+                min(ramp.initial_value, _UNLIMITED),
+                min(ramp.final_value, _UNLIMITED),
+            ),
+            (ramp.begin_step, ramp.end_step),
+        )
+        for ramp in ramps
+    ]
+    values, steps = zip(*rows, strict=True)
+    return np.array(values, "float64"), np.array(steps, "float64")
+
+
+def stored_ramp(name: str, layer: str, values: Any, steps: Any) -> LinearRamp:
+    """The ramp of a row of a layer's weights, which may be a mean of others.
+
+    Raises:
+        ValueError: If it is none, or goes below the limit's minimum.
+    """
+    # `str` gives the shortest decimal: 1.1, not 1.10000002384.
+    ends = [float(str(value)) for value in values]
+    times = [float(step) for step in steps]
+    lowest = MINIMA[name]
+    is_finite = all(map(math.isfinite, times))
+    begin, end = map(round, times) if is_finite else (0, -1)
+    # (No comparison holds of NaN.)
+    if not (
+        all(value >= lowest - _ROUNDING for value in ends) and 0 <= begin <= end
+    ):
+        raise ValueError(
+            f"`{name}` must be at least {lowest:g}, from a step of at least 0 "
+            f"to a later one. Received: {ends[0]} at step {times[0]:g} to "
+            f"{ends[1]} at step {times[1]:g}, as weights of layer {layer}. "
+            f"`layer.{name} = ...` sets them anew."
+        )
+    initial, final = (
+        math.inf if value >= _UNLIMITED / 1e6 else max(value, lowest)
+        for value in ends
+    )
+    # The mean of infinity and a ramp is no limit as soon as it begins, or
+    # until it ends.
+    if math.isinf(initial):
+        begin = end
+    elif math.isinf(final) and begin < end:
+        begin = end = begin + 1
+    return LinearRamp(initial, final, begin, end)
 
 
 def limit(name: str, value: Any) -> LinearRamp:

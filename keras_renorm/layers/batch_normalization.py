@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_renorm import arguments, backend, functional, kernels, pooling
@@ -399,10 +400,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 "batch normalization of another class: load them into that "
                 "network, then `keras_renorm.convert` it."
             )
-        super().load_own_variables(store)
+        self.set_weights([store[f"{index}"] for index in range(expected)])
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the weights, if a layer can take them again."""
+        self._check_state(self.get_weights())
+        super().save_own_variables(store)
 
     def set_weights(self, weights: Any) -> None:
-        """Sets the weights, all of them."""
+        """Sets the weights, all of them or none."""
         if len(weights) != len(self.weights):
             raise ValueError(
                 f"`weights` must be {len(self.weights)} arrays, for "
@@ -410,7 +416,26 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 f"{len(weights)} arrays. Weights of a layer of another class: "
                 "set them there, then `keras_renorm.convert` the model."
             )
-        super().set_weights(weights)
+        super().set_weights(self._check_state(weights))
+
+    def _check_state(self, weights: Any) -> list[np.ndarray]:
+        """Weights, if they are a state of this layer.
+
+        An average of valid weights is one; an extrapolation may be none.
+        """
+        arrays = [backend.to_numpy(value) for value in weights]
+        for variable, array in zip(self.weights, arrays, strict=True):
+            if array.shape != tuple(variable.shape):
+                raise ValueError(
+                    f"`{variable.name}` of layer {self.name} must have shape "
+                    f"{tuple(variable.shape)}. Received: shape={array.shape}."
+                )
+            if variable is self.moving_variance and (array < 0).any():
+                raise ValueError(
+                    f"`moving_variance` of layer {self.name} must be at least "
+                    f"0. Received: {array.min()} in a channel."
+                )
+        return arrays
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, with their present values."""

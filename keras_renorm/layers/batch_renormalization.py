@@ -1,6 +1,5 @@
 """Batch renormalization."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import keras
@@ -48,6 +47,14 @@ class BatchRenormalization(BatchNormalization):
     The default opens them as soon as the moving statistics know the data.
     `keras_renorm.callbacks.RenormScheduler` scales the paper's ramps, made
     for runs of about 130,000 steps, to the length of a run instead.
+
+    **Means of weights** (federated learning, averages over a run) are weights.
+    The counter may be a fraction, and infinity is stored as 2**60: a limit of
+    a millionth of it is `inf`. Weights that are no state (a limit below its
+    minimum, a NaN, a negative variance) are an error in `layer.set_weights`, at
+    load, and where they are saved. `Model.set_weights` asks no layer: limits
+    below their minima then count as the minima, and assigning a limit sets it
+    anew. (The counter ends at 2**24 on JAX and PyTorch.)
 
     **The corrected gradient.** Algorithm 1 corrects the outputs. With a
     `gradient_momentum`, the gradient is corrected too. That of normalization
@@ -223,12 +230,13 @@ class BatchRenormalization(BatchNormalization):
         ramp begins and where it ends.
         """
         super().build(input_shape)
-        values, steps = _ramp_arrays(self._initial_ramps)
-        self.step = self._add_state("step", 0, "int")
-        self.limit_values = self._add_state(
-            "limit_values", values, self.moving_mean.dtype
-        )
-        self.limit_steps = self._add_state("limit_steps", steps, "int")
+        values, steps = schedules.store_ramps(self._initial_ramps)
+        dtype = self.moving_mean.dtype
+        # No integers: a mean of weights would be cut.
+        counter = backend.counter_dtype(dtype)
+        self.step = self._add_state("step", 0, counter)
+        self.limit_values = self._add_state("limit_values", values, dtype)
+        self.limit_steps = self._add_state("limit_steps", steps, counter)
         if self.gradient_momentum is None:
             return
         weight = {
@@ -280,25 +288,34 @@ class BatchRenormalization(BatchNormalization):
     def d_max(self, value: float | LinearRamp) -> None:
         self._set_ramp(1, schedules.limit("d_max", value))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in schedules.MINIMA:
+            # TensorFlow reads what is there first, which may be no limit.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def current_limits(self) -> tuple[float, float]:
         """The values of r_max and d_max that the next training step uses."""
-        step = self.current_step()
+        step = 0.0 if self.step is None else self._step()
         return self.r_max(step), self.d_max(step)
 
     def current_step(self) -> int:
         """How many training calls the layer has seen."""
-        return 0 if self.step is None else int(backend.to_numpy(self.step))
+        return 0 if self.step is None else round(self._step())
+
+    def _step(self) -> float:
+        return float(backend.to_numpy(self.step))
 
     def _ramp(self, row: int) -> LinearRamp:
         if not self.built:
             return self._initial_ramps[row]
-        # `str` gives the shortest decimal: 1.1, not 1.10000002384.
-        initial_value, final_value = (
-            float(str(value))
-            for value in backend.to_numpy(self.limit_values)[row]
+        return schedules.stored_ramp(
+            list(schedules.MINIMA)[row],
+            self.name,
+            backend.to_numpy(self.limit_values)[row],
+            backend.to_numpy(self.limit_steps)[row],
         )
-        begin_step, end_step = backend.to_numpy(self.limit_steps)[row]
-        return LinearRamp(initial_value, final_value, begin_step, end_step)
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
         if not self.built:
@@ -308,10 +325,10 @@ class BatchRenormalization(BatchNormalization):
             return
         for variable, new in zip(
             (self.limit_values, self.limit_steps),
-            _ramp_arrays([ramp]),
+            schedules.store_ramps([ramp]),
             strict=True,
         ):
-            rows = np.array(backend.to_numpy(variable))
+            rows = backend.to_numpy(variable)
             rows[row] = new[0]
             variable.assign(rows)
 
@@ -343,6 +360,26 @@ class BatchRenormalization(BatchNormalization):
 
     def _end_step(self) -> None:
         self.step.assign_add(1)
+
+    def _check_state(self, weights: Any) -> list[np.ndarray]:
+        arrays = super()._check_state(weights)
+        step, values, steps = (
+            next(i for i, each in enumerate(self.weights) if each is weight)
+            for weight in (self.step, self.limit_values, self.limit_steps)
+        )
+        if not np.isfinite(arrays[step]):
+            raise ValueError(
+                f"`step` of layer {self.name} must be finite. Received: "
+                f"step={arrays[step]}."
+            )
+        # Earlier versions stored infinity.
+        arrays[values], _ = schedules.store_ramps(
+            schedules.stored_ramp(name, self.name, *rows)
+            for name, *rows in zip(
+                schedules.MINIMA, arrays[values], arrays[steps], strict=True
+            )
+        )
+        return arrays
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, with the present limits."""
@@ -393,12 +430,3 @@ def _check_gradient_momentum(
             f"keep state. Received: gradient_momentum={value}."
         )
     return momentum
-
-
-def _ramp_arrays(
-    ramps: Sequence[LinearRamp],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values and steps of ramps, a row each."""
-    values = [[ramp.initial_value, ramp.final_value] for ramp in ramps]
-    steps = [[ramp.begin_step, ramp.end_step] for ramp in ramps]
-    return np.array(values, dtype="float64"), np.array(steps, dtype="int64")
