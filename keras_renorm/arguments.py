@@ -1,12 +1,58 @@
 """Checks of arguments: the error names the argument, the rule, the value."""
 
+import difflib
+import inspect
 import math
 import numbers
 import os
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
+
+# What other libraries call an argument.
+_OTHER_NAMES = {
+    "affine": ("center", "scale"),
+    "bias": ("center",),
+    "decay": ("momentum",),
+    "decay_rate": ("momentum",),
+    "eps": ("epsilon",),
+    "track_running_stats": ("frozen_statistics",),
+    "use_bias": ("center",),
+    "use_scale": ("scale",),
+}
+_OF_RENORMALIZATION = {"r_max", "d_max", "rmax", "dmax", "gradient_momentum"}
+
+
+def check_known(
+    given: Mapping[str, Any], known: Iterable[str], of: str
+) -> None:
+    """Raises for a name that `of` does not take but has another name for.
+
+    A name that is like none of those `known` is left to whoever comes next.
+    """
+    known = set(known)
+    for name, value in given.items():
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name.lower(), known, 1)
+        other = _OTHER_NAMES.get(name)
+        if name == "num_features":
+            hint = "A layer sees by itself how many channels there are."
+        elif name in _OF_RENORMALIZATION and "r_max" not in known:
+            hint = "`keras_renorm.BatchRenormalization` has it."
+        elif other and known.issuperset(other):
+            hint = f"Did you mean `{'` and `'.join(other)}`?"
+        elif close:
+            hint = f"Did you mean `{close[0]}`?"
+        else:
+            continue
+        raise ValueError(
+            f"`{name}` must be an argument of {of}. Received: "
+            f"{name}={value!r}. {hint}"
+        )
 
 
 def plain(value: Any) -> Any:
@@ -82,6 +128,34 @@ def check_momentum(value: Any) -> float:
             f"`momentum` must be in [0, 1]. Received: momentum={value}."
         )
     return momentum
+
+
+class Intended(float):
+    """A momentum of which nothing is to be said: it was given before."""
+
+
+def warn_of_low_momentum(value: float) -> None:
+    """Warns of a momentum that may be meant as PyTorch means it.
+
+    0 is meant: in PyTorch's sense the statistics would never move.
+    """
+    if not isinstance(value, Intended) and 0 < check_momentum(value) < 0.5:
+        warn(
+            f"`momentum` is the share of the old moving statistics that is "
+            f"kept: with {value:g} they are those of the last batch or two. "
+            f"What PyTorch calls momentum={value:g} is "
+            f"momentum={1 - value:g} here."
+        )
+
+
+def warn(message: str) -> None:
+    """Warns of what the first caller outside this package and Keras does."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(
+        ("keras_renorm.", "keras.")
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def check_epsilon(value: Any) -> float:

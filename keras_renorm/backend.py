@@ -6,6 +6,7 @@ here; it is `None` where the backend is another.
 """
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -36,12 +37,18 @@ if _is("tensorflow"):
         from tensorflow.python.eager import forwardprop_util  # noqa: TID251
     except ImportError:
         forwardprop_util = None
+    _REMAT_FILE = inspect.unwrap(tf.recompute_grad).__code__.co_filename
 elif _is("jax"):
     import jax
     from jax.experimental import io_callback
+
+    _REMAT_FILE = inspect.unwrap(jax.checkpoint).__code__.co_filename
 elif _is("torch"):
     import torch
     from torch import distributed
+    from torch.utils import checkpoint
+
+    _REMAT_FILE = checkpoint.__file__
 
 
 def has_fused_operators() -> bool:
@@ -52,6 +59,114 @@ def has_fused_operators() -> bool:
 def keeps_state_backwards() -> bool:
     """Whether a backward pass can keep state: `with_accumulators`."""
     return _is("tensorflow")
+
+
+def remat_calls(inputs: Tensor) -> tuple[list[Any], Any]:
+    """The calls of `keras.remat` that this runs in, as keys.
+
+    Those whose first pass this is, from inside out; and the first one met whose
+    second pass it is, or `None`. `inputs` are those of the layer that asks. A
+    key is an object that both passes of one call have, and no other: its
+    dictionary of arguments by name. There is no public way to ask, so it is
+    read off the stack.
+
+    Raises:
+        NotImplementedError: Where a second pass cannot be known: on JAX, on
+            PyTorch with `use_reentrant=True`, and in a `tf.function` that
+            `keras.remat` calls, whose graph is computed twice.
+    """
+    first: list[Any] = []
+    if _is("torch") and torch.compiler.is_compiling():
+        return first, None  # it has no stack, and traces both passes itself
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == _REMAT_FILE:
+            key, is_second = _remat_call(frame)
+            if is_second:
+                return first, key
+            if key is not None:
+                first.append(key)
+                _check_no_function(frame, inputs)
+        frame = frame.f_back
+    return first, None
+
+
+def _remat_call(frame: Any) -> tuple[Any, bool]:
+    """The call of `keras.remat` whose function a frame is of, if it is one.
+
+    And whether it is in its second pass.
+    """
+    names = frame.f_locals
+    if _is("tensorflow"):
+        (first,) = _made_in(inspect.unwrap(tf.recompute_grad).__code__)
+        if frame.f_code is first:
+            return names["kwargs"], False
+        if frame.f_code in _made_in(first):
+            return names["kwargs"], True
+    elif _is("torch"):
+        if frame.f_code.co_name == "recompute_fn":
+            return names["kwargs"], True
+        if "gen" in names:
+            return names["gen"].gi_frame.f_locals["kwargs"], False
+        if "use_reentrant" in names:
+            raise NotImplementedError(
+                "`use_reentrant` must be False where a layer moves its "
+                "statistics: its second call would not be known. Received: "
+                "use_reentrant=True."
+            )
+    else:
+        raise NotImplementedError(
+            "A layer that moves its statistics must not be called in "
+            "`keras.remat` on Keras's JAX backend, where nothing but outputs "
+            "can leave it. Call the layer between two such functions, or "
+            "freeze its statistics."
+        )
+    return None, False
+
+
+def _check_no_function(frame: Any, inputs: Tensor) -> None:
+    """Raises in a `tf.function` that the function of a frame calls."""
+    graph = getattr(inputs, "graph", None)
+    if graph is None:
+        return
+    around = [
+        getattr(each, "graph", None)
+        for each in tf.nest.flatten(frame.f_locals["args"])
+        if tf.is_tensor(each)
+    ]
+    # A loop's graph is of another class; it is made anew in the second pass.
+    if any(each is None or type(each) is type(graph) for each in around) and (
+        graph not in around
+    ):
+        raise NotImplementedError(
+            "A layer that moves its statistics must not be in a `tf.function` "
+            "that `keras.remat` calls: both passes would move them. Make one "
+            "of what is around `keras.remat`."
+        )
+
+
+def _made_in(code: Any) -> list[Any]:
+    """The code of the functions that a function makes."""
+    return [each for each in code.co_consts if isinstance(each, type(code))]
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a graph is being made, in which numbers of Python are fixed."""
+    if _is("tensorflow"):
+        return tf.is_symbolic_tensor(tensor)
+    return _is("jax") and isinstance(tensor, jax.core.Tracer)
+
+
+@functools.lru_cache(256)
+def constant(value: float, dtype: str) -> Any:
+    """A number that layers which share a graph may each have another of.
+
+    A tensor on TensorFlow, and the same one each time: to make one takes time.
+    """
+    if not _is("tensorflow"):
+        return value
+    with tf.init_scope(), tf.device(None):
+        return tf.constant(value, dtype)
 
 
 def counter_dtype(dtype: str) -> str:

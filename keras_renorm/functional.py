@@ -308,7 +308,8 @@ class State(NamedTuple):
 
     Attributes:
         gamma, beta, moving_mean, moving_variance, epsilon: As there.
-        momentum: Share of the moving statistics that is kept.
+        shares: Those of the moving statistics and of the batch's in the new
+            moving statistics: momentum and 1 - momentum.
         limits: Those of r and d. `None` is r = 1, d = 0.
         feedback: What corrects the gradient, or `None`.
     """
@@ -318,7 +319,7 @@ class State(NamedTuple):
     moving_mean: Tensor
     moving_variance: Tensor
     epsilon: float
-    momentum: float
+    shares: tuple[Tensor, Tensor]
     limits: Limits | None
     feedback: Feedback | None
 
@@ -437,7 +438,7 @@ def respond(
         valid = ops.logical_and(valid, has_elements)
 
     def moved(moving: Tensor, batch: Tensor) -> Tensor:
-        updated = moving * state.momentum + batch * (1.0 - state.momentum)
+        updated = moving * state.shares[0] + batch * state.shares[1]
         return ops.where(valid, updated, moving)
 
     return Response(

@@ -348,9 +348,114 @@ def test_a_mask_that_does_not_broadcast(
         assert np.array_equal(old, new)
 
 
-def test_keras_answers_for_unknown_arguments():
-    with pytest.raises(ValueError, match="momentun"):
-        BatchNormalization(momentun=0.9)
+@pytest.mark.parametrize(
+    ("layer", "given", "hint"),
+    [
+        (BatchRenormalization, {"rmax": 3}, "Did you mean `r_max`?"),
+        (BatchRenormalization, {"eps": 1e-5}, "Did you mean `epsilon`?"),
+        (BatchNormalization, {"momentun": 0.9}, "Did you mean `momentum`?"),
+        (BatchNormalization, {"decay": 0.9}, "Did you mean `momentum`?"),
+        (
+            BatchNormalization,
+            {"virtual_batch": 2},
+            "Did you mean `virtual_batch_size`?",
+        ),
+        (
+            BatchRenormalization,
+            {"affine": False},
+            "Did you mean `center` and `scale`?",
+        ),
+        (
+            BatchNormalization,
+            {"num_features": 64},
+            "A layer sees by itself how many channels there are.",
+        ),
+        (
+            BatchNormalization,
+            {"r_max": 3.0},
+            "`keras_renorm.BatchRenormalization` has it.",
+        ),
+    ],
+)
+def test_an_argument_of_another_name(layer, given, hint):
+    ((name, value),) = given.items()
+    with raises(
+        ValueError,
+        f"`{name}` must be an argument of {layer.__name__}. Received: "
+        f"{name}={value!r}. {hint}",
+    ):
+        layer(**given)
+
+
+def test_keras_answers_for_an_argument_like_no_other():
+    with pytest.raises(ValueError, match="unknown"):
+        BatchNormalization(unknown=0.9)
+
+
+INVALID_ATTRIBUTES = [
+    (
+        "momentum",
+        1.5,
+        ValueError,
+        "`momentum` must be in [0, 1]. Received: momentum=1.5.",
+    ),
+    (
+        "epsilon",
+        0,
+        ValueError,
+        "`epsilon` must be positive and finite. Received: epsilon=0.",
+    ),
+    (
+        "synchronized",
+        1,
+        TypeError,
+        "`synchronized` must be True or False. Received: synchronized=1.",
+    ),
+    *(
+        (
+            name,
+            new,
+            ValueError,
+            f"`{name}` must not change once a layer is built. Received: "
+            f"{name}={new}, which is {old} in layer bn. "
+            "`keras_renorm.convert` makes a model with other layers.",
+        )
+        for name, new, old in [
+            ("axis", 1, -1),
+            ("center", False, True),
+            ("scale", False, True),
+            ("synchronized", True, False),
+            ("virtual_batch_size", 4, None),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "message"), INVALID_ATTRIBUTES
+)
+def test_attributes(layer, name, value, kind, message):
+    layer = layer(name="bn")
+    layer.build((None, 3))
+    before = layer.get_config()
+    with raises(kind, message):
+        setattr(layer, name, value)
+    assert layer.get_config() == before
+    setattr(layer, name, before[name])  # what it is already
+
+
+def test_attributes_that_exclude_each_other():
+    layer = BatchNormalization(virtual_batch_size=4)
+    layer.synchronized = True
+    with raises(
+        ValueError,
+        "`virtual_batch_size` must be None where synchronized=True: one "
+        "narrows the examples that share statistics, the other widens "
+        "them. Received: virtual_batch_size=4.",
+    ):
+        layer.build((None, 3))
+    assert not layer.weights
 
 
 def test_a_scheduler_without_a_renormalization_layer():

@@ -67,3 +67,10 @@ def test_arguments_of_every_layer_are_taken(layer):
     assert not made.autocast
     with pytest.raises((TypeError, ValueError), match="unknown"):
         layer(unknown=1)
+
+
+@pytest.mark.parametrize("layer", [BatchNormalization, BatchRenormalization])
+def test_what_keras_has_by_default_is_taken(layer):
+    given = {"renorm": False, "renorm_clipping": None, "renorm_momentum": 0.9}
+    assert defaults(KERAS).keys() >= given.keys()
+    assert layer(**{**defaults(KERAS), **given}).momentum == 0.99

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm import BatchNormalization, BatchRenormalization, convert
 from keras_renorm.schedules import LinearRamp
 from tests import helpers
 
@@ -343,3 +343,98 @@ class TestFreezing:
             d_gamma, (upstream * (x - mean) / sigma).sum(0), 1e-12
         )
         helpers.assert_close(d_beta, upstream.sum(0), 1e-12)
+
+
+@pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
+class TestMomentum:
+    """As an attribute: at once, or from the next compile on."""
+
+    def network(self, kind):
+        return keras.Sequential(
+            [keras.Input((3,)), kind(name="bn"), keras.layers.Dense(1)]
+        )
+
+    def step(self, model, rng):
+        """The share of the old statistics that a step keeps."""
+        layer = model.layers[0]
+        x = helpers.inputs_of(rng, (8, 3))
+        layer.moving_mean.assign(np.zeros(3))
+        model.fit(x, x[:, :1], verbose=0)
+        return 1 - helpers.to_numpy(layer.moving_mean) / x.mean(0)
+
+    def test_set_before_compile(self, kind, rng):
+        model = self.network(kind)
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = 0.75
+        model.compile("sgd", "mse")
+        np.testing.assert_allclose(self.step(model, rng), 0.75, 1e-5)
+        copy = keras.models.clone_model(model)
+        assert copy.layers[0].momentum == 0.75
+
+    @pytest.mark.tensorflow
+    @pytest.mark.jax
+    def test_set_after_a_graph_was_made(self, kind, rng):
+        model = self.network(kind)
+        model.compile("sgd", "mse")
+        self.step(model, rng)
+        with pytest.warns(
+            UserWarning,
+            match="^`momentum` takes effect when the model is compiled next: "
+            "graphs that were made before have the old momentum.$",
+        ) as caught:
+            model.layers[0].momentum = 0.5
+        assert caught[0].filename == __file__
+        np.testing.assert_allclose(self.step(model, rng), 0.99, 1e-5)
+        model.compile("sgd", "mse")
+        np.testing.assert_allclose(self.step(model, rng), 0.5, 1e-5)
+
+    def test_set_eagerly(self, kind, rng):
+        layer = kind()
+        x = helpers.inputs_of(rng, (8, 3))
+        layer.build(x.shape)
+        for momentum in np.linspace(0.0, 1.0, 5):
+            layer.momentum = momentum
+            layer.moving_mean.assign(np.zeros(3))
+            layer(x, training=True)
+            helpers.assert_close(
+                layer.moving_mean, (1 - momentum) * x.mean(0), 1e-6
+            )
+
+    @pytest.mark.tensorflow
+    def test_eager_layers_of_any_momentum_share_a_graph(
+        self, kind, rng, monkeypatch
+    ):
+        import tensorflow as tf
+
+        x = helpers.inputs_of(rng, (8, 3))
+        layer = kind()
+        layer(x, training=True)
+
+        def refuse(*arguments, **options):
+            raise AssertionError("a graph is made")
+
+        monkeypatch.setattr(tf, "function", refuse)
+        layer.momentum = 0.123456
+        layer(x, training=True)
+        kind(momentum=0.654321)(x, training=True)
+
+
+@pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
+def test_a_momentum_of_pytorch_is_warned_of_once(kind, tmp_path):
+    with pytest.warns(
+        UserWarning,
+        match="^`momentum` is the share of the old moving statistics that is "
+        "kept: with 0.1 they are those of the last batch or two. What "
+        "PyTorch calls momentum=0.1 is momentum=0.9 here.$",
+    ) as caught:
+        layer = kind(momentum=0.1)
+    assert [each.filename for each in caught] == [__file__]
+    # None of these.
+    kind(momentum=0.0)
+    model = keras.Sequential([keras.Input((2,)), layer])
+    keras.models.clone_model(model)
+    convert(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.layers[0].momentum == 0.1

@@ -1,12 +1,22 @@
 """Batch normalization."""
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import arguments, backend, functional, kernels, pooling
+from keras_renorm import (
+    arguments,
+    backend,
+    functional,
+    kernels,
+    pooling,
+    recomputation,
+)
 from keras_renorm.functional import Tensor
 from keras_renorm.pooling import Pool
 
@@ -75,6 +85,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
     is left over is a group of its own. The moving statistics still get mean
     and variance of the whole batch.
 
+    **Recomputation.** In `keras.remat` a step is as it is without: what the
+    backward pass repeats begins with the same statistics, and moves none. On
+    JAX, where it can move none at all, that is an error. A `keras.RematScope`
+    does not recompute the layer itself, which keeps its inputs only.
+
+    **Attributes.** One may assign `momentum` and `epsilon`. They act at once in
+    eager mode and on PyTorch, else when the model is compiled next, and the
+    assignment says so where a graph was made before. The other arguments are
+    fixed once the layer is built.
+
     Statistics, gamma and beta are float32 under every 16-bit policy, float64
     under a float64 policy.
 
@@ -83,7 +103,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             for channels first.
         momentum: Share of the old moving statistics kept at each step, in
             [0, 1]. Defaults to 0.99. 0.9 to 0.95 where a run has only a few
-            hundred steps.
+            hundred steps. What PyTorch calls momentum is 1 minus this: below
+            0.5 there is a warning.
         epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
         synchronized: Whether the replicas of a strategy share the statistics
             of a batch. Defaults to `False`.
@@ -123,8 +144,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         A tensor of the shape of `inputs`, in the policy's compute type.
 
     Raises:
-        TypeError: If an argument is of the wrong kind, or one of Keras's
-            `renorm*` arguments is given (use `BatchRenormalization`).
+        TypeError: If an argument is of the wrong kind, or Keras's `renorm=True`
+            is given (use `BatchRenormalization`).
         ValueError: If an argument is out of its range, `virtual_batch_size`
             is given with `synchronized` or with channels on the first axis,
             `axis` is not an axis of the input, the number of channels is
@@ -166,31 +187,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
         name: str | None = None,
         **layer_arguments: Any,
     ) -> None:
-        for argument, value in layer_arguments.items():
-            if argument.startswith("renorm"):
-                raise TypeError(
-                    f"`{argument}` must not be given: batch renormalization "
-                    "is the layer `keras_renorm.BatchRenormalization`. "
-                    f"Received: {argument}={value!r}."
-                )
-        synchronized = arguments.check_boolean("synchronized", synchronized)
-        if virtual_batch_size is not None:
-            virtual_batch_size = arguments.check_integer(
-                "virtual_batch_size", virtual_batch_size, minimum=1
-            )
-        if synchronized and virtual_batch_size is not None:
-            raise ValueError(
-                "`virtual_batch_size` must be None where synchronized=True: "
-                "one narrows the examples that share statistics, the other "
-                "widens them. Received: virtual_batch_size="
-                f"{virtual_batch_size}."
-            )
+        layer_arguments = self._check_layer_arguments(layer_arguments)
+        synchronized = self.checks["synchronized"](synchronized)
+        virtual_batch_size = self.checks["virtual_batch_size"](
+            virtual_batch_size
+        )
+        _check_sharing(synchronized, virtual_batch_size)
+        arguments.warn_of_low_momentum(momentum)
         super().__init__(
-            axis=arguments.check_integer("axis", axis),
-            momentum=arguments.check_momentum(momentum),
-            epsilon=arguments.check_epsilon(epsilon),
-            center=arguments.check_boolean("center", center),
-            scale=arguments.check_boolean("scale", scale),
+            axis=self.checks["axis"](axis),
+            momentum=self.checks["momentum"](momentum),
+            epsilon=self.checks["epsilon"](epsilon),
+            center=self.checks["center"](center),
+            scale=self.checks["scale"](scale),
             beta_initializer=beta_initializer,
             gamma_initializer=gamma_initializer,
             moving_mean_initializer=moving_mean_initializer,
@@ -209,6 +218,49 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.virtual_batch_size = virtual_batch_size
         self.frozen_statistics = frozen_statistics
         self._holds_statistics = False
+        self._calls = recomputation.Memory()
+
+    # Arguments that may be assigned to as well.
+    checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "axis": partial(arguments.check_integer, "axis"),
+        "momentum": arguments.check_momentum,
+        "epsilon": arguments.check_epsilon,
+        "synchronized": partial(arguments.check_boolean, "synchronized"),
+        "virtual_batch_size": lambda value: (
+            None
+            if value is None
+            else arguments.check_integer("virtual_batch_size", value, minimum=1)
+        ),
+        "center": partial(arguments.check_boolean, "center"),
+        "scale": partial(arguments.check_boolean, "scale"),
+    }
+    # Whether a graph has momentum and epsilon, as constants.
+    _is_traced = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.checks and name in vars(self):
+            value = self._changed(name, self.checks[name](value))
+        super().__setattr__(name, value)
+
+    def _changed(self, name: str, value: Any) -> Any:
+        """A valid value of an argument, if the layer may have it from now."""
+        old = vars(self)[name]
+        if value == old:
+            return value
+        if name not in ("momentum", "epsilon"):
+            if self.built:
+                raise ValueError(
+                    f"`{name}` must not change once a layer is built. "
+                    f"Received: {name}={value}, which is {old} in layer "
+                    f"{self.name}. `keras_renorm.convert` makes a model with "
+                    "other layers."
+                )
+        elif self._is_traced:
+            arguments.warn(
+                f"`{name}` takes effect when the model is compiled next: "
+                f"graphs that were made before have the old {name}."
+            )
+        return value
 
     @property
     def statistics_stand(self) -> bool:
@@ -239,6 +291,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates gamma, beta, moving_mean and moving_variance, in order."""
+        _check_sharing(self.synchronized, self.virtual_batch_size)
         axis = self._channel_axis(len(input_shape))
         if axis == 0 and self.virtual_batch_size is not None:
             raise ValueError(
@@ -302,6 +355,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
             **weight,
         )
 
+    def rematerialized_call(
+        self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Callable[..., Any]:
+        """The call as it is, in a `keras.RematScope`: it keeps its inputs only.
+
+        What is normalized once more is one pass over them.
+        """
+        return layer_call
+
     def call(
         self, inputs: Tensor, training: bool | None = None, mask: Any = None
     ) -> Tensor:
@@ -320,22 +382,40 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _train(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
         dtype = kernels.statistics_dtype(inputs.dtype)
         inputs, feedback = self._feedback(inputs, dtype)
+        if backend.is_traced(inputs):
+            self.__dict__["_is_traced"] = True
         state = functional.State(
             *self._read_parameters(dtype),
-            self.momentum,
+            (
+                backend.constant(self.momentum, dtype),
+                backend.constant(1.0 - self.momentum, dtype),
+            ),
             self._limits(),
             feedback,
         )
+        first_passes, second_pass = backend.remat_calls(inputs)
+        if second_pass is not None:
+            state = self._calls.recall(second_pass, state)
+        if first_passes:
+            if feedback is not None and self.compute_dtype == "float16":
+                raise NotImplementedError(
+                    "`gradient_momentum` must be None in `keras.remat` under "
+                    "a float16 policy: the second pass does not see by what "
+                    "the loss is multiplied. Received: gradient_momentum="
+                    f"{feedback.momentum}."
+                )
+            self._calls.remember(first_passes, inputs, state)
         pool = Pool(self.synchronized, self.virtual_batch_size)
         outputs, update = kernels.normalize_by_batch(
             inputs, axis, mask, state, pool
         )
-        self.moving_mean.assign(update.moving_mean)
-        self.moving_variance.assign(update.moving_variance)
-        self._end_step()
-        if update.probe is not None and self.compute_dtype == "float16":
-            # So that the backward pass sees the scale of the loss.
-            self.add_loss(update.probe)
+        if second_pass is None:
+            self.moving_mean.assign(update.moving_mean)
+            self.moving_variance.assign(update.moving_variance)
+            self._end_step()
+            if update.probe is not None and self.compute_dtype == "float16":
+                # So that the backward pass sees the scale of the loss.
+                self.add_loss(update.probe)
         return outputs
 
     def _infer(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
@@ -367,6 +447,29 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return functional.Parameters(
             gamma, beta, moving_mean, moving_variance, self.epsilon
         )
+
+    @classmethod
+    def _check_layer_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What is left for `keras.layers.Layer`, which knows what it takes."""
+        if given.get("renorm", False) is False:
+            # As Keras's layer has them where it does not renormalize.
+            unset = {"renorm", "renorm_momentum"}
+            if given.get("renorm_clipping") is None:
+                unset.add("renorm_clipping")
+            given = {k: v for k, v in given.items() if k not in unset}
+        for name, value in given.items():
+            if name.startswith("renorm"):
+                raise TypeError(
+                    f"`{name}` must not be given: batch renormalization "
+                    "is the layer `keras_renorm.BatchRenormalization`. "
+                    f"Received: {name}={value!r}."
+                )
+        if given:
+            known = {"input_shape", "input_dim"}
+            for each in (cls, BatchNormalization, keras.layers.Layer):
+                known.update(inspect.signature(each.__init__).parameters)
+            arguments.check_known(given, known, cls.__name__)
+        return given
 
     def _channel_axis(self, rank: int) -> int:
         if not -rank <= self.axis < rank:
@@ -456,4 +559,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if not config.get("renorm", False):
             for name in ("renorm", "renorm_clipping", "renorm_momentum"):
                 config.pop(name, None)
+        if "frozen_statistics" in config:  # of a layer that was made before
+            config["momentum"] = arguments.Intended(config["momentum"])
         return cls(**config)
+
+
+def _check_sharing(synchronized: bool, virtual_batch_size: int | None) -> None:
+    if synchronized and virtual_batch_size is not None:
+        raise ValueError(
+            "`virtual_batch_size` must be None where synchronized=True: "
+            "one narrows the examples that share statistics, the other "
+            "widens them. Received: virtual_batch_size="
+            f"{virtual_batch_size}."
+        )

@@ -1,6 +1,7 @@
 """Batch renormalization."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import keras
 import numpy as np
@@ -10,6 +11,25 @@ from keras_renorm import arguments, backend, functional, schedules
 from keras_renorm.functional import Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
+
+
+def _check_gradient_momentum(value: Any) -> float | None:
+    """`value` as a float in [0, 1), or `None`."""
+    if value is None:
+        return None
+    momentum = arguments.check_number("gradient_momentum", value)
+    if not 0 <= momentum < 1:
+        raise ValueError(
+            "`gradient_momentum` must be at least 0 and below 1, or None. "
+            f"Received: gradient_momentum={value}."
+        )
+    if not backend.keeps_state_backwards():
+        raise ValueError(
+            "`gradient_momentum` must be None on Keras's "
+            f"{backend.name()} backend, where a backward pass cannot "
+            f"keep state. Received: gradient_momentum={value}."
+        )
+    return momentum
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
@@ -183,10 +203,8 @@ class BatchRenormalization(BatchNormalization):
             else schedules.limit(limit, value)
             for limit, value in (("r_max", r_max), ("d_max", d_max))
         )
-        if gradient_momentum is not None:
-            gradient_momentum = _check_gradient_momentum(
-                gradient_momentum, virtual_batch_size
-            )
+        gradient_momentum = _check_gradient_momentum(gradient_momentum)
+        _check_groups(gradient_momentum, virtual_batch_size)
         super().__init__(
             axis,
             momentum,
@@ -229,6 +247,7 @@ class BatchRenormalization(BatchNormalization):
         Row 0 of the limits is r_max, row 1 d_max; the columns are where the
         ramp begins and where it ends.
         """
+        _check_groups(self.gradient_momentum, self.virtual_batch_size)
         super().build(input_shape)
         values, steps = schedules.store_ramps(self._initial_ramps)
         dtype = self.moving_mean.dtype
@@ -287,6 +306,11 @@ class BatchRenormalization(BatchNormalization):
     @d_max.setter
     def d_max(self, value: float | LinearRamp) -> None:
         self._set_ramp(1, schedules.limit("d_max", value))
+
+    checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        **BatchNormalization.checks,
+        "gradient_momentum": _check_gradient_momentum,
+    }
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in schedules.MINIMA:
@@ -405,28 +429,14 @@ class BatchRenormalization(BatchNormalization):
         return super().from_config(config)
 
 
-def _check_gradient_momentum(
-    value: Any, virtual_batch_size: int | None
-) -> float:
-    """`value` as a float in [0, 1)."""
-    momentum = arguments.check_number("gradient_momentum", value)
-    if not 0 <= momentum < 1:
-        raise ValueError(
-            "`gradient_momentum` must be at least 0 and below 1, or None. "
-            f"Received: gradient_momentum={value}."
-        )
-    if virtual_batch_size is not None:
+def _check_groups(
+    gradient_momentum: float | None, virtual_batch_size: int | None
+) -> None:
+    if gradient_momentum is not None and virtual_batch_size is not None:
         raise ValueError(
             "`gradient_momentum` must be None where virtual_batch_size is "
             "given: groups of one batch share their moving statistics, and "
             "none of them comes after another. Received: "
-            f"gradient_momentum={value}, "
+            f"gradient_momentum={gradient_momentum}, "
             f"virtual_batch_size={virtual_batch_size}."
         )
-    if not backend.keeps_state_backwards():
-        raise ValueError(
-            "`gradient_momentum` must be None on Keras's "
-            f"{backend.name()} backend, where a backward pass cannot "
-            f"keep state. Received: gradient_momentum={value}."
-        )
-    return momentum
