@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -145,6 +146,26 @@ def test_tensorflow_checkpoints(trained, tmp_path):
     again = renorm_network()
     tf.train.Checkpoint(model=again).restore(path).expect_partial()
     assert_same_weights(again, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of_model", "imports", "is_found"),
+    [(True, "keras_renorm, ", True), (True, "", False), (False, "", True)],
+)
+def test_pickles_in_a_new_process(
+    of_model, imports, is_found, trained, tmp_path
+):
+    """What docs/guides/shipping.md says to import."""
+    path = tmp_path / "pickled"
+    path.write_bytes(pickle.dumps(trained if of_model else trained.layers[0]))
+    code = f"import {imports}pickle; pickle.load(open({str(path)!r}, 'rb'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert (run.returncode == 0) == is_found, run.stderr
+    if not is_found:
+        assert "Could not locate class 'BatchRenormalization'" in run.stderr
 
 
 @pytest.mark.slow
