@@ -98,10 +98,10 @@ def _remat_call(frame: Any) -> tuple[Any, bool]:
     """
     names = frame.f_locals
     if _is("tensorflow"):
-        (first,) = _made_in(inspect.unwrap(tf.recompute_grad).__code__)
-        if frame.f_code is first:
+        first = _made_in(inspect.unwrap(tf.recompute_grad).__code__)
+        if frame.f_code in first:
             return names["kwargs"], False
-        if frame.f_code in _made_in(first):
+        if any(frame.f_code in _made_in(each) for each in first):
             return names["kwargs"], True
     elif _is("torch"):
         if frame.f_code.co_name == "recompute_fn":

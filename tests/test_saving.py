@@ -138,6 +138,12 @@ def test_weights_of_another_class_name_the_way_that_works(tmp_path):
     )
 
 
+def test_a_layer_that_is_not_built_is_saved():
+    store = {}
+    BatchRenormalization().save_own_variables(store)
+    assert not store
+
+
 @pytest.mark.tensorflow
 def test_tensorflow_checkpoints(trained, tmp_path):
     import tensorflow as tf

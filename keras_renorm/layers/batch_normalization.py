@@ -465,9 +465,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     f"Received: {name}={value!r}."
                 )
         if given:
-            known = {"input_shape", "input_dim"}
-            for each in (cls, BatchNormalization, keras.layers.Layer):
-                known.update(inspect.signature(each.__init__).parameters)
+            known = {
+                name
+                for each in cls.__mro__
+                if issubclass(each, keras.layers.Layer)
+                for name in inspect.signature(each).parameters
+                if not name.startswith("renorm")
+            }
+            known |= {"input_shape", "input_dim"}
             arguments.check_known(given, known, cls.__name__)
         return given
 
@@ -559,8 +564,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if not config.get("renorm", False):
             for name in ("renorm", "renorm_clipping", "renorm_momentum"):
                 config.pop(name, None)
-        if "frozen_statistics" in config:  # of a layer that was made before
-            config["momentum"] = arguments.Intended(config["momentum"])
+        # Of a layer of ours, whose maker was told.
+        if "frozen_statistics" in config and "momentum" in config:
+            momentum = arguments.check_momentum(config["momentum"])
+            config["momentum"] = arguments.Intended(momentum)
         return cls(**config)
 
 

@@ -387,6 +387,8 @@ class BatchRenormalization(BatchNormalization):
 
     def _check_state(self, weights: Any) -> list[np.ndarray]:
         arrays = super()._check_state(weights)
+        if not self.built:
+            return arrays
         step, values, steps = (
             next(i for i, each in enumerate(self.weights) if each is weight)
             for weight in (self.step, self.limit_values, self.limit_steps)
