@@ -469,7 +469,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 name
                 for each in cls.__mro__
                 if issubclass(each, keras.layers.Layer)
-                for name in inspect.signature(each).parameters
+                and "__init__" in vars(each)
+                for name in inspect.signature(vars(each)["__init__"]).parameters
                 if not name.startswith("renorm")
             }
             known |= {"input_shape", "input_dim"}
