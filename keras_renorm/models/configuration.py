@@ -33,23 +33,10 @@ class Configurations:
         self._learn_classes(owner)
         return self._members(owner, config)
 
-    def serialized(self, layer: Any) -> dict[str, Any]:
-        """As `keras.saving.serialize_keras_object`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*includes a `lambda`")
-            node = keras.saving.serialize_keras_object(layer)
-        self._learn_classes(layer)
-        return {**node, "config": self._members(layer, node["config"])}
-
     def make(self, kind: type, config: dict[str, Any]) -> Any:
         """An object of a class, of such a configuration."""
         with keras.saving.custom_object_scope(self._known):
             return kind.from_config(config)  # type: ignore[attr-defined]
-
-    def read(self, node: dict[str, Any]) -> Any:
-        """As `keras.saving.deserialize_keras_object`."""
-        with keras.saving.custom_object_scope(self._known):
-            return keras.saving.deserialize_keras_object(node)
 
     def alike(self, owner: Any) -> Any:
         """A new object of the same class and configuration."""
@@ -58,7 +45,7 @@ class Configurations:
     def _learn_classes(self, owner: Any) -> None:
         if isinstance(owner, keras.layers.Layer):
             for layer in find_layers(owner, keras.layers.Layer):
-                if not _is_of_keras(type(layer)):
+                if not is_of_keras(type(layer)):
                     self._known[type(layer).__name__] = type(layer)
 
     def _members(self, owner: Any, config: Any) -> Any:
@@ -79,7 +66,7 @@ class Configurations:
             if len(value) != len(node):
                 # `layers` of a sequential model is without its input.
                 named = {getattr(each, "name", None): each for each in value}
-                value = [named.get(name_in(each)) for each in node]
+                value = [named.get(_name_in(each)) for each in node]
             return type(node)(map(self._replaced, node, value))
         if _must_be_kept(node, value):
             return self._stand_in(value)
@@ -107,7 +94,8 @@ class Configurations:
         }
 
 
-def _is_of_keras(value: Any) -> bool:
+def is_of_keras(value: Any) -> bool:
+    """Whether Keras defines a class or a function."""
     return str(getattr(value, "__module__", "")).split(".")[0] == "keras"
 
 
@@ -116,13 +104,13 @@ def _must_be_kept(node: Any, value: Any) -> bool:
     if not callable(value) or isinstance(value, keras.layers.Layer | type):
         return False
     is_function = isinstance(value, types.FunctionType)
-    if _is_of_keras(value if is_function else type(value)):
+    if is_of_keras(value if is_function else type(value)):
         # Keras finds its own functions by a plain name.
         return is_function and isinstance(node, dict)
     return True
 
 
-def name_in(node: Any) -> Any:
+def _name_in(node: Any) -> Any:
     """The name of the layer of a serialized node; empty for another."""
     config = node.get("config") if isinstance(node, dict) else None
     return config.get("name", "") if isinstance(config, dict) else ""
@@ -144,22 +132,3 @@ def _member(owner: Any, name: str) -> Any:
         ):
             return value
     return None
-
-
-def compile_alike(old: keras.Model, new: keras.Model) -> None:
-    """Compiles a model as another is, with a new optimizer."""
-    configurations = Configurations()
-    # `get_compile_config` has names only, and nothing public the functions.
-    given = dict(old._compile_config.config)
-
-    def anew(metric: Any) -> Any:
-        if isinstance(metric, keras.metrics.Metric):
-            return configurations.alike(metric)
-        return metric
-
-    for kind in ("metrics", "weighted_metrics"):
-        given[kind] = keras.tree.map_structure(anew, given[kind])
-    given["optimizer"] = configurations.alike(old.optimizer)
-    new.compile(**given)
-    if new.built:
-        new.optimizer.build(new.trainable_variables)

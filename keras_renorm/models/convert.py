@@ -9,9 +9,9 @@ from keras_renorm import arguments, schedules
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models import from_tf_keras
+from keras_renorm.models.copying import copy_model
 from keras_renorm.models.finding import Choice, describe, require_layers
-from keras_renorm.models.in_place import replace_in_place
-from keras_renorm.models.rebuild import rebuild
+from keras_renorm.models.in_place import check_built, replace_in_place
 from keras_renorm.models.state import is_untrained
 from keras_renorm.models.translation import (
     KERAS,
@@ -275,20 +275,21 @@ def _with_layers(
         given = {**arguments_of(layer.get_config(), to), **layer_arguments}
         _open_limits(new, given)
 
+    changed = [
+        layer
+        for layer in chosen
+        if type(layer) is not to
+        or layer_arguments
+        or getattr(layer, "renorm", False)
+    ]
     if in_place:
-        changed = [
-            layer
-            for layer in chosen
-            if type(layer) is not to
-            or layer_arguments
-            or getattr(layer, "renorm", False)
-        ]
+        check_built(model, changed)
         replace_in_place(model, changed, replace, hand_on)
         return model
-    new_model, copies = rebuild(model, chosen, replace)
-    for layer in chosen:
-        if layer.built:
-            hand_on(layer, copies[id(layer)])
+    unbuilt = [layer for layer in changed if not layer.built]
+    new_model, copies = copy_model(model, unbuilt, replace)
+    built = [copies[id(layer)] for layer in changed if layer.built]
+    replace_in_place(new_model, built, replace, hand_on, kept=())
     return new_model
 
 

@@ -11,8 +11,8 @@ from keras import layers
 
 from keras_renorm import arguments, backend
 from keras_renorm.models.configuration import config_of
+from keras_renorm.models.copying import check_has_graph, copy_model, graph_of
 from keras_renorm.models.finding import Choice, built_layers, has_graph
-from keras_renorm.models.rebuild import check_has_graph, rebuild
 
 # The kernel that makes the outputs, and the axis of it that counts them. A
 # depthwise kernel has two: inputs, and outputs for each.
@@ -81,24 +81,15 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     """
     check_has_graph(arguments.check_model(model))
     normalizations = built_layers(model, layers)
-    if any("layers" not in config_of(graph) for graph in _graphs_of(model)):
-        # A class of its own, which does not tell its graph: a plain copy does.
-        model, copies = rebuild(
-            model, [], lambda layer, config: (layer, config)
-        )
-        normalizations = [copies[id(each)] for each in normalizations]
     chosen = {id(each) for each in normalizations}
     pairs, reasons = _find_pairs(model)
     pairs = [pair for pair in pairs if id(pair.normalization) in chosen]
     folded = {id(pair.normalization) for pair in pairs}
-
-    def replace(
-        layer: Any, config: dict[str, Any]
-    ) -> tuple[type, dict[str, Any]]:
-        return type(layer), {**config, "use_bias": True}
-
-    new_model, copies = rebuild(
-        model, [pair.before for pair in pairs], replace, folded
+    new_model, copies = copy_model(
+        model,
+        [pair.before for pair in pairs],
+        lambda layer, config: (type(layer), {**config, "use_bias": True}),
+        folded,
     )
     for pair in pairs:
         _write_folded(pair, copies[id(pair.before)])
@@ -158,7 +149,7 @@ def _candidates(graph: keras.Model) -> Iterator[tuple[Any, Any, str]]:
                 else:
                     yield layer, graph.layers[at - 1], ""
         return
-    config = config_of(graph)
+    config = config_of(graph_of(graph))
     named = {layer.name: layer for layer in graph.layers}
     calls = {each["name"]: each["inbound_nodes"] for each in config["layers"]}
     readers = Counter(

@@ -4,7 +4,7 @@ What refers to a layer (an attribute, a list, a graph, a closure) still refers
 to it: the layer itself becomes another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -15,28 +15,14 @@ from keras_renorm.models.configuration import Configurations
 from keras_renorm.models.finding import describe
 from keras_renorm.models.replacing import as_asked
 
-# Weights that an optimizer knows: they stay the same variables.
-_TRAINED = ("gamma", "beta")
+# From a layer and its configuration to class and configuration of the new one.
+Replace = Callable[[Any, dict[str, Any]], tuple[type, dict[str, Any]]]
+# Weights that an optimizer knows.
+TRAINED = ("gamma", "beta")
 
 
-def replace_in_place(
-    model: keras.Model,
-    layers: Sequence[Any],
-    replace: Callable[[Any, dict[str, Any]], tuple[type, dict[str, Any]]],
-    copy_weights: Callable[[Any, Any], None],
-) -> None:
-    """Turns layers of a model into others; all of them or, on errors, none.
-
-    Args:
-        model: A model, which holds them.
-        layers: Built layers.
-        replace: From a layer and its configuration to the class and the
-            configuration of the one that it becomes.
-        copy_weights: Hands the weights of a layer on to a new one.
-
-    Raises:
-        ValueError: If a layer is not built.
-    """
+def check_built(model: keras.Model, layers: Sequence[Any]) -> None:
+    """Raises if layers of a model are not built: what they become is open."""
     unbuilt = [layer for layer in layers if not layer.built]
     if unbuilt:
         raise ValueError(
@@ -46,13 +32,35 @@ def replace_in_place(
             f"model={model.name}, with the layers "
             f"{describe(unbuilt, model)} not built."
         )
+
+
+def replace_in_place(
+    model: keras.Model,
+    layers: Sequence[Any],
+    replace: Replace,
+    copy_weights: Callable[[Any, Any], None],
+    kept: Collection[str] = TRAINED,
+    sources: Sequence[Any] | None = None,
+) -> None:
+    """Turns layers of a model into others; all of them or, on errors, none.
+
+    Args:
+        model: A model, which holds them.
+        layers: The layers.
+        replace: From a layer and its configuration to the class and the
+            configuration of the one that it becomes.
+        copy_weights: Hands the weights of a layer on to a new one.
+        kept: Names of weights that stay the same variables.
+        sources: Layers for `replace`, in the place of `layers`.
+    """
     configurations = Configurations()
     news = []
     # Weights are made where the model's are.
     strategy = getattr(model, "distribute_strategy", None)
     with as_asked(), strategy.scope() if strategy else nullcontext():
-        for layer in layers:
-            new = configurations.make(*replace(layer, configurations.of(layer)))
+        for layer, source in zip(layers, sources or layers, strict=True):
+            config = configurations.of(source)
+            new = configurations.make(*replace(source, config))
             _build_alike(layer, new)
             copy_weights(layer, new)
             news.append(new)
@@ -63,7 +71,7 @@ def replace_in_place(
     for layer, new, (old_names, new_names) in zip(
         layers, news, names, strict=True
     ):
-        _become(layer, new, old_names, new_names)
+        _become(layer, new, old_names, new_names, kept)
     trace_anew(model, layers)
 
 
@@ -91,35 +99,46 @@ def _names(layer: Any) -> list[str]:
 
 
 def _become(
-    layer: Any, new: Any, old_names: Sequence[str], new_names: Sequence[str]
+    layer: Any,
+    new: Any,
+    old_names: Sequence[str],
+    new_names: Sequence[str],
+    kept: Collection[str],
 ) -> None:
     """Turns a layer into another, which must not be used afterwards.
 
-    What every layer has (name, path, calls, `trainable`, policy) stays, and
-    gamma and beta stay the same variables.
+    What every layer has (name, path, calls, `trainable`, scopes) stays, and
+    `kept` stay the same variables.
     """
     # Keras lets no built layer have other variables by public means.
     layer._tracker.unlock()
+    trains = {}
     try:
         for name in old_names:
-            if name in _TRAINED:
-                continue
             value = getattr(layer, name)
+            if name in kept:
+                continue
             if isinstance(value, keras.Variable):
+                trains[name] = value.trainable
                 layer._untrack_variable(value)
                 setattr(layer, name, None)  # to delete one collects garbage
             delattr(layer, name)
         layer.__class__ = type(new)
         for name in new_names:
             value = vars(new)[name]
-            if name in _TRAINED:
-                kept = getattr(layer, name)
-                if kept is not None:
-                    kept.regularizer = value.regularizer
-                    kept.constraint = value.constraint
+            if name in kept:
+                variable = getattr(layer, name)
+                if variable is not None:
+                    variable.regularizer = value.regularizer
+                    variable.constraint = value.constraint
                 continue
             if isinstance(value, keras.Variable):
-                layer._track_variable(value)
+                layer._track_variable(value)  # by kind, whatever its flag
+                value.trainable = trains.get(name, value.trainable)
             setattr(layer, name, value)
+        layer.input_spec = new.input_spec
+        layer.activity_regularizer = new.activity_regularizer
+        if layer.dtype_policy != new.dtype_policy:
+            layer.dtype_policy = new.dtype_policy
     finally:
         layer._tracker.lock()

@@ -1,6 +1,10 @@
-"""The state of layers, which is more than their weights."""
+"""What a layer is beyond its configuration: state, flags, attributes."""
 
+import copy
+import inspect
+import re
 import tempfile
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
@@ -9,13 +13,108 @@ import numpy as np
 from keras_renorm import backend
 from keras_renorm.models.finding import own_variables
 
+# Values that a copy may share: data, and Keras's objects without state.
+_DATA = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    np.ndarray,
+    np.generic,
+    inspect.Signature,
+    keras.regularizers.Regularizer,
+    keras.constraints.Constraint,
+    keras.initializers.Initializer,
+    keras.dtype_policies.DTypePolicy,
+)
+
+
+def hand_on(
+    old: Any,
+    new: Any,
+    counterpart: Callable[[Any], Any],
+    changed: Collection[str] = (),
+) -> None:
+    """Gives a copy of an object what its configuration did not.
+
+    That is what somebody changed since it was made, and what Keras does not
+    write down: names, flags, a scope in which it was made.
+
+    Args:
+        old: A layer, a variable or an operation.
+        new: Its copy.
+        counterpart: What is in the copy of the model what a value is in the
+            model; raises `LookupError` for what has none.
+        changed: Attributes that are others on purpose.
+
+    Raises:
+        ValueError: If it has what belongs to it alone.
+    """
+    known = vars(new)
+    for name, value in list(vars(old).items()):
+        if name in known:
+            if name not in changed and _are_different_data(value, known[name]):
+                setattr(new, name, copy.copy(value))
+        elif type(new) is type(old) and not _is_of_a_run(value):
+            try:
+                if callable(getattr(type(old), name, None)):
+                    raise LookupError(name)
+                setattr(new, name, counterpart(value))
+            except (LookupError, ValueError) as error:
+                raise ValueError(
+                    "`model` must have no layers with attributes that a copy "
+                    "cannot have (`keras_renorm.convert` and "
+                    "`keras_renorm.revert` change any model with "
+                    f"in_place=True). Received: layer {old.name} of class "
+                    f"{type(old).__name__}, with {name}={value!r}."
+                ) from error
+
+
+def _are_different_data(one: Any, other: Any) -> bool:
+    if not (_is_data(one) and _is_data(other)):
+        return False
+    try:
+        return not bool(one == other)
+    except ValueError:  # arrays
+        return True
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, _DATA):
+        return True
+    if isinstance(value, list | tuple):
+        return all(map(_is_data, value))
+    return isinstance(value, dict) and all(
+        map(_is_data, [*value.keys(), *value.values()])
+    )
+
+
+def _is_of_a_run(value: Any) -> bool:
+    """Whether `fit` left it on a model: its history."""
+    return isinstance(value, keras.callbacks.Callback)
+
+
+def copy_variable(variable: keras.Variable) -> keras.Variable:
+    """A new variable with all that a variable is."""
+    new = keras.Variable(
+        backend.to_numpy(variable),
+        trainable=variable.trainable,
+        dtype=variable.dtype,
+        name=variable.name,
+    )
+    hand_on(variable, new, lambda value: value)
+    return new
+
 
 def copy_state(old: Any, new: Any) -> None:
     """Gives a layer the state of another of its class.
 
     What Keras saves of it, the same way; then what it does not save: the state
-    of random generators, and of a stateful recurrent layer. Of the layers
-    inside, nothing.
+    of random generators, and of a stateful recurrent layer, and what variables
+    are beside their values. Of the layers inside, nothing.
 
     Raises:
         ValueError: If the layers have not the same variables.
@@ -25,14 +124,30 @@ def copy_state(old: Any, new: Any) -> None:
         copy_assets(old, new)
     except (ValueError, KeyError, AttributeError) as error:
         raise not_made_anew(old) from error
-    pairs = [own_variables(old), own_variables(new)]
+    variables = [own_variables(old), own_variables(new)]
     if getattr(old, "stateful", False) and hasattr(old, "states"):
-        pairs[0] += keras.tree.flatten(old.states)
-        pairs[1] += keras.tree.flatten(new.states)
-    if [v.shape for v in pairs[0]] != [v.shape for v in pairs[1]]:
+        variables[0] += keras.tree.flatten(old.states)
+        variables[1] += keras.tree.flatten(new.states)
+    pairs = list(zip(*map(_in_order, variables), strict=False))
+    if len({*map(len, variables), len(pairs)}) > 1 or any(
+        (one.shape, one.dtype) != (two.shape, two.dtype) for one, two in pairs
+    ):
         raise not_made_anew(old)
-    for variable, copy in zip(*pairs, strict=True):
-        copy.assign(backend.to_numpy(variable))
+    for variable, copied in pairs:
+        copied.assign(backend.to_numpy(variable))
+        # The setter: on PyTorch it does more than keep the flag.
+        copied.trainable = variable.trainable
+        hand_on(variable, copied, lambda value: value)
+
+
+def _in_order(variables: list[keras.Variable]) -> list[keras.Variable]:
+    """By name: quantization and LoRA add some later than construction does.
+
+    Not by the numbers that Keras gives: those of a copy are others.
+    """
+    return sorted(
+        variables, key=lambda variable: re.sub(r"\d+", "", variable.name)
+    )
 
 
 def reload(layer: Any) -> None:
@@ -62,7 +177,9 @@ def not_made_anew(layer: Any) -> ValueError:
     """The error for a layer whose copy has other variables."""
     return ValueError(
         "`model` must have layers that their configuration makes anew, with "
-        f"the same weights. Received: layer {layer.name} of class "
+        "the same weights, and what they hold must be in one place "
+        "(`keras_renorm.convert` and `keras_renorm.revert` change any model "
+        f"with in_place=True). Received: layer {layer.name} of class "
         f"{type(layer).__name__}."
     )
 

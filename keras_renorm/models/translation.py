@@ -25,7 +25,7 @@ def check_class(to: Any) -> None:
 
 def arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
     """Of the configuration of a layer, what one of class `to` takes."""
-    accepted = {"name", "dtype"}.union(
+    accepted = {"activity_regularizer", "name", "dtype"}.union(
         *(
             inspect.signature(each.__init__).parameters  # type: ignore[misc]
             for each in to.__mro__[: to.__mro__.index(KERAS) + 1]
