@@ -608,6 +608,7 @@ def test_what_is_out_of_reach_is_named():
 
     with raises(ValueError, "model=bare, of class Bare.$"):
         fold(Bare(name="bare"))
+
     class Special(KERAS):
         pass
 

@@ -57,8 +57,8 @@ def test_everything_is_as_it_was(kind, way, rng):
 
 @pytest.mark.parametrize("kind", zoo.ALL)
 def test_copies_train_as_the_models_do(kind, rng):
-    if kind is zoo.recomputed and keras.backend.backend() == "tensorflow":
-        pytest.skip("Keras's `fit` fails there: gradients with keywords")
+    if kind is zoo.recomputed and keras.backend.backend() != "torch":
+        pytest.skip("Keras's `fit` fails there")
     model = networks.randomize(zoo.make(kind), rng)
     copy = there_and_back(model)
     x = networks.data_of(model, rng)

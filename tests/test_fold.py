@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_renorm import BatchNormalization, BatchRenormalization, fold
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    convert,
+    fold,
+    revert,
+)
 from tests import helpers, networks
 
 LAYERS = {
@@ -210,3 +216,95 @@ def test_keras_applications(name, left, rng):
     folded = fold(model)
     assert len(networks.normalizations(folded)) == left
     helpers.assert_close(folded.predict(x, verbose=0), expected, 1e-5)
+
+
+def always_trains(rng):
+    """Normalization that a graph calls with `training=True`, and others."""
+    inner = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(4),
+            BatchNormalization(name="in_part"),
+        ],
+        name="part",
+    )
+    outer = keras.Sequential([keras.Input((4,)), inner], name="outer")
+    inputs = keras.Input((4,))
+    x = layers.Dense(4, name="first")(inputs)
+    x = BatchNormalization(name="trains")(x, training=True)
+    x = layers.Dense(4, name="second")(x)
+    x = BatchNormalization(name="infers")(x, training=False)
+    x = outer(x, training=True)
+    return randomize(keras.Model(inputs, x), rng)
+
+
+def test_what_always_trains_is_named_and_kept(rng):
+    model = always_trains(rng)
+    x = networks.data_of(model, rng, 16)
+    with pytest.warns(UserWarning, match="not folded") as caught:
+        folded = fold(model)
+    assert str(caught[0].message) == (
+        "2 of 3 batch normalization layers are not folded: trains (it is "
+        "called with training=True); in_part (part is called with "
+        "training=True)."
+    )
+    expected = helpers.to_numpy(model(x))
+    helpers.assert_close(folded(x), expected, 1e-5)
+    for function in (convert, revert):
+        model = always_trains(np.random.default_rng(5))
+        copy = function(model)
+        for layer in networks.normalizations(copy):
+            if isinstance(layer, BatchRenormalization):
+                layer.r_max, layer.d_max = 1.0, 0.0
+        helpers.assert_close(copy(x), helpers.to_numpy(model(x)), 1e-5)
+
+
+def test_outputs_keep_their_names(rng, tmp_path):
+    inputs = keras.Input((4,))
+    outputs = [
+        BatchNormalization(name=name)(layers.Dense(2)(inputs))
+        for name in ("age", "weight")
+    ]
+    model = randomize(keras.Model(inputs, outputs), rng)
+    model.compile(
+        "sgd",
+        {"age": "mse", "weight": "mae"},
+        metrics={"age": ["mae"], "weight": ["mse"]},
+    )
+    x = networks.data_of(model, rng)
+    y = {"age": np.ones((4, 2)), "weight": np.zeros((4, 2))}
+    folded = fold(model)
+    assert folded.output_names == ["age", "weight"]
+    assert not networks.normalizations(folded)
+    expected = model.evaluate(x, y, verbose=0, return_dict=True)
+    got = folded.evaluate(x, y, verbose=0, return_dict=True)
+    assert got == pytest.approx(expected, rel=1e-5)
+    folded.save(tmp_path / "folded.keras")
+    loaded = keras.saving.load_model(tmp_path / "folded.keras")
+    assert loaded.output_names == ["age", "weight"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
+def test_weights_that_overflow_are_not_folded(dtype, rng):
+    """A channel that is nearly constant, and far from 0."""
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(3, dtype=dtype, name="dense"),
+            BatchNormalization(dtype=dtype, name="bn", epsilon=1e-6),
+        ]
+    )
+    dense, bn = model.layers
+    dense.kernel.assign(np.full((4, 3), [0.25, 32.0, 0.25]))
+    bn.moving_mean.assign([1.0, 128.0, 1.0])
+    bn.moving_variance.assign([1.0, 1e-5, 1.0])
+    x = np.ones((2, 4), "float16")
+    with pytest.warns(
+        UserWarning,
+        match=r"^1 of 1 batch normalization layers are not folded: bn "
+        r"\(float16 does not hold what dense would get\)\.$",
+    ):
+        folded = fold(model)
+    assert np.array_equal(helpers.to_numpy(folded(x)), np.zeros((2, 3)))
+    bn.moving_variance.assign([1.0, 1.0, 1.0])
+    assert not networks.normalizations(fold(model))

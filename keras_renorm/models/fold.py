@@ -31,9 +31,16 @@ _KERNELS: dict[type, tuple[str, tuple[int, ...]]] = {
 }
 
 
+# Above half of what the type holds, the sum that the bias is added to may
+# overflow, or the weights do.
+_LARGEST = {"float16": 65504.0 / 2}
+
+
 class _Pair(NamedTuple):
     before: Any
     normalization: Any
+    kernel: np.ndarray
+    bias: np.ndarray
 
 
 def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
@@ -68,8 +75,9 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
 
     Warns:
         UserWarning: What of `layers` was not folded, and why: another layer, an
-            activation or a branch is between the two, a layer is shared, or the
-            normalization is inside a wrapper.
+            activation or a branch is between the two, a layer is shared, the
+            normalization is inside a wrapper, it always trains (called with
+            `training=True`), or float16 does not hold the folded weights.
 
     Example:
 
@@ -108,34 +116,63 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     return new_model
 
 
-def _graphs_of(model: keras.Model) -> list[keras.Model]:
-    """A model and the models nested in it, not those inside wrappers."""
+def _graphs_of(
+    model: keras.Model, trains: bool = False
+) -> dict[int, tuple[keras.Model, bool]]:
+    """A model and the models nested in it, not those inside wrappers.
+
+    And whether each is always called with `training=True`, or once at least.
+    """
     if not has_graph(model):
-        return []
-    graphs = {id(model): model}
+        return {}
+    graphs = {id(model): (model, trains)}
+    calls = _calls_of(model)
     for layer in model.layers:
-        graphs |= {id(each): each for each in _graphs_of(layer)}
-    return list(graphs.values())
+        always = trains or any(map(_trains, calls.get(layer.name, [])))
+        for key, (graph, flag) in _graphs_of(layer, always).items():
+            graphs[key] = graph, flag or graphs.get(key, (graph, False))[1]
+    return graphs
+
+
+def _calls_of(graph: keras.Model) -> dict[str, list[Any]]:
+    """By the names of layers, their serialized calls; of a sequence none."""
+    if isinstance(graph, keras.Sequential):
+        return {}
+    layers = config_of(graph_of(graph))["layers"]
+    return {each["name"]: each["inbound_nodes"] for each in layers}
+
+
+def _trains(call: dict[str, Any]) -> bool:
+    return bool(call["kwargs"].get("training"))
 
 
 def _find_pairs(model: keras.Model) -> tuple[list[_Pair], dict[int, str]]:
     """What can be folded, and by `id` why other normalization cannot."""
     graphs = _graphs_of(model)
     # A layer in two graphs is shared, as is one that a graph calls twice.
-    uses = Counter(id(layer) for graph in graphs for layer in graph.layers)
+    uses = Counter(
+        id(layer) for graph, _ in graphs.values() for layer in graph.layers
+    )
     pairs, reasons = [], {}
-    for graph in graphs:
+    for graph, trains in graphs.values():
         for normalization, before, reason in _candidates(graph):
+            if not reason and trains:
+                reason = f"{graph.name} is called with training=True"
             if (
                 not reason
                 and max(uses[id(normalization)], uses[id(before)]) > 1
             ):
                 reason = "a layer is shared"
             reason = reason or _why_not(before, normalization)
+            if not reason:
+                pair = _Pair(
+                    before, normalization, *_folded(before, normalization)
+                )
+                reason = _why_not_finite(pair)
             if reason:
                 reasons[id(normalization)] = reason
             else:
-                pairs.append(_Pair(before, normalization))
+                pairs.append(pair)
     return pairs, reasons
 
 
@@ -149,9 +186,8 @@ def _candidates(graph: keras.Model) -> Iterator[tuple[Any, Any, str]]:
                 else:
                     yield layer, graph.layers[at - 1], ""
         return
-    config = config_of(graph_of(graph))
     named = {layer.name: layer for layer in graph.layers}
-    calls = {each["name"]: each["inbound_nodes"] for each in config["layers"]}
+    calls = _calls_of(graph)
     readers = Counter(
         source
         for nodes in calls.values()
@@ -159,7 +195,7 @@ def _candidates(graph: keras.Model) -> Iterator[tuple[Any, Any, str]]:
         for source in _sources(node)
     )
     # What the model returns has a reader too.
-    readers.update(_output_sources(config["output_layers"]))
+    readers.update(_output_sources(config_of(graph_of(graph))["output_layers"]))
     for name, layer in named.items():
         if not isinstance(layer, layers.BatchNormalization):
             continue
@@ -168,7 +204,9 @@ def _candidates(graph: keras.Model) -> Iterator[tuple[Any, Any, str]]:
             continue
         sources = list(_sources(calls[name][0]))
         before = named.get(sources[0][0]) if len(sources) == 1 else None
-        if before is None:
+        if _trains(calls[name][0]):
+            yield layer, before, "it is called with training=True"
+        elif before is None:
             yield layer, None, "no single layer comes before it"
         elif len(calls[before.name]) > 1:
             yield layer, before, f"{before.name} is shared"
@@ -221,9 +259,9 @@ def _why_not(before: Any, normalization: Any) -> str:
     return ""
 
 
-def _write_folded(pair: _Pair, new: Any) -> None:
-    name, axes = _KERNELS[type(pair.before)]
-    normalization = pair.normalization
+def _folded(before: Any, normalization: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias of both layers as one, in float64."""
+    name, axes = _KERNELS[type(before)]
 
     def values_of(weight: Any, default: float) -> Any:
         if weight is None:
@@ -235,14 +273,27 @@ def _write_folded(pair: _Pair, new: Any) -> None:
     scale = values_of(normalization.gamma, 1.0) / np.sqrt(
         variance + normalization.epsilon
     )
-    bias = values_of(pair.before.bias, 0.0)
+    bias = values_of(before.bias, 0.0)
     bias = (bias - mean) * scale + values_of(normalization.beta, 0.0)
-    kernel = values_of(getattr(pair.before, name), 0.0)
+    kernel = values_of(getattr(before, name), 0.0)
     around = [1] * kernel.ndim
     for axis in axes:
         around[axis] = kernel.shape[axis]
-    getattr(new, name).assign(kernel * scale.reshape(around))
-    new.bias.assign(bias)
+    return kernel * scale.reshape(around), bias
+
+
+def _why_not_finite(pair: _Pair) -> str:
+    kind = pair.before.compute_dtype
+    largest = max(np.max(np.abs(each)) for each in (pair.kernel, pair.bias))
+    if largest > _LARGEST.get(kind, np.inf):
+        return f"{kind} does not hold what {pair.before.name} would get"
+    return ""
+
+
+def _write_folded(pair: _Pair, new: Any) -> None:
+    name, _ = _KERNELS[type(pair.before)]
+    getattr(new, name).assign(pair.kernel)
+    new.bias.assign(pair.bias)
     if hasattr(new, "depthwise_kernel"):
         new.depthwise_kernel.assign(
             backend.to_numpy(pair.before.depthwise_kernel)

@@ -53,8 +53,8 @@ def hand_on(
     Raises:
         ValueError: If it has what belongs to it alone.
     """
-    known = vars(new)
-    for name, value in list(vars(old).items()):
+    known = _attributes(new)
+    for name, value in _attributes(old).items():
         if name in known:
             if name not in changed and _are_different_data(value, known[name]):
                 setattr(new, name, copy.copy(value))
@@ -71,6 +71,11 @@ def hand_on(
                     f"in_place=True). Received: layer {old.name} of class "
                     f"{type(old).__name__}, with {name}={value!r}."
                 ) from error
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """What an object has as its own; PyTorch keeps layers apart."""
+    return vars(owner) | dict(getattr(owner, "named_children", dict)())
 
 
 def _are_different_data(one: Any, other: Any) -> bool:
