@@ -573,8 +573,6 @@ def test_errors():
         convert(model, to=KERAS)
     with raises(ValueError, r"`momentum` must be in \[0, 1\]. Received: mom"):
         convert(model, momentum=2.0)
-    with raises((TypeError, ValueError), "r_maximum"):
-        convert(model, r_maximum=2.0)
     plain = keras.Sequential([keras.Input((4,)), layers.Dense(2)], name="mlp")
     for function in (convert, revert):
         with raises(
@@ -583,6 +581,31 @@ def test_errors():
             "model=mlp, which has none.$",
         ):
             function(plain)
+
+
+@pytest.mark.parametrize(
+    ("given", "to", "hint"),
+    [
+        ({"inplace": True}, BatchRenormalization, "in_place"),
+        ({"layer": "bn"}, BatchRenormalization, "layers"),
+        ({"rmax": 3}, BatchRenormalization, "r_max"),
+        ({"eps": 1e-5}, BatchNormalization, "epsilon"),
+        ({"r_max": 2.0}, BatchNormalization, None),
+        ({"decay": 0.9}, BatchNormalization, None),
+    ],
+)
+def test_arguments_that_nobody_takes(given, to, hint):
+    model = networks.sequential(KERAS)
+    ((name, value),) = given.items()
+    message = (
+        f"`{name}` must be an argument of `convert` or of {to.__name__}. "
+        f"Received: {name}={value!r}."
+    )
+    if hint:
+        message += f" Did you mean `{hint}`?"
+    for in_place in (False, True):
+        with helpers.raises(TypeError, message):
+            convert(model, to, in_place=in_place, **given)
 
 
 def test_what_is_out_of_reach_is_named():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_renorm import convert, revert
+from keras_renorm import BatchRenormalization, convert, fold, revert
 from tests import helpers, networks, zoo
 
 KERAS = layers.BatchNormalization
@@ -88,3 +88,128 @@ def test_copies_train_as_the_models_do(kind, rng):
         strict=True,
     ):
         helpers.assert_close(other, helpers.to_numpy(one), 1e-5)
+
+
+def test_a_discriminator_trains_on_in_the_copy(rng):
+    """In turns: alone, and fixed in the whole."""
+    whole = convert(zoo.generative())
+    discriminator = whole.layers[-1]
+    discriminator.trainable = True
+    x, y = helpers.inputs_of(rng, (4, 4)), np.ones((4, 3), "float32")
+    before = helpers.to_numpy(discriminator.layers[0].kernel)
+    discriminator.train_on_batch(x, y)
+    discriminator.trainable = False
+    whole.train_on_batch(np.ones((4, 2), "float32"), y)
+    after = helpers.to_numpy(discriminator.layers[0].kernel)
+    assert not np.array_equal(before, after)
+
+
+def test_steps_of_a_class_of_its_own_are_the_copys(rng):
+    model = zoo.own_class()
+    for function in (revert, convert, fold):
+        copy = function(model)
+        assert type(copy) is zoo.Own
+        x = networks.data_of(model, rng)
+        results = copy.evaluate(x, np.ones((4, 3)), return_dict=True, verbose=0)
+        assert results == {"mean": 7.0}
+        assert copy.features is copy.layers[1]
+        assert copy.tracker is not model.tracker
+        assert copy.first_optimizer is not model.first_optimizer
+        assert float(copy.second_optimizer.learning_rate) == pytest.approx(0.2)
+
+
+def test_a_class_that_takes_no_graph_becomes_a_plain_model():
+    plain = type(networks.shared(KERAS))
+    assert type(convert(networks.Backbone(KERAS))) is plain
+
+
+def test_layers_that_a_custom_layer_makes_are_reached(rng):
+    model = keras.Sequential(
+        [keras.Input((4,)), networks.Sealed(), zoo.Residual()]
+    )
+    networks.randomize(model, rng)
+    copy = convert(model, r_max=2.0)
+    again = convert(copy, momentum=0.5)
+    for each in (copy, again):
+        for layer in networks.normalizations(each):
+            assert type(layer) is BatchRenormalization
+            assert layer.r_max == 2.0
+    x = networks.data_of(model, rng)
+    for each in (copy, again, revert(again)):
+        helpers.assert_close(each(x), helpers.to_numpy(model(x)), 1e-6)
+    assert {type(each) for each in networks.normalizations(model)} == {KERAS}
+
+
+def unbuilt(*parts):
+    return keras.Sequential([layers.Dense(3), *parts])
+
+
+def test_models_that_are_not_built(rng):
+    model = unbuilt(KERAS(name="bn", momentum=0.7))
+    copy = convert(model, r_max=2.0)
+    x = helpers.inputs_of(rng, (8, 4))
+    copy(x, training=True)
+    layer = copy.get_layer("bn")
+    assert (layer.momentum, layer.r_max, layer.current_step()) == (0.7, 2.0, 1)
+    reverted = revert(unbuilt(BatchRenormalization(name="bn")))
+    reverted(x, training=True)
+    assert len(reverted.get_layer("bn").weights) == 4
+    with pytest.raises(ValueError, match="with the layers sealed_bn not built"):
+        convert(unbuilt(networks.Sealed()))
+
+
+class Attached(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def patched():
+    model = zoo.small()
+    head = model.layers[2]
+    head.call = lambda inputs: 2.0 * inputs @ head.kernel
+    return model
+
+
+def with_a_tensor_of_the_graph():
+    inputs = keras.Input((4,))
+    x = KERAS()(inputs)
+    model = Attached(inputs, layers.Dense(2)(x))
+    model.feature = x
+    return model
+
+
+def in_two_places():
+    inputs = keras.Input((5, 4))
+    dense = layers.Dense(4)
+    x = KERAS()(dense(inputs))
+    return keras.Model(inputs, layers.TimeDistributed(dense)(x))
+
+
+class NoConfig(layers.Layer):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def call(self, inputs):
+        return self.part(inputs)
+
+
+def without_configuration():
+    return keras.Sequential(
+        [keras.Input((4,)), NoConfig(layers.Dense(4)), KERAS()]
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [patched, with_a_tensor_of_the_graph, in_two_places, without_configuration],
+)
+def test_what_a_copy_cannot_have_is_an_error(make, rng):
+    model = make()
+    for function in (convert, revert, fold):
+        with pytest.raises(ValueError, match=r"in_place=True.*Received: layer"):
+            function(model)
+    x = networks.data_of(model, rng)
+    expected = helpers.to_numpy(model(x))
+    convert(model, in_place=True)
+    helpers.assert_close(model(x), expected, 1e-5)

@@ -17,7 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_renorm
-from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    convert,
+    revert,
+)
 from keras_renorm.callbacks import RenormScheduler
 from keras_renorm.schedules import LinearRamp
 from tests import helpers
@@ -759,3 +764,28 @@ def test_four_replicas():
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_converted_models_have_the_replicas_of_the_model(
+    in_place, strategy, rng
+):
+    with strategy.scope():
+        model = keras.Sequential(
+            [keras.Input((3,)), keras.layers.BatchNormalization()]
+        )
+        model.compile("sgd", "mse")
+    converted = convert(
+        model,
+        BatchNormalization,
+        synchronized=True,
+        momentum=0.0,
+        in_place=in_place,
+    )
+    assert converted.distribute_strategy is strategy
+    x = helpers.inputs_of(rng, (16, 3))
+    converted.fit(x, x, batch_size=16, verbose=0)
+    helpers.assert_close(
+        helpers.statistics(converted.layers[0])[1], x.var(axis=0), 1e-5
+    )
+    assert revert(converted).distribute_strategy is strategy

@@ -445,9 +445,7 @@ def test_errors_change_nothing(rng):
         "axis": 1,
         "center": False,
         "dtype": "float16",
-        "name": "a",
         "scale": False,
-        "trainable": False,
     }.items():
         with raises(
             TypeError,
@@ -455,6 +453,14 @@ def test_errors_change_nothing(rng):
             f"theirs. Received: {name}={value!r}.",
         ):
             convert(model, in_place=True, **{name: value})
+    for name, value in {"name": "a", "trainable": False}.items():
+        for in_place in (False, True):
+            with raises(
+                TypeError,
+                f"`{name}` must not be given: layers keep theirs. Received: "
+                f"{name}={value!r}.",
+            ):
+                convert(model, in_place=in_place, **{name: value})
     with raises(
         TypeError,
         "`in_place` must be True or False. Received: in_place=1.",

@@ -12,7 +12,7 @@ CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 # By file: `_flatten_layers` is Keras's and tf_keras's.
 USED = {
     ("kernels.py", "_get_control_flow_context"),
-    ("models/configuration.py", "_compile_config"),
+    ("models/copying.py", "_compile_config"),
     ("models/in_place.py", "_track_variable"),
     ("models/in_place.py", "_tracker"),
     ("models/in_place.py", "_untrack_variable"),

@@ -16,12 +16,15 @@ from keras_renorm.models.state import is_untrained
 from keras_renorm.models.translation import (
     KERAS,
     arguments_of,
+    check_arguments,
     check_class,
     copy_weights,
 )
 
+# What `convert` takes itself.
+_OWN = ("in_place", "layers", "model", "to")
 # What a layer that stays the same object cannot change.
-_FIXED = ("axis", "center", "dtype", "name", "scale", "trainable")
+_FIXED = ("axis", "center", "dtype", "scale")
 
 
 def convert(
@@ -40,12 +43,16 @@ def convert(
 
     **A copy** (the default), of a sequential or functional model; `model` is
     not changed. Batch normalization is found in nested models, in wrappers such
-    as `TimeDistributed`, and in custom layers whose `get_config` holds it. If
-    the model is compiled, the copy is compiled alike, with a new optimizer;
-    what was given to `optimizer.exclude_from_weight_decay` has to be given
-    again. State besides weights (vocabularies, a stateful layer's, random
-    generators') is copied, and functions need not be registered. A functional
-    model of a class of its own becomes a plain functional model.
+    as `TimeDistributed`, and in custom layers. A copy is all that the model is:
+    state besides weights (vocabularies, a stateful layer's, random
+    generators'), flags of layers and of single variables, LoRA, quantization,
+    the scopes that it was made in, attributes. Functions need not be
+    registered. If the model is compiled, the copy is compiled alike, with a new
+    optimizer; what was given to `optimizer.exclude_from_weight_decay` has to be
+    given again. A functional model of a class of its own stays of that class if
+    it does more than its graph (a `train_step`, a `call`), or takes `inputs`
+    and `outputs`; else it becomes a plain one. What a copy cannot have is an
+    error.
 
     **In place**, of any built model: subclassed, with custom layers that make
     their normalization themselves, a backbone of keras-hub. All batch
@@ -106,9 +113,9 @@ def convert(
             with `renorm=True` gives its `renorm_clipping` as limits; a layer of
             `to` gives everything, with the step counter. Limits that none gives
             are open at once (r_max 3, d_max 5) where the statistics are
-            trained, and the ramp of a new layer where they are not. With
-            `in_place`, not `axis`, `center`, `scale`, `dtype`, `name`,
-            `trainable`.
+            trained, and the ramp of a new layer where they are not. No `name`,
+            no `trainable`; with `in_place`, no `axis`, `center`, `scale`,
+            `dtype`.
 
     Returns:
         A new model; `model` where `in_place`.
@@ -119,8 +126,8 @@ def convert(
         ValueError: If the model has no batch normalization, or some of a class
             of its own; if `layers` chooses none, or what the model has not. For
             a copy, if the model is neither sequential nor functional, or has
-            some out of reach (created inside a custom layer). In place, if
-            layers are not built. If a model of tf_keras has what Keras 3 lacks,
+            what its configuration does not make anew. In place, if layers are
+            not built. If a model of tf_keras has what Keras 3 lacks,
             or is to be changed in place or in part; if an argument is out of
             range. Nothing has changed then.
 
@@ -204,6 +211,7 @@ def _with_layers(
     custom_objects: Mapping[str, Callable[..., Any]] | None = None,
 ) -> keras.Model:
     if to is not KERAS:
+        check_arguments(layer_arguments, to, "convert", _OWN)
         to(**layer_arguments)  # raises before anything is built
     if arguments.check_boolean("in_place", in_place):
         for name in _FIXED:

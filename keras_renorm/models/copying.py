@@ -21,6 +21,7 @@ from keras_renorm.models.in_place import (
 )
 from keras_renorm.models.replacing import as_asked
 from keras_renorm.models.state import (
+    adapt_alike,
     copy_state,
     copy_variable,
     hand_on,
@@ -152,6 +153,7 @@ class _Copying:
                 self._compile_alike(old, new)
             if old.built and not new.built:
                 new.build_from_config(old.get_build_config())
+            adapt_alike(old, new)
             changed = self._changed.get(id(old), {})
             hand_on(old, new, self._counterpart, changed)
             if id(old) not in self._changed:

@@ -9,7 +9,12 @@ from typing import Any
 
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.translation import KERAS, check_class, without_renorm
+from keras_renorm.models.translation import (
+    KERAS,
+    check_arguments,
+    check_class,
+    without_renorm,
+)
 
 # Makes, from the arguments of Keras's layer, the one in its place; of this
 # thread.
@@ -99,11 +104,7 @@ def _makes(maker: type | None) -> Iterator[None]:
 def _maker_of(to: Any, layer_arguments: dict[str, Any]) -> type:
     """A class that takes Keras's arguments and makes layers of `to`."""
     check_class(to)
-    if "name" in layer_arguments:
-        raise TypeError(
-            "`name` must not be given: layers keep theirs. Received: "
-            f"name={layer_arguments['name']!r}."
-        )
+    check_arguments(layer_arguments, to, "replacing", ["to"])
     # Raises; with a name, so that Keras does not count it.
     to(name="checked", **layer_arguments)
     signature = inspect.signature(KERAS.__init__)

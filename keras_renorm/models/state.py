@@ -102,6 +102,20 @@ def _is_of_a_run(value: Any) -> bool:
     return isinstance(value, keras.callbacks.Callback)
 
 
+def adapt_alike(old: Any, new: Any) -> None:
+    """Quantizes a layer, and gives it LoRA weights, as another is.
+
+    What its configuration says it is already. One that a custom layer makes is
+    as it was made.
+    """
+    mode = getattr(old, "quantization_mode", None)
+    if mode and not getattr(new, "quantization_mode", None):
+        settings = getattr(old, "quantization_config", None)
+        new.quantize(mode, **({"config": settings} if settings else {}))
+    if getattr(old, "lora_enabled", False) and not new.lora_enabled:
+        new.enable_lora(old.lora_rank, lora_alpha=old.lora_alpha)
+
+
 def copy_variable(variable: keras.Variable) -> keras.Variable:
     """A new variable with all that a variable is."""
     new = keras.Variable(

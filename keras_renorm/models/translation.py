@@ -1,6 +1,8 @@
 """From one class of batch normalization to another: arguments, weights."""
 
+import difflib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -23,18 +25,47 @@ def check_class(to: Any) -> None:
         )
 
 
+def check_arguments(
+    given: dict[str, Any], to: type, function: str, own: Iterable[str]
+) -> None:
+    """Raises for arguments that neither a function nor the layer takes."""
+    known = {*own, *_accepted_by(to)} - {"name", "renorm"}
+    for name, value in given.items():
+        if name in ("name", "trainable"):
+            raise TypeError(
+                f"`{name}` must not be given: layers keep theirs. Received: "
+                f"{name}={value!r}."
+            )
+        # The layer says what to do about `renorm` and what belongs to it.
+        if name not in known and not name.startswith("renorm"):
+            close = difflib.get_close_matches(name, sorted(known), 1)
+            raise TypeError(
+                f"`{name}` must be an argument of `{function}` or of "
+                f"{to.__name__}. Received: {name}={value!r}."
+                + "".join(f" Did you mean `{each}`?" for each in close)
+            )
+
+
+def _accepted_by(to: type) -> set[str]:
+    """Names of arguments that a class takes."""
+    parameters = [
+        parameter
+        for each in to.__mro__[: to.__mro__.index(KERAS) + 1]
+        for parameter in list(
+            inspect.signature(each.__init__).parameters.values()  # type: ignore[misc]
+        )[1:]
+    ]
+    return {"activity_regularizer", "dtype", "name"} | {
+        each.name for each in parameters if each.kind is not each.VAR_KEYWORD
+    }
+
+
 def arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
     """Of the configuration of a layer, what one of class `to` takes."""
-    accepted = {"activity_regularizer", "name", "dtype"}.union(
-        *(
-            inspect.signature(each.__init__).parameters  # type: ignore[misc]
-            for each in to.__mro__[: to.__mro__.index(KERAS) + 1]
-        )
-    )
     arguments = {
         name: value
         for name, value in without_renorm(config, to).items()
-        if name in accepted
+        if name in _accepted_by(to)
     }
     if to is KERAS and not backend.lets_keras_synchronize():
         arguments["synchronized"] = False  # True is refused there
