@@ -158,6 +158,22 @@ def test_models_that_are_not_built(rng):
         convert(unbuilt(networks.Sealed()))
 
 
+def test_normalization_that_a_plain_copy_does_not_have():
+    model = networks.Backbone(KERAS, name="backbone")
+    model.spare = KERAS(name="spare")
+    model.spare.build((None, 3))
+    message = (
+        "`model` must call all batch normalization that it has: a copy of a "
+        "Backbone is its graph, without the rest. Leave it out with `layers`, "
+        "or use in_place=True. Received: model=backbone, which does not call "
+        "spare."
+    )
+    with helpers.raises(ValueError, message):
+        convert(model)
+    (layer,) = networks.normalizations(convert(model, layers="stem_bn"))
+    assert type(layer) is BatchRenormalization
+
+
 class Attached(keras.Model):
     def train_step(self, data):
         return super().train_step(data)

@@ -296,6 +296,14 @@ def _with_layers(
         return model
     unbuilt = [layer for layer in changed if not layer.built]
     new_model, copies = copy_model(model, unbuilt, replace)
+    missed = [layer for layer in changed if id(layer) not in copies]
+    if missed:
+        raise ValueError(
+            "`model` must call all batch normalization that it has: a copy of "
+            f"a {type(model).__name__} is its graph, without the rest. Leave "
+            "it out with `layers`, or use in_place=True. Received: model="
+            f"{model.name}, which does not call {describe(missed)}."
+        )
     built = [copies[id(layer)] for layer in changed if layer.built]
     replace_in_place(new_model, built, replace, hand_on, kept=())
     return new_model

@@ -139,10 +139,13 @@ class _Copying:
             self._model,
             [
                 layer
-                for at, layer in self._layers.items()
-                if at not in self._changed
+                for key, layer in self._layers.items()
+                if key not in self._changed
             ],
         )
+        for old, new in pairs:
+            if old.built and not new.built:
+                new.build_from_config(old.get_build_config())
         self._turn(new_model, pairs)
         for old, new in pairs:
             # Containers come before what they hold, and all layers before
@@ -151,8 +154,6 @@ class _Copying:
         for old, new in pairs:
             if isinstance(old, keras.Model) and old.compiled:
                 self._compile_alike(old, new)
-            if old.built and not new.built:
-                new.build_from_config(old.get_build_config())
             adapt_alike(old, new)
             changed = self._changed.get(id(old), {})
             hand_on(old, new, self._counterpart, changed)
@@ -260,6 +261,7 @@ class _Copying:
             and _kind_of(new) is KERAS
             and id(old) not in self._changed
         ]
+        check_built(self._model, [old for old, _ in turned])
         replace_in_place(
             model,
             [new for _, new in turned],
