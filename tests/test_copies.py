@@ -216,14 +216,38 @@ def without_configuration():
     )
 
 
-@pytest.mark.parametrize(
-    "make",
-    [patched, with_a_tensor_of_the_graph, in_two_places, without_configuration],
+NOT_MADE_ANEW = (
+    "`model` must have layers that their configuration makes anew, with the "
+    "same weights, and what they hold must be in one place "
+    "(`keras_renorm.convert` and `keras_renorm.revert` change any model with "
+    "in_place=True). Received: layer {name} of class {kind}."
 )
-def test_what_a_copy_cannot_have_is_an_error(make, rng):
+NOT_HANDED_ON = (
+    "`model` must have no layers with attributes that a copy cannot have "
+    "(`keras_renorm.convert` and `keras_renorm.revert` change any model with "
+    "in_place=True). Received: layer {name} of class {kind}, with {attribute}."
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "message", "at", "attribute"),
+    [
+        (patched, NOT_HANDED_ON, -1, "call"),
+        (with_a_tensor_of_the_graph, NOT_HANDED_ON, None, "feature"),
+        (in_two_places, NOT_MADE_ANEW, -1, None),
+        (without_configuration, NOT_MADE_ANEW, 0, None),
+    ],
+)
+def test_what_a_copy_cannot_have_is_an_error(make, message, at, attribute, rng):
     model = make()
+    layer = model if at is None else model.layers[at]
+    message = message.format(
+        name=layer.name,
+        kind=type(layer).__name__,
+        attribute=attribute and f"{attribute}={getattr(layer, attribute)!r}",
+    )
     for function in (convert, revert, fold):
-        with pytest.raises(ValueError, match=r"in_place=True.*Received: layer"):
+        with helpers.raises(ValueError, message):
             function(model)
     x = networks.data_of(model, rng)
     expected = helpers.to_numpy(model(x))

@@ -53,7 +53,8 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
         kernel = kernel * gamma / sqrt(moving_variance + epsilon)
         bias   = (bias - moving_mean) * gamma / sqrt(...) + beta
 
-    so that inference does less. Outputs are the same to rounding. `model` is
+    so that inference does less. Outputs are the same to rounding, and keep
+    their names (normalization that makes one becomes an `Identity`). `model` is
     not changed. Do not train the copy: what normalized its activations is
     gone.
 
