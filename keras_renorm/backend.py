@@ -8,6 +8,7 @@ here; it is `None` where the backend is another.
 import functools
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,13 @@ if _is("tensorflow"):
     except ImportError:
         forwardprop_util = None
     _REMAT_FILE = inspect.unwrap(tf.recompute_grad).__code__.co_filename
+    try:
+        # Private: see CONTRIBUTING.
+        from tensorflow.python.framework.config import (  # noqa: TID251
+            is_op_determinism_enabled,
+        )
+    except ImportError:
+        is_op_determinism_enabled = None
 elif _is("jax"):
     import jax
     from jax.experimental import io_callback
@@ -231,6 +239,23 @@ def runs_as_one_graph() -> bool:
     )
 
 
+def must_be_deterministic() -> bool:
+    """Whether what differs from run to run on a GPU may run on one.
+
+    TensorFlow has no public way to ask for the first half.
+    """
+    return (
+        is_op_determinism_enabled is not None
+        and is_op_determinism_enabled()
+        and has_gpu()
+    )
+
+
+def has_gpu() -> bool:
+    """Whether TensorFlow has a GPU, where it places what it can."""
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
 def drops_what_is_unused() -> bool:
     """Whether what is made here is computed only if it is asked for."""
     return _is("tensorflow") and not tf.executing_eagerly()
@@ -302,15 +327,62 @@ def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
     return bool(forwardprop_util.pack_tangents(known).tangents)
 
 
-def of_graph(inputs: Tensor) -> Tensor:
-    """Inputs as a tensor of the graph that is being made, if one is."""
-    if (
-        _is("tensorflow")
-        and tf.inside_function()
-        and not tf.is_symbolic_tensor(inputs)
-    ):
+def as_tensor(inputs: Any) -> Tensor:
+    """Inputs, maybe a variable, as a tensor of the graph in the making."""
+    if not _is("tensorflow"):
+        return ops.convert_to_tensor(inputs)
+    inputs = tf.convert_to_tensor(inputs)
+    if tf.inside_function() and not tf.is_symbolic_tensor(inputs):
         return tf.identity(inputs)
     return inputs
+
+
+def custom_gradient(function: Any) -> Any:
+    """`tf.custom_gradient`, which here does not keep graphs alive.
+
+    For each call in a graph TensorFlow registers the gradient for ever, and
+    with it the tensors that it refers to, and with them the graph. Here it
+    registers a reference, and the graph keeps the gradient.
+
+    Args:
+        function: Of tensors. It returns a tuple of tensors, and a function from
+            their gradients to those of its arguments.
+    """
+
+    @functools.wraps(function)
+    def called(*tensors: Tensor) -> tuple[Tensor, ...]:
+        if tf.executing_eagerly():
+            return tuple(tf.custom_gradient(function)(*tensors))
+        registered: list[Tensor | None] = []
+
+        def referred(*tensors: Tensor) -> tuple[list[Tensor], Any]:
+            outputs, gradient = function(*tensors)
+            registered.extend(outputs)
+            graph = outputs[0].graph
+            graph.keras_renorm_gradients = (
+                *getattr(graph, "keras_renorm_gradients", ()),
+                gradient,
+            )
+            reference = weakref.ref(gradient)
+
+            def found(*upstream: Tensor) -> Any:
+                gradient = reference()
+                if gradient is None:
+                    raise LookupError(
+                        "The gradient of a saved function must be saved with "
+                        "it: its graph is gone. Save it with `tf.saved_model."
+                        "SaveOptions(experimental_custom_gradients=True)`."
+                    )
+                return gradient(*upstream)
+
+            return registered, found
+
+        outputs = tf.custom_gradient(referred)(*tensors)
+        # Of these TensorFlow reads the number from now on.
+        registered[:] = [None] * len(registered)
+        return tuple(outputs)
+
+    return called
 
 
 def set_shape(value: Tensor | None, like: Tensor) -> None:
@@ -655,11 +727,12 @@ def with_accumulators(
     value of a variable is a tensor, nothing is added, now or later; nor in
     forward mode, which would add what is no gradient.
     """
+    inputs = as_tensor(inputs)
     if carry_tangents([inputs]):
         return inputs, *(read(variable, dtype) for variable in variables)
     targets = [variable.value for variable in variables]
 
-    @tf.custom_gradient
+    @custom_gradient
     def begin(x: Tensor, *values: Tensor) -> Any:
         def gradient(d_x: Tensor, *changes: Tensor) -> tuple[Any, ...]:
             added = [
@@ -676,8 +749,7 @@ def with_accumulators(
 
         return (tf.identity(x), *map(tf.identity, values)), gradient
 
-    values = [read(variable, dtype) for variable in variables]
-    return tuple(begin(inputs, *values))
+    return begin(inputs, *(read(variable, dtype) for variable in variables))
 
 
 def to_numpy(value: Any) -> np.ndarray:

@@ -35,6 +35,9 @@ SMALL_ELEMENTS = 100_000
 # is assumed.
 ASSUMED_BATCH_SIZE = 32
 
+# cuDNN normalizes by given statistics no more than this along the first axis.
+LARGEST_BATCH_OF_CUDNN = 65_535
+
 # Operations after which the fused operator infers fastest: TensorFlow's
 # optimizer joins it, and the activation, to a convolution without bias; and an
 # argument of a graph cannot be written over.
@@ -73,6 +76,8 @@ def choose(
       and in forward mode (`is_forward`), which in a graph passes by the
       gradients that the others have.
 
+    Neither does a GPU take more examples than `LARGEST_BATCH_OF_CUDNN`.
+
     Where replicas share statistics, or the gradient is corrected, the fused
     path is for float32 with channels last: its gradient is a sum of two
     tensors there, too coarse in 16 bits, and the operator for it takes no
@@ -89,7 +94,7 @@ def choose(
     ):
         return "plain"
     is_last = axis == len(inputs.shape) - 1
-    if _is_compiled_by_xla(inputs):
+    if _is_compiled_by_xla(inputs) or _is_too_large_for_cudnn(inputs, axis):
         return "matrix" if is_last else "plain"
     is_sum = is_corrected or pool.spans_replicas
     if is_sum and not (is_last and inputs.dtype == tf.float32):
@@ -105,6 +110,14 @@ def choose(
     if math.prod(sizes) >= SMALL_ELEMENTS:
         return "fused"
     return "matrix" if is_last else "plain"
+
+
+def _is_too_large_for_cudnn(inputs: Tensor, axis: int) -> bool:
+    """Whether it is known that the first axis of a `FusedView` is."""
+    if axis == len(inputs.shape) - 1:
+        axis = 0 if axis == 1 else 1  # rows are on another axis
+    batch = math.prod(size or 1 for size in inputs.shape[:axis])
+    return batch > LARGEST_BATCH_OF_CUDNN and backend.has_gpu()
 
 
 def _is_compiled_by_xla(inputs: Tensor) -> bool:
@@ -149,7 +162,7 @@ def normalize_by_batch(
     Raises:
         NotImplementedError: In forward mode, where replicas share statistics.
     """
-    inputs = backend.of_graph(inputs)
+    inputs = backend.as_tensor(inputs)
     is_forward = backend.carry_tangents([inputs, state.gamma, state.beta])
     if is_forward and pool.spans_replicas:
         raise NotImplementedError(
@@ -157,6 +170,8 @@ def normalize_by_batch(
             "ForwardAccumulator`: sums over replicas have no derivative in "
             "forward mode. Received: synchronized=True."
         )
+    if is_forward:  # in which nothing is corrected, as nothing is remembered
+        state = state._replace(feedback=None)
     path = choose(
         inputs,
         axis,
@@ -165,10 +180,10 @@ def normalize_by_batch(
         is_corrected=state.feedback is not None,
         is_forward=is_forward,
     )
-    return _batch_step(path, inputs, axis, mask, state, pool)
+    step = _batch_step if is_forward else _shared_batch_step
+    return step(path, inputs, axis, mask, state, pool)
 
 
-@backend.as_one_graph
 def _batch_step(
     path: str,
     inputs: Tensor,
@@ -186,6 +201,10 @@ def _batch_step(
     return _plain_batch(inputs, axis, mask, state, pool)
 
 
+# In forward mode TensorFlow takes no gradient of what a graph's derivative is.
+_shared_batch_step = backend.as_one_graph(_batch_step)
+
+
 def normalize_by_moving_statistics(
     inputs: Tensor,
     axis: int,
@@ -199,14 +218,17 @@ def normalize_by_moving_statistics(
     says whether gradients of γ and β are likely to be asked for. They are right
     either way; what makes them is apart where they are not.
     """
-    inputs = backend.of_graph(inputs)
-    path = choose(inputs, axis, mask, is_moving=True)
+    inputs = backend.as_tensor(inputs)
+    is_forward = backend.carry_tangents(
+        [inputs, parameters.gamma, parameters.beta]
+    )
+    path = choose(inputs, axis, mask, is_moving=True, is_forward=is_forward)
     # A graph drops what nobody asks for. Eagerly it would be computed.
     is_apart = not is_trained and backend.drops_what_is_unused()
-    return _moving_step(path, inputs, axis, mask, parameters, is_apart)
+    step = _moving_step if is_forward else _shared_moving_step
+    return step(path, inputs, axis, mask, parameters, is_apart)
 
 
-@backend.as_one_graph
 def _moving_step(
     path: str,
     inputs: Tensor,
@@ -228,6 +250,9 @@ def _moving_step(
     return functional.scale_and_offset(
         centered, (axis,), scale, parameters.beta, mask
     )
+
+
+_shared_moving_step = backend.as_one_graph(_moving_step)
 
 
 def _fused_moving(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
@@ -264,7 +289,7 @@ def _written_out(
     if parameters.gamma is not None:
         scale = scale * parameters.gamma
 
-    @tf.custom_gradient
+    @backend.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
         def gradient(upstream: Tensor) -> tuple[Tensor, ...]:
             view = FusedView(x, axis)
@@ -286,15 +311,16 @@ def _written_out(
             return tuple(gradients)
 
         if path == "fused":
-            return _fused_moving(x, axis, parameters), gradient
+            return (_fused_moving(x, axis, parameters),), gradient
         centre = parameters.moving_mean * scale
         offset = -centre
         if parameters.beta is not None:
             offset = parameters.beta - centre
-        return x * scale + offset, gradient
+        return (x * scale + offset,), gradient
 
     given = [parameters.gamma, parameters.beta]
-    return step(inputs, *(each for each in given if each is not None))
+    (outputs,) = step(inputs, *(each for each in given if each is not None))
+    return outputs
 
 
 def _renormalized(
@@ -350,7 +376,7 @@ def _matrix_batch(
     rows = tf.reshape(inputs, [-1, shape[-1]])
     rows = tf.cast(rows, statistics_dtype(inputs.dtype))
 
-    @tf.custom_gradient
+    @backend.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
         centered, moments = pooling.batch_moments(
             x, (1,), None, state.moving_mean, pool
@@ -540,7 +566,7 @@ def _corrected_batch(
         )
         return sums, tf.reduce_sum(tf.cast(present, sums.dtype), axis=0)
 
-    @tf.custom_gradient
+    @backend.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
         centered, moments = pooling.batch_moments(
             x, kept, mask, state.moving_mean, pool
@@ -593,7 +619,7 @@ def _fused_batch(
     """
     view = FusedView(inputs, axis)
 
-    @tf.custom_gradient
+    @backend.custom_gradient
     def step(x: Tensor, *_: Tensor) -> Any:
         outputs, shift, residual, variance, *reserves = (
             view.normalize_accurately(state.gamma, state.beta, state.epsilon)

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from keras_renorm import backend
 from keras_renorm.backend import tf
 from keras_renorm.functional import Tensor
 
@@ -70,9 +71,10 @@ class FusedOperators:
                 return d_x, d_mean, d_variance, d_scale, d_offset
 
             outputs, *_ = self.normalize(x, scale, offset, mean, variance)
-            return outputs, gradient
+            return (outputs,), gradient
 
-        return normalized(*tensors)
+        (outputs,) = normalized(*tensors)
+        return outputs
 
     def gradient_by(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Its gradient, of upstream, inputs, mean, variance and scale.
@@ -117,7 +119,30 @@ class FusedOperators:
                 upstream, inputs, scale, reserves, is_training=False
             ), gradient
 
-        return tuple(taken(*tensors))
+        # The operator takes no other layout, and differs from run to run on a
+        # GPU.
+        if self._data_format == "NHWC" and not backend.must_be_deterministic():
+            return taken(*tensors)
+        return self._plain_gradient_by(*tensors)
+
+    def _plain_gradient_by(
+        self,
+        upstream: Tensor,
+        inputs: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        plain = _Plain(self._data_format, inputs)
+        dy, x, mu, square, gamma = plain.of(
+            upstream, inputs, mean, variance, scale
+        )
+        rsigma = tf.math.rsqrt(square + self._epsilon)
+        d_scale, d_offset = (
+            tf.reshape(plain.sum(values), [-1])
+            for values in (dy * ((x - mu) * rsigma), dy)
+        )
+        return tf.cast(gamma * rsigma * dy, inputs.dtype), d_scale, d_offset
 
     def gradient(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """That of the training form: of upstream, inputs, scale, reserves.
@@ -173,7 +198,7 @@ class FusedOperators:
                 upstream, inputs, scale, reserves, is_training=True
             ), gradient
 
-        return tuple(taken(*tensors))
+        return taken(*tensors)
 
     def _gradient(
         self,
@@ -217,7 +242,7 @@ def with_derivatives(
 
         return (residual, variance), gradient
 
-    return tuple(derived(inputs, residual, variance))
+    return derived(inputs, residual, variance)
 
 
 class _Plain:
@@ -261,7 +286,7 @@ class _Plain:
 
 
 def _with_gradient(function: Any) -> Any:
-    """`tf.custom_gradient`, for use within a gradient also.
+    """`backend.custom_gradient`, for use within a gradient also.
 
     There the tensors may be of the graph of the forward pass. A derivative of
     the gradient finds them only if they are made anew where it is computed.
@@ -270,6 +295,6 @@ def _with_gradient(function: Any) -> Any:
 
     @functools.wraps(function)
     def called(*tensors: Tensor) -> Any:
-        return tf.custom_gradient(function)(*map(tf.identity, tensors))
+        return backend.custom_gradient(function)(*map(tf.identity, tensors))
 
     return called
