@@ -6,10 +6,10 @@ channel axis, or a group axis and the channel axis. Parameters (scales,
 offsets) are vectors of one value a channel, or have that shape too.
 """
 
-import math
 from typing import Any, NamedTuple
 
-from keras import ops
+import numpy as np
+from keras import backend, ops
 
 # Of any backend; there is no type that fits all of them.
 Tensor = Any
@@ -138,10 +138,12 @@ def centered_moments(
         # The sum of the one element, or of none.
         shift = ops.sum(inputs[first], axis=axes)
     else:
+        # Finite, or `tf.debugging.enable_check_numerics` would stop here.
+        least = float(np.finfo(backend.standardize_dtype(inputs.dtype)).min)
         shift = ops.max(
-            ops.where(mask, inputs, ops.full_like(inputs, -math.inf)),
+            ops.where(mask, inputs, ops.full_like(inputs, least)),
             axis=axes,
-            initial=-math.inf,  # of no element
+            initial=least,  # of no element
         )
         shift = ops.where(count > 0, shift, ops.zeros_like(shift))
 

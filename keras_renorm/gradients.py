@@ -112,7 +112,7 @@ class Observation(NamedTuple):
     examples: Tensor
 
 
-def observe_agreement(observation: Observation) -> Tensor:
+def observe_agreement(observation: Observation, otherwise: Tensor) -> Tensor:
     """How alike the gradients of a batch's examples are, from 0 to 1.
 
         (Σ_i s_i)² / (n Σ_i s_i²)
@@ -120,12 +120,15 @@ def observe_agreement(observation: Observation) -> Tensor:
     where s_i is the sum of the gradient over example i, of n. It is 1 where
     all are the same, and 1/n in the mean where they are independent with a
     mean of zero, however many elements an example has and whatever the loss
-    is multiplied by. NaN where no gradient arrives.
+    is multiplied by. Where no gradient arrives it is `otherwise`.
     """
     square = observation.square * ops.cast(
         observation.examples, observation.square.dtype
     )
-    return ops.square(observation.offset) / square
+    arrives = square > 0
+    divisor = ops.where(arrives, square, ops.ones_like(square))
+    agreement = ops.square(observation.offset) / divisor
+    return ops.where(arrives, agreement, otherwise)
 
 
 def correct(
@@ -192,7 +195,7 @@ def correct(
     valid = ops.isfinite(error + arrived + square)
     valid = ops.logical_and(valid, moments.count > 0)
     learned = (1.0 - AGREEMENT_MOMENTUM) * (
-        observe_agreement(observation) - agreement
+        observe_agreement(observation, agreement) - agreement
     )
     informed = ops.logical_and(valid, ops.isfinite(learned))
 

@@ -1,5 +1,7 @@
 """Derivatives in forward mode, and second ones, in every path."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -69,6 +71,17 @@ class Case:
                 loss = self.loss(call)
             gradients = tape.gradient(loss, self.at)
         return [accumulator.jvp(gradient) for gradient in gradients]
+
+    def product_of_forward(self, call):
+        """The same, reverse over forward."""
+        with tf.GradientTape() as tape:
+            tape.watch(self.x)
+            with tf.autodiff.ForwardAccumulator(
+                self.at, self.along
+            ) as accumulator:
+                loss = self.loss(call)
+            derivative = accumulator.jvp(loss)
+        return tape.gradient(derivative, self.at)
 
     def product_backwards(self, call):
         """The same, reverse over reverse."""
@@ -163,11 +176,105 @@ def test_hessian_vector_products(kind, training, shape, place):
     )
     expected = reference.product_backwards(reference.outputs)
     kept = case.layer.get_weights()
-    for take in (case.product, case.product_backwards):
+    for take in (
+        case.product,
+        case.product_of_forward,
+        case.product_backwards,
+    ):
         case.layer.set_weights(kept)
         actual = in_place(take, case, place)
         for mine, value in zip(actual, expected, strict=True):
             helpers.assert_close(mine, value, 2e-4)
+
+
+@pytest.mark.parametrize("place", PLACES[:2])
+@pytest.mark.parametrize("dtype", ["mixed_float16", "float64"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_forward_mode_correct_nothing(training, dtype, place):
+    # In forward mode they are of Algorithm 1.
+    arguments = {"is_open": True, "gradient_momentum": 0.9}
+    case, reference = (
+        Case(
+            made(BatchRenormalization, SMALL, kind, **given),
+            np.random.default_rng(5),
+            SMALL,
+            training,
+        )
+        for kind, given in ((dtype, arguments), ("float64", {}))
+    )
+    tolerance = 1e-10
+    if dtype == "mixed_float16":
+        reference.x = reference.at[0] = tf.cast(case.x, "float64")
+        tolerance = 2e-2
+    expected = reference.product_backwards(reference.outputs)
+    for take in (case.product_of_forward, case.product):
+        kept = case.layer.get_weights()
+        actual = in_place(take, case, place)
+        case.layer.set_weights(kept)
+        for mine, value in zip(actual, expected, strict=True):
+            mine = tf.cast(mine, "float64")
+            helpers.assert_close(mine, value, tolerance)
+
+
+VARIABLES = {
+    "normalization": BatchNormalization,
+    "renormalization": BatchRenormalization,
+    "corrected": functools.partial(BatchRenormalization, gradient_momentum=0.9),
+}
+BEFORE = {
+    "nothing": None,
+    "an activation": lambda: keras.layers.Activation("linear"),
+    "an identity": keras.layers.Identity,
+    "a dropout": lambda: keras.layers.Dropout(0.0),
+}
+
+
+@pytest.mark.parametrize("place", PLACES[:2])
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", VARIABLES)
+def test_a_variable_is_an_input(layer, training, before, place, rng):
+    values = helpers.inputs_of(rng, SMALL)
+
+    def gradient(inputs, watched):
+        call = VARIABLES[layer]()
+        call.build(SMALL)
+        if BEFORE[before] is not None:
+            call = keras.Sequential([BEFORE[before](), call])
+            call.build(SMALL)
+
+        def taken():
+            with tf.GradientTape() as tape:
+                tape.watch(watched)
+                outputs = call(inputs, training=training)
+                loss = tf.reduce_sum(outputs**3)
+            return tape.gradient(loss, watched)
+
+        return tf.function(taken)() if place != "eager" else taken()
+
+    tensor = tf.constant(values)
+    expected = gradient(tensor, tensor)
+    variable = tf.Variable(values)
+    helpers.assert_close(gradient(variable, variable), expected, 1e-6)
+    variable = keras.Variable(values)
+    actual = gradient(variable, variable.value)
+    helpers.assert_close(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("layer", VARIABLES)
+def test_forward_mode_takes_a_variable(layer, rng):
+    values = helpers.inputs_of(rng, SMALL)
+    along = tf.constant(rng.normal(size=SMALL), "float32")
+
+    def derivative(inputs):
+        call = VARIABLES[layer]()
+        call.build(SMALL)
+        with tf.autodiff.ForwardAccumulator(inputs, along) as accumulator:
+            outputs = call(inputs, training=True)
+        return accumulator.jvp(outputs)
+
+    expected = derivative(tf.constant(values))
+    helpers.assert_close(derivative(tf.Variable(values)), expected, 1e-6)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])

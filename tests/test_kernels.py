@@ -1,7 +1,10 @@
 """Every path through `kernels` computes the same numbers."""
 
 import functools
+import gc
+import itertools
 import logging
+import weakref
 
 import keras
 import numpy as np
@@ -15,7 +18,12 @@ from keras_renorm import (
     kernels,
 )
 from tests import helpers
-from tests.reference import Reference, from_rows, to_rows
+from tests.reference import (
+    CorrectedReference,
+    Reference,
+    from_rows,
+    to_rows,
+)
 
 pytestmark = pytest.mark.tensorflow
 if keras.backend.backend() == "tensorflow":
@@ -258,39 +266,114 @@ HELD = {  # statistics, by the arguments of a layer
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("held", HELD)
-@pytest.mark.parametrize("shape", [LARGE, SMALL])
-@pytest.mark.parametrize("axis", [3, 1])
-def test_inference_and_frozen_steps(mode, held, shape, axis, rng):
-    layer, reference = built(shape, axis, rng, **HELD[held])
-    inputs = helpers.inputs_of(rng, shape, axis)
-    rows = to_rows(inputs, axis).astype("float64")
-    upstream = rng.normal(size=shape).astype("float32")
+MATRIX = {  # layers, by their limits
+    "normalization": (BatchNormalization, {}, (1.0, 0.0)),
+    "renormalization": (
+        BatchRenormalization,
+        {"r_max": 1.5, "d_max": 0.5},
+        (1.5, 0.5),
+    ),
+    "corrected": (
+        BatchRenormalization,
+        {"r_max": 3.0, "d_max": 5.0, "gradient_momentum": 0.8},
+        (3.0, 5.0),
+    ),
+}
+TOLERANCES = {
+    "float16": 5e-3,
+    "bfloat16": 4e-2,
+    "float32": 5e-5,
+    "float64": 1e-10,
+}
 
-    def infer(inputs, upstream):
-        with tf.GradientTape() as tape:
-            # The weights of a layer that does not train are not watched.
-            tape.watch([inputs, layer.gamma.value, layer.beta.value])
-            outputs = layer(inputs, training=held != "inference")
-        return outputs, *tape.gradient(
-            outputs,
-            [inputs, layer.gamma.value, layer.beta.value],
-            output_gradients=upstream,
+
+def expected_step(reference, rows, d_rows, limits, examples, is_held):
+    """Outputs, and gradients of inputs, gamma and beta."""
+    if is_held:
+        sigma = np.sqrt(reference.moving_variance + reference.epsilon)
+        normalized = (rows - reference.moving_mean) / sigma
+        return (
+            reference.infer(rows),
+            d_rows * reference.gamma / sigma,
+            (d_rows * normalized).sum(axis=0),
+            d_rows.sum(axis=0),
         )
+    if isinstance(reference, CorrectedReference):
+        return reference.step(rows, d_rows, *limits, examples)
+    r, d = reference.correction(rows, *limits)
+    gradients = reference.gradients(rows, d_rows, r, d)
+    return reference.train(rows, *limits), *gradients
 
-    actual = in_mode(infer, mode)(tf.constant(inputs), tf.constant(upstream))
-    sigma = np.sqrt(reference.moving_variance + layer.epsilon)
-    d_rows = to_rows(upstream, axis)
-    expected = (
-        from_rows(reference.infer(rows), shape, axis),
-        from_rows(d_rows * reference.gamma / sigma, shape, axis),
-        (d_rows * (rows - reference.moving_mean) / sigma).sum(axis=0),
-        d_rows.sum(axis=0),
-    )
-    for mine, value in zip(actual, expected, strict=True):
-        helpers.assert_close(mine, value, 2e-5)
+
+@pytest.mark.parametrize("place", [*MODES, "unknown sizes"])
+@pytest.mark.parametrize("held", [None, *HELD])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("fused_from", [1, 10**9])
+def test_each_step_equals_the_reference(
+    fused_from, dtype, held, place, rng, monkeypatch
+):
+    """On every axis, with every layer."""
+    monkeypatch.setattr(kernels, "SMALL_ELEMENTS", fused_from)
+    shape = (4, 6, 5, 8)
+    for axis, (kind, arguments, limits) in itertools.product(
+        range(4), MATRIX.values()
+    ):
+        layer = kind(axis, dtype=dtype, **arguments, **HELD.get(held, {}))
+        layer.build(shape)
+        helpers.randomize(layer, rng)
+        reference = Reference(shape[axis])
+        if "gradient_momentum" in arguments:
+            reference = CorrectedReference(shape[axis], 0.8)
+        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+            value = helpers.to_numpy(getattr(layer, name))
+            setattr(reference, name, value.astype("float64"))
+        inputs = tf.cast(helpers.inputs_of(rng, shape, axis), dtype)
+        upstream = tf.cast(rng.normal(size=shape), dtype)
+
+        def step(inputs, upstream, layer=layer):
+            at = [inputs, layer.gamma.value, layer.beta.value]
+            with tf.GradientTape() as tape:
+                # The weights of a layer that does not train are not watched.
+                tape.watch(at)
+                outputs = layer(inputs, training=held != "inference")
+            return outputs, *tape.gradient(
+                outputs, at, output_gradients=upstream
+            )
+
+        signature = None
+        if place == "unknown sizes":
+            sizes = [None] * 4
+            sizes[axis] = shape[axis]
+            signature = [tf.TensorSpec(sizes, dtype)] * 2
+        actual = in_mode(step, place, signature)(inputs, upstream)
+        rows, d_rows = (
+            to_rows(tf.cast(each, tf.float64).numpy(), axis)
+            for each in (inputs, upstream)
+        )
+        example = 1 if axis == 0 else 0
+        examples = np.indices(shape)[example]
+        outputs, d_inputs, *others = expected_step(
+            reference,
+            rows,
+            d_rows,
+            limits,
+            to_rows(examples, axis)[:, 0],
+            held is not None,
+        )
+        expected = (
+            from_rows(outputs, shape, axis),
+            from_rows(d_inputs, shape, axis),
+            *others,
+        )
+        for mine, value in zip(actual, expected, strict=True):
+            mine = tf.cast(mine, tf.float64)
+            helpers.assert_close(mine, value, TOLERANCES[dtype])
+        for mine, value in zip(
+            helpers.statistics(layer),
+            (reference.moving_mean, reference.moving_variance),
+            strict=True,
+        ):
+            helpers.assert_close(mine, value, min(1e-5, TOLERANCES[dtype]))
 
 
 @pytest.mark.slow
@@ -630,6 +713,9 @@ def test_saved_functions_keep_their_gradients(shape, rng, tmp_path):
         str(tmp_path),
         options=tf.saved_model.SaveOptions(experimental_custom_gradients=True),
     )
+    del module
+    keras.utils.clear_session()
+    gc.collect()
     loaded = tf.saved_model.load(str(tmp_path))
     inputs = helpers.inputs_of(rng, shape)
     upstream = rng.normal(size=shape).astype("float32")
@@ -642,6 +728,32 @@ def test_saved_functions_keep_their_gradients(shape, rng, tmp_path):
     r, d = reference.correction(rows, 1.5, 0.5)
     expected = reference.gradients(rows, d_rows, r, d)[0]
     helpers.assert_close(to_rows(actual.numpy(), 3), expected, 2e-5)
+
+
+def test_a_gradient_that_was_not_saved_is_an_error(tmp_path):
+    layer = BatchNormalization()
+    layer.build(SMALL)
+    module = tf.Module()
+    module.layer_weights = [weight.value for weight in layer.weights]
+    module.step = tf.function(
+        lambda inputs: layer(inputs, training=True),
+        input_signature=[tf.TensorSpec(SMALL)],
+    )
+    tf.saved_model.save(
+        module,
+        str(tmp_path),
+        options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
+    )
+    del module
+    keras.utils.clear_session()
+    gc.collect()
+    loaded = tf.saved_model.load(str(tmp_path))
+    inputs = tf.zeros(SMALL)
+    loaded.step(inputs)
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        with pytest.raises(LookupError, match="must be saved with it"):
+            loaded.step(inputs)
 
 
 def test_an_eager_layer_takes_a_new_momentum(rng):
@@ -664,9 +776,6 @@ def test_an_eager_layer_takes_inputs_of_any_size(rng):
 
 
 def test_eager_layers_can_be_freed(rng):
-    import gc
-    import weakref
-
     layer = BatchNormalization()
     layer(helpers.inputs_of(rng, (8, 3)), training=True)
     reference = weakref.ref(layer)
@@ -674,6 +783,153 @@ def test_eager_layers_can_be_freed(rng):
     keras.utils.clear_session()
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+@pytest.mark.parametrize("held", [None, *HELD])
+@pytest.mark.parametrize("layer", MATRIX)
+def test_a_graph_is_freed_with_its_function(layer, held, shape):
+    kind, arguments, _ = MATRIX[layer]
+    graphs = []
+    for _ in range(3):
+        layer = kind(**arguments, **HELD.get(held, {}))
+        layer.build(shape)
+
+        @tf.function
+        def step(inputs, layer=layer):
+            with tf.GradientTape(persistent=True) as tape:
+                tape.watch(inputs)
+                outputs = layer(
+                    tf.identity(inputs), training=held != "inference"
+                )
+                first = tape.gradient(outputs**2, inputs)
+            return tape.gradient(first**2, inputs)
+
+        spec = tf.TensorSpec(shape)
+        graphs.append(weakref.ref(step.get_concrete_function(spec).graph))
+        del layer, step
+    keras.utils.clear_session()
+    gc.collect()
+    assert [graph() for graph in graphs] == [None] * 3
+
+
+def graphs_that_outlive_a_model(layer, rng):
+    graphs = []
+
+    class Seen(keras.layers.Layer):
+        def call(self, inputs):
+            if tf.inside_function():
+                graphs.append(weakref.ref(inputs.graph))
+            return inputs
+
+    x = helpers.inputs_of(rng, (8, 5))
+    model = keras.Sequential([keras.Input((5,)), Seen(), layer])
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0)
+    model.evaluate(x, x, verbose=0)
+    model.predict(x, verbose=0)
+    del model, layer
+    keras.utils.clear_session()
+    gc.collect()
+    assert len(graphs) >= 3
+    return sum(graph() is not None for graph in graphs)
+
+
+@pytest.mark.parametrize("layer", MATRIX)
+def test_the_graphs_of_a_model_are_freed_with_it(layer, rng):
+    kind, arguments, _ = MATRIX[layer]
+    # TensorFlow keeps some of any model for a while.
+    expected = graphs_that_outlive_a_model(
+        keras.layers.BatchNormalization(), rng
+    )
+    assert graphs_that_outlive_a_model(kind(**arguments), rng) <= expected
+
+
+@pytest.fixture
+def checked_numerics():
+    """Stops at infinities and NaN; of graphs with an epsilon of their own."""
+    tf.debugging.enable_check_numerics()
+    try:
+        yield 0.0456
+    finally:
+        tf.debugging.disable_check_numerics()
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("layer", MATRIX)
+def test_nothing_infinite_is_computed(layer, mode, checked_numerics, rng):
+    kind, arguments, _ = MATRIX[layer]
+    shape = (8, 6, 4)
+    inputs = tf.constant(helpers.inputs_of(rng, shape))
+    masks = [
+        None,
+        tf.constant(rng.random((8, 6)) > 0.5),
+        tf.zeros((8, 6), tf.bool),
+    ]
+    limits = [arguments]
+    if "r_max" in arguments:  # which clip nothing
+        limits.append({**arguments, "r_max": 2.0**60, "d_max": 2.0**60})
+    if "gradient_momentum" not in arguments:
+        limits.append({**arguments, "virtual_batch_size": 3})
+    for mask, given, training in itertools.product(
+        masks, limits, (True, False)
+    ):
+        layer = kind(epsilon=checked_numerics, **given)
+        layer.build(shape)
+
+        def step(inputs, layer=layer, mask=mask, training=training):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                outputs = layer(inputs, training=training, mask=mask)
+                # No gradient arrives at the first channel.
+                loss = tf.reduce_sum(tf.sin(outputs[..., 1:]))
+            return tape.gradient(loss, inputs)
+
+        assert np.all(np.isfinite(in_mode(step, mode)(inputs)))
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+@pytest.mark.parametrize("layer", ["corrected", "frozen"])
+def test_a_deterministic_gpu_gets_no_operator_that_is_not(
+    layer, is_deterministic, a_gpu, monkeypatch, rng
+):
+    # That of the gradient by given statistics.
+    assert not backend.is_op_determinism_enabled()
+    monkeypatch.setattr(
+        backend, "is_op_determinism_enabled", lambda: is_deterministic
+    )
+    if layer == "corrected":
+        layer = MATRIX[layer][0](**MATRIX[layer][1])
+    else:
+        layer = BatchNormalization(frozen_statistics=True)
+    layer.build(LARGE)
+    helpers.randomize(layer, rng)
+    step = tf.function(step_of(layer))
+    inputs = tf.constant(helpers.inputs_of(rng, LARGE))
+    found = "FusedBatchNormGradV3" in operations(step, inputs, inputs)
+    assert found != is_deterministic
+
+
+def test_a_gpu_gets_no_more_examples_than_cudnn_takes(a_gpu, monkeypatch):
+    def chosen(shape, axis):
+        inputs = tf.zeros(shape)
+        return [
+            kernels.choose(inputs, axis, None, is_moving=is_moving)
+            for is_moving in (True, False)
+        ]
+
+    assert chosen((65_535, 2, 1), 2) == ["fused", "fused"]
+    assert chosen((65_536, 2, 1), 2) == ["matrix", "matrix"]
+    assert chosen((65_536, 2, 1), 1) == ["plain", "plain"]
+    # Rows, not examples.
+    assert chosen((65_536, 2), 1) == ["fused", "fused"]
+    monkeypatch.setattr(backend, "has_gpu", lambda: False)
+    assert chosen((65_536, 2, 1), 2) == ["fused", "fused"]
 
 
 @pytest.mark.slow
