@@ -9,7 +9,11 @@ offsets) are vectors of one value a channel, or have that shape too.
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import backend, ops
+from keras import ops
+
+# Below what counts, where it stands for no element: not infinite, or
+# `tf.debugging.enable_check_numerics` would stop at it.
+LEAST = float(np.finfo("float32").min)
 
 # Of any backend; there is no type that fits all of them.
 Tensor = Any
@@ -138,12 +142,10 @@ def centered_moments(
         # The sum of the one element, or of none.
         shift = ops.sum(inputs[first], axis=axes)
     else:
-        # Finite, or `tf.debugging.enable_check_numerics` would stop here.
-        least = float(np.finfo(backend.standardize_dtype(inputs.dtype)).min)
         shift = ops.max(
-            ops.where(mask, inputs, ops.full_like(inputs, least)),
+            ops.where(mask, inputs, ops.full_like(inputs, LEAST)),
             axis=axes,
-            initial=least,  # of no element
+            initial=LEAST,
         )
         shift = ops.where(count > 0, shift, ops.zeros_like(shift))
 

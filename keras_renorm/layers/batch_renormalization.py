@@ -90,9 +90,10 @@ class BatchRenormalization(BatchNormalization):
     the accumulators where a gradient is computed: each gradient of a persistent
     tape counts, and second derivatives hold them constant. Gradients that are
     not finite do not move them, nor does anything computed under a
-    `tf.autodiff.ForwardAccumulator`. Under a float16 policy the layer adds a
-    zero to `model.losses`, by which it sees the scale of the loss: a custom
-    loop with loss scaling must add `model.losses` to its loss. TensorFlow only.
+    `tf.autodiff.ForwardAccumulator`, where gradients are Algorithm 1's. Under a
+    float16 policy the layer adds a zero to `model.losses`, by which it sees the
+    scale of the loss: a custom loop with loss scaling must add `model.losses`
+    to its loss. TensorFlow only.
 
     **When, and with which settings.** Accuracies are of batch normalization,
     of this layer, and of it with `gradient_momentum=0.9`: means of ten seeds,
