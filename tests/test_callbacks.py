@@ -1,6 +1,8 @@
 """`RenormScheduler` in `fit`."""
 
 import csv
+import re
+import warnings
 
 import keras
 import numpy as np
@@ -106,22 +108,169 @@ def test_a_layer_called_twice_a_step_gets_a_ramp_twice_as_long():
     assert history["r_max"][0] == pytest.approx(ioffe2017(160)[0](32), abs=0.03)
 
 
+AGAIN = (
+    "`RenormScheduler` scaled its ramps to this call of `fit`, and the layers "
+    "have counted steps before it: their ramps were others, or are over. Where "
+    "one training is many calls, give `total_steps=`, the steps of all of "
+    "them; to begin anew, `layer.step.assign(0)`; to keep the limits, leave "
+    "the callback out."
+)
+
+
 def test_a_second_fit_stays_relaxed_and_a_reset_counter_begins_anew():
     layer = BatchRenormalization()
     model = compiled([layer])
     fit(model, [RenormScheduler()])
-    assert fit(model, [RenormScheduler()])["r_max"] == [3.0] * 5
+    with pytest.warns(UserWarning, match=f"^{re.escape(AGAIN)}$"):
+        assert fit(model, [RenormScheduler()])["r_max"] == [3.0] * 5
     layer.step.assign(0)
     assert fit(model, [RenormScheduler()])["r_max"][0] < 3.0
+
+
+def test_a_training_of_many_fits():
+    """One epoch each, as in reinforcement and active learning."""
+    whole = fit(compiled([BatchRenormalization()]), [RenormScheduler()])
+    layer = BatchRenormalization()
+    model = compiled([layer])
+    scheduler = RenormScheduler(total_steps=160)
+    found = [fit(model, [scheduler], epochs=1) for _ in range(5)]
+    assert [each["r_max"][0] for each in found] == whole["r_max"]
+    assert [each["d_max"][0] for each in found] == whole["d_max"]
+    assert layer.r_max == ioffe2017(160)[0]
+
+
+def test_many_fits_stretch_the_ramp_of_a_layer_that_is_called_twice():
+    shared = BatchRenormalization()
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, shared(inputs) + shared(2.0 * inputs))
+    model.compile("sgd", "mse")
+    scheduler = RenormScheduler(total_steps=160)
+    before = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: before.append(
+            (shared.r_max, shared.current_step())
+        )
+    )
+    for _ in range(2):
+        fit(model, [scheduler, look], epochs=1)
+    # From the first batch of the second run on.
+    second = [ramp for ramp, step in before[32:]]
+    assert second == [ioffe2017(320)[0]] * 32
+
+
+@pytest.mark.parametrize(
+    ("epochs", "initial_epochs", "warns"),
+    [
+        # A loop of one epoch each, with one callback or with new ones.
+        ([1, 1, 1], [0, 0, 0], True),
+        ([1, 2, 3], [0, 1, 2], True),
+        # A run that is resumed.
+        ([2, 4], [0, 2], True),
+        # A first epoch, then all: the ramps close once more.
+        ([1, 10], [0, 0], True),
+        ([3], [0], False),
+    ],
+)
+@pytest.mark.parametrize("is_one", [True, False])
+def test_runs_that_scale_other_ramps_are_warned_of_once(
+    epochs, initial_epochs, warns, is_one
+):
+    model, scheduler = compiled([BatchRenormalization()]), RenormScheduler()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for count, first in zip(epochs, initial_epochs, strict=True):
+            callback = scheduler if is_one else RenormScheduler()
+            fit(model, [callback], epochs=count, initial_epoch=first)
+    messages = [str(each.message) for each in found]
+    fresh = 1 if is_one else len(epochs) - 1
+    assert messages.count(AGAIN) == (fresh if warns else 0)
+
+
+def test_a_run_that_is_resumed_is_not_warned_of(tmp_path):
+    path = tmp_path / "model.keras"
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                self.model.save(path)
+                raise InterruptedError
+
+    shared = BatchRenormalization()
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, shared(inputs) + shared(2.0 * inputs))
+    model.compile("sgd", "mse")
+    with pytest.raises(InterruptedError):
+        fit(model, [RenormScheduler(), Stop()])
+    model = keras.models.load_model(path)
+    # Warnings are errors here.
+    history = fit(model, [RenormScheduler()], initial_epoch=2)
+    r_max = ioffe2017(160)[0]
+    assert history["r_max"] == pytest.approx([r_max(s) for s in (96, 128, 160)])
+
+
+@pytest.mark.tensorflow
+def test_a_length_that_is_unknown_needs_total_steps(rng):
+    import tensorflow as tf
+
+    x = rng.normal(size=(64, 3)).astype("float32")
+    data = tf.data.Dataset.from_tensor_slices((x, x)).batch(8).repeat()
+    layer = BatchRenormalization()
+    model = compiled([layer])
+    options = {"epochs": 2, "steps_per_epoch": 10, "verbose": 0}
+    options["shuffle"] = False
+    model.fit(data, callbacks=[RenormScheduler()], **options)
+    assert layer.r_max == ioffe2017(20)[0]
+    unknown = data.take(8).filter(lambda *batch: True)
+    options["steps_per_epoch"] = None
+    with pytest.raises(ValueError, match="or `total_steps`, or `r_max` and"):
+        model.fit(unknown, callbacks=[RenormScheduler()], **options)
+    scheduler = RenormScheduler(total_steps=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras: the data ran out
+        model.fit(unknown, callbacks=[scheduler], **options)
+    assert layer.r_max == ioffe2017(100)[0]
+
+
+def test_total_steps_are_for_ramps_that_are_scaled():
+    with pytest.raises(ValueError, match=r"`total_steps` must be None where"):
+        RenormScheduler(2.0, 1.0, total_steps=100)
+    with pytest.raises(ValueError, match=r"`total_steps` must be at least 1"):
+        RenormScheduler(total_steps=0)
+    with pytest.raises(TypeError, match=r"`total_steps` must be an integer"):
+        RenormScheduler(total_steps=1e4)
+    layer = BatchRenormalization()
+    scheduler = RenormScheduler(d_max=1.0, total_steps=1_000)
+    fit(compiled([layer]), [scheduler], epochs=1)
+    assert (layer.r_max, layer.d_max) == (ioffe2017(1_000)[0], 1.0)
 
 
 @pytest.mark.slow
 def test_a_scheduler_of_a_second_fit_measures_anew():
     layer = BatchRenormalization()
     model, scheduler = compiled([layer]), RenormScheduler()
-    for _ in range(2):
+    fit(model, [scheduler])
+    assert layer.r_max == ioffe2017(160)[0]
+    with pytest.warns(UserWarning, match="scaled its ramps"):
         fit(model, [scheduler])
-        assert layer.r_max == ioffe2017(160)[0]
+    assert layer.r_max == ioffe2017(160)[0]
+
+
+@pytest.mark.filterwarnings("ignore:`build..` was called on layer")
+def test_a_layer_that_nobody_calls_gets_its_limits():
+    class Network(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.unused = (BatchRenormalization() for _ in "ab")
+
+        def call(self, inputs, training=None):
+            return self.norm(inputs, training=training)
+
+    model = Network()
+    model.compile("sgd", "mse")
+    history = fit(model, [RenormScheduler()])
+    assert not model.unused.built
+    assert model.unused.r_max == model.norm.r_max == ioffe2017(160)[0]
+    assert history["r_max"][-1] == 3.0
 
 
 def test_a_second_fit_asks_a_function_anew():

@@ -14,7 +14,9 @@ from keras import layers
 from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
+    freeze_statistics,
     get_statistics,
+    unfreeze_statistics,
 )
 from keras_renorm.callbacks import RenormMonitor, RenormScheduler
 from keras_renorm.diagnostics import discrepancy
@@ -270,9 +272,14 @@ def test_layers_that_stand_still_are_left_out():
     history = fit(model, [monitor])
     assert {row["layer"] for row in monitor.rows} == {"first"}
     assert "first/renorm_gap" in history
+    # Where nothing can be measured, an epoch has the same names.
     model.get_layer("first").trainable = False
-    monitor = RenormMonitor(every=2)
-    assert not any("renorm" in name for name in fit(model, [monitor]))
+    monitor = RenormMonitor(every=2, per_layer=True)
+    history = fit(model, [monitor])
+    assert monitor.rows == []
+    names = {name for name in history if "renorm" in name}
+    assert names == {f"renorm_{name}" for name in ("r", "d", "clipped", "gap")}
+    assert np.isnan(history["renorm_gap"]).all()
 
 
 def test_a_model_that_is_built_by_fit():
@@ -281,12 +288,178 @@ def test_a_model_that_is_built_by_fit():
     assert len(history["bn/renorm_gap"]) == 2
 
 
-def test_a_second_run_begins_anew():
-    monitor = RenormMonitor(every=8)
+def test_a_second_run_of_a_model_continues():
+    monitor = RenormMonitor(every=3)
     model = network()
-    fit(model, [monitor], epochs=3)
+    fit(model, [monitor], epochs=2)
+    fit(model, [monitor], epochs=3, initial_epoch=2)
     fit(model, [monitor], epochs=1)
-    assert [row["step"] for row in monitor.rows] == [8, 8]
+    steps = [row["step"] for row in monitor.rows if row["layer"] == "first"]
+    assert steps == list(range(3, 33, 3))
+    fit(network(), [monitor], epochs=1)  # another model begins anew
+    assert [row["step"] for row in monitor.rows[::2]] == [3, 6]
+
+
+def test_a_run_that_is_resumed_counts_the_epochs_before_it():
+    monitor = RenormMonitor(every=5)
+    fit(network(), [monitor], epochs=4, initial_epoch=2)
+    assert [row["step"] for row in monitor.rows[::2]] == [20, 25, 30]
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("every", [3, 100])
+def test_epochs_of_unknown_length_have_the_names_of_the_first(every, tmp_path):
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices((X, X[:, :1])).batch(8)
+    data = data.filter(lambda x, y: True)
+    monitor = RenormMonitor(every=every)
+    model = network(BatchRenormalization, r_max=9.0, d_max=9.0)
+    model.compile("sgd", "mse")
+    path = tmp_path / "log.csv"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras: the data ran out
+        history = model.fit(
+            data,
+            epochs=3,
+            verbose=0,
+            shuffle=False,
+            callbacks=[monitor, keras.callbacks.CSVLogger(path)],
+        ).history
+    steps = [row["step"] for row in monitor.rows[::2]]
+    # The last power of two, where no other probe came.
+    assert steps == (list(range(3, 25, 3)) if every == 3 else [8, 16, 24])
+    with open(path) as file:
+        lines = list(csv.DictReader(file))
+    for name in ("r", "d", "clipped", "gap", "r_max", "d_max"):
+        assert len(history[f"renorm_{name}"]) == 3
+        assert [float(line[f"renorm_{name}"]) for line in lines] == (
+            history[f"renorm_{name}"]
+        )
+
+
+def test_epochs_that_measure_nothing_have_the_names_of_the_first():
+    class Freeze(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            freeze = freeze_statistics if epoch == 1 else unfreeze_statistics
+            if epoch:
+                freeze(self.model)
+                self.model.make_train_function(force=True)
+
+    monitor = RenormMonitor(every=3, per_layer=True)
+    history = fit(network(), [Freeze(), monitor], epochs=3)
+    for name in ("renorm_gap", "second/renorm_gap"):
+        assert np.isnan(history[name]).tolist() == [False, True, False]
+    assert monitor.rows[-1]["step"] == 24
+
+
+def test_a_layer_that_is_not_finite_is_not_hidden():
+    x = X.copy()
+    x[:, 0] = np.nan
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.BatchNormalization(name="broken"),
+            layers.Lambda(lambda x: keras.ops.nan_to_num(x)),
+            layers.BatchNormalization(name="whole"),
+            layers.Dense(1),
+        ]
+    )
+    history = fit(model, [RenormMonitor(every=2, per_layer=True)], x=x)
+    assert np.isnan(history["renorm_gap"]).all()
+    assert np.isfinite(history["whole/renorm_gap"]).all()
+
+
+UNUSED = (
+    "`RenormMonitor` leaves out layers that the first batch did not reach: "
+    "unused."
+)
+
+
+@pytest.mark.filterwarnings("ignore:`build..` was called on layer")
+def test_a_layer_that_nobody_calls_is_left_out_and_named_once():
+    class Network(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.bn = BatchNormalization(name="used")
+            self.unused = BatchNormalization(name="unused")
+            self.head = layers.Dense(1)
+
+        def call(self, inputs, training=None):
+            return self.head(self.bn(inputs, training=training))
+
+    model, monitor = Network(), RenormMonitor(every=2, per_layer=True)
+    with pytest.warns(UserWarning, match=f"^{re.escape(UNUSED)}$"):
+        history = fit(model, [monitor])
+    fit(model, [monitor])  # warnings are errors here
+    assert len(history["used/renorm_gap"]) == 2
+    assert {row["layer"] for row in monitor.rows} == {"used"}
+
+
+def test_a_distiller_has_a_teacher_that_stands_still():
+    teacher, student = network(), network()
+    model = keras.distillation.Distiller(
+        teacher, student, keras.distillation.LogitsDistillation()
+    )
+    model.compile("sgd", "mse", jit_compile=False)
+    monitor = RenormMonitor(every=2, layers=student)
+    history = model.fit(
+        X, X[:, :1], epochs=2, verbose=0, callbacks=[monitor]
+    ).history
+    assert len(history["renorm_gap"]) == 2
+    assert len({row["layer"] for row in monitor.rows}) == 2
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ("second", {"second"}),
+        (["first"], {"first"}),
+        (lambda layer: layer.momentum == 0.9, {"first"}),
+    ],
+)
+def test_layers_may_be_chosen(chosen, expected):
+    monitor = RenormMonitor(every=2, layers=chosen)
+    fit(network(), [monitor])
+    assert {row["layer"] for row in monitor.rows} == expected
+    with pytest.raises(ValueError, match="`layers` must be layers of the mod"):
+        fit(network(), [RenormMonitor(layers="third")])
+
+
+class Unmasked(layers.BatchNormalization):
+    """As detection code freezes it: its `call` takes inputs, nothing else."""
+
+    def call(self, inputs):
+        return super().call(inputs, training=False)
+
+
+@pytest.mark.parametrize("dataset", [None, X])
+def test_a_call_of_inputs_alone(dataset):
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            Unmasked(name="still"),
+            BatchNormalization(name="bn"),
+            layers.Dense(1),
+        ]
+    )
+    monitor = RenormMonitor(every=2, dataset=dataset)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`dataset` could not be compared")
+        history = fit(model, [monitor])
+    assert np.isfinite(history["renorm_gap"]).all()
+    assert {row["layer"] for row in monitor.rows} == {"bn"}
+
+
+def test_data_that_cannot_be_compared_ends_no_run():
+    x = X.copy()
+    x[3] = np.nan
+    model, monitor = network(), RenormMonitor(every=2, dataset=x)
+    message = "`dataset` could not be compared: `dataset` must make finite acti"
+    with pytest.warns(UserWarning, match=message):
+        history = fit(model, [monitor])
+    assert len(history["loss"]) == 2
+    fit(model, [monitor], epochs=1)  # warnings are errors here
 
 
 def test_layers_of_one_name_are_told_apart():
@@ -327,22 +500,29 @@ def test_layers_of_one_name_are_told_apart():
 def test_limits_that_never_relaxed():
     message = (
         "Limits of renormalization never relaxed in this run: r_max is 1 and "
-        "d_max is 0 still, in layers first, second."
+        "d_max is 0 still, in layers first, second. They would from step 5,000 "
+        "on. That is plain batch normalization; `RenormScheduler()` scales the "
+        "ramps to the run."
     )
     r_max, d_max = ioffe2017()
     model = network(BatchRenormalization, r_max=r_max, d_max=d_max)
+    monitor = RenormMonitor(every=3)
     with pytest.warns(UserWarning, match=re.escape(message)) as found:
-        fit(model, [RenormMonitor(every=3)])
+        fit(model, [monitor])
     assert [each.category for each in found].count(UserWarning) == 1
-    # And none where they did; warnings are errors here.
+    # Once in its life, and not where they did; warnings are errors here.
+    fit(model, [monitor])
     model = network(BatchRenormalization)
     fit(model, [RenormScheduler(), RenormMonitor(every=3)], epochs=8)
 
 
 def test_limits_that_clip_too_much():
     model = network(BatchRenormalization, r_max=1.01, d_max=0.01)
-    with pytest.warns(UserWarning, match="Limits of renormalization clip 100%"):
-        fit(model, [RenormMonitor(every=3)])
+    monitor = RenormMonitor(every=3)
+    message = "Limits of renormalization clip 100%"
+    with pytest.warns(UserWarning, match=message):
+        fit(model, [monitor])
+    fit(model, [monitor])
 
 
 @pytest.mark.slow

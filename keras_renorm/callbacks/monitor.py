@@ -1,9 +1,11 @@
 """How far training is from inference, while `fit` runs."""
 
+import math
 import warnings
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_renorm import arguments
 from keras_renorm.callbacks.sharing import SharesData
@@ -13,6 +15,7 @@ from keras_renorm.diagnostics.modes.step import (
     draw_steps,
     figures_of,
     has_moved,
+    logged_names,
     mean_of,
     means_of,
     read_moved,
@@ -26,10 +29,11 @@ from keras_renorm.diagnostics.modes.verdict import (
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.finding import (
-    built_layers,
+    Choice,
     check_no_keras_renorm,
-    find_layers,
+    describe,
     names_of,
+    require_layers,
 )
 from keras_renorm.schedules import CLOSED
 
@@ -56,14 +60,22 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
     limits; of layers without limits, 3 and 5), `renorm_gap`, and, of
     `BatchRenormalization` layers, `renorm_r_max` and `renorm_d_max`; the
     largest of all layers under these names, and with `per_layer=True` each
-    layer's with its name before: `"bn1/renorm_gap"`. History has them, and so
-    have `CSVLogger` and `TensorBoard` if they come after this callback in the
-    list. Layers have the names that `keras_renorm.get_statistics` gives them.
+    layer's with its name before: `"bn1/renorm_gap"`. Each epoch has the names
+    of the first; a figure that an epoch cannot have is NaN (all layers are
+    frozen, say). History has them, and so have `CSVLogger` and `TensorBoard`
+    if they come after this callback in the list. Layers have the names that
+    `keras_renorm.get_statistics` gives them.
 
-    It warns once a run, when `fit` ends, if limits never relaxed (r_max was 1
-    and d_max was 0 throughout), or if limits that have relaxed to their end
-    still clip more than a quarter of the values; and after the first epoch,
-    if the batches of `dataset` are no random draws.
+    In a second `fit` of the same model, rows and steps continue; a new monitor
+    of a run that is resumed (`initial_epoch=`, `BackupAndRestore`) counts the
+    steps of the epochs before it.
+
+    It warns, once in its life with a model: when `fit` ends, if limits are
+    still closed (r_max is 1 and d_max is 0), or if limits that have relaxed to
+    their end still clip more than a quarter of the values; after the first
+    epoch, if the batches of `dataset` are no random draws, or cannot be
+    compared; and after the first batch, if it did not reach a layer, which is
+    then left out. None of this ends `fit`.
 
     Limits: a layer that is frozen is left out, and so is one of momentum 0 or
     1. With `steps_per_execution`, and for a `BatchRenormalization` layer
@@ -75,8 +87,8 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
 
     Args:
         every: Steps from one probe to the next, >= 1. An epoch that has none
-            gets one at its last step, or its first, where its length is
-            unknown. Defaults to 100.
+            gets one at its last step, or, where its length is unknown, at
+            the last power of two. Defaults to 100.
         dataset: `None` (default), or the training data in its batches, as for
             `recalibrate`: 16 of them are compared after the first epoch, as
             `keras_renorm.diagnostics.discrepancy` does, to see whether they
@@ -86,6 +98,8 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         per_layer: Whether `logs` get each layer's figures, too (TensorBoard
             and `rows` always do): six more a layer, in the progress bar as
             well. Defaults to `False`.
+        layers: Which layers to watch: `None` (default) for all, a layer, a
+            name, a list of these, or a function of a layer.
 
     Attributes:
         rows: A dict for each probe and layer, for `pandas.DataFrame`;
@@ -119,14 +133,17 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         dataset: Any = None,
         log_dir: Any = None,
         per_layer: bool = False,
+        layers: Choice = None,
     ) -> None:
         super().__init__()
         self.every = arguments.check_integer("every", every, minimum=1)
         self.per_layer = arguments.check_boolean("per_layer", per_layer)
         self.dataset = dataset
         self.log_dir = log_dir
+        self.layers = layers
         self.rows: list[dict[str, Any]] = []
         self._writer = None if log_dir is None else _writer(log_dir)
+        self._watched: Any = None
         self._layers: list[Any] = []
         self._names: list[str] = []
         self._before: list[LayerState] | None = None
@@ -136,39 +153,42 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self._stride = 1
         self._next = self.every
         self._epoch_rows: list[dict[str, Any]] = []
+        # Of an epoch of unknown length: its probe if no other comes.
+        self._reserve: list[dict[str, Any]] = []
+        self._logged: list[str] | None = None
+        self._warned: set[str] = set()
+        self._is_complete = False
         self._is_compared = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Finds the layers, but in a model that its first batch builds."""
-        found = find_layers(self.model, keras.layers.BatchNormalization)
-        self._layers = []
-        if not found or all(layer.built for layer in found):
-            self._find_layers()
-        check_no_keras_renorm(found)
-        self.rows, self._epoch_rows = [], []
-        self._before = None
-        self._step, self._next = 0, self.every
+        """Finds the layers; those that are not built, after the first batch."""
+        check_no_keras_renorm(self._find_layers())
+        if self._watched is not self.model:
+            self._watched = self.model
+            self.rows, self._step, self._next = [], 0, self.every
+            self._warned = set()
+            self._is_compared = self.dataset is None
+        self._epoch_rows, self._reserve = [], []
+        self._before = self._logged = None
         self._stride = int(getattr(self.model, "steps_per_execution", 1) or 1)
-        self._is_compared = self.dataset is None
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Begins to gather."""
-        self._epoch_rows = []
+        self._epoch_rows, self._reserve = [], []
+        # More than were seen in a run that is resumed.
+        resumed = epoch * (self.params.get("steps") or 0)
+        if resumed > self._step:
+            self._count_to(resumed)
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Reads the moving statistics, where a probe is due."""
         self._first_batch = batch
-        steps = self.params.get("steps")
-        is_last = steps is not None and batch + self._stride >= steps
-        is_due = self._step + self._stride >= self._next or (
-            is_last and not self._epoch_rows
-        )
         self._before = None
-        if is_due and self._layers:
+        if self._layers and (self._is_due() or self._is_reserve(batch)):
             self._synchronize()
             self._before = [read_state(layer) for layer in self._layers]
 
@@ -177,29 +197,44 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
     ) -> None:
         """Reads them again."""
         self._stride = batch - self._first_batch + 1
+        is_due = self._is_due()
         self._step += self._stride
-        if not self._layers:
-            self._find_layers()
-        if self._before is not None:
-            self._synchronize()
-            self._add_rows(self._before)
-            self._before = None
-            self._next = (self._step // self.every + 1) * self.every
+        if not self._is_complete:
+            self._find_layers(is_last=True)
+        if self._before is None:
+            return
+        self._synchronize()
+        rows = self._read_rows(self._before)
+        self._before = None
+        if is_due:
+            self._add(rows)
+            self._count_to(self._step)
+        else:
+            self._reserve = rows or self._reserve
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Writes the means of the epoch's probes into `logs`."""
-        # An epoch of unknown length may have had none: the last ones count.
-        rows = self._epoch_rows or self.rows[-len(self._layers) :]
-        if logs is not None and rows:
-            logs.update(means_of(rows, self.per_layer))
+        if not self._epoch_rows:
+            self._add(self._reserve)
+        means = means_of(self._epoch_rows, self.per_layer)
+        if self._logged is None:
+            # `CSVLogger` takes its columns from the first epoch.
+            self._logged = [*logged_names(self._layers), *means]
+        if logs is not None:
+            logs.update({key: means.get(key, np.nan) for key in self._logged})
         if not self._is_compared:
             self._is_compared = True
-            self._compare_batches()
+            try:
+                self._compare_batches()
+            except Exception as error:  # what only watches ends no `fit`
+                self._warn(
+                    "dataset", f"`dataset` could not be compared: {error}"
+                )
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Warns of limits that never relaxed, or that clip too much."""
+        """Warns of limits that are closed, or that clip too much."""
         self._warn_of_limits()
         if self._writer is not None:
             self._writer.flush()
@@ -215,15 +250,48 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         """
         return draw_steps(self.rows)
 
-    def _find_layers(self) -> None:
-        self._layers = built_layers(self.model)
+    def _find_layers(self, is_last: bool = False) -> list[Any]:
+        """Those to watch, of which only what is built can be."""
+        chosen = require_layers(self.model, self.layers)
+        self._layers = [layer for layer in chosen if layer.built]
         self._names = names_of(self.model, self._layers)
+        unbuilt = [layer for layer in chosen if not layer.built]
+        self._is_complete = is_last or not unbuilt
+        if is_last and unbuilt:
+            self._warn(
+                "unbuilt",
+                "`RenormMonitor` leaves out layers that the first batch did "
+                f"not reach: {describe(unbuilt, self.model)}.",
+            )
+        return chosen
+
+    def _is_due(self) -> bool:
+        """Whether a probe belongs into the execution that begins now."""
+        end = self._first_batch + self._stride
+        is_last = end >= (self.params.get("steps") or math.inf)
+        return self._step + self._stride >= self._next or (
+            is_last and not self._epoch_rows
+        )
+
+    def _is_reserve(self, batch: int) -> bool:
+        """Whether to probe because the epoch may end before one is due."""
+        return (
+            self.params.get("steps") is None
+            and not self._epoch_rows
+            # A power of two lies in between.
+            and (batch + self._stride).bit_length() > batch.bit_length()
+        )
+
+    def _count_to(self, step: int) -> None:
+        self._step = step
+        self._next = (step // self.every + 1) * self.every
 
     def _synchronize(self) -> keras.Model:
         """Puts weights into the model that Keras's JAX trainer holds itself."""
         return self.model  # asking for it does
 
-    def _add_rows(self, before: list[LayerState]) -> None:
+    def _read_rows(self, before: list[LayerState]) -> list[dict[str, Any]]:
+        rows = []
         for layer, name, old in zip(
             self._layers, self._names, before, strict=True
         ):
@@ -231,21 +299,21 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
             steps = self._stride
             if old.step is not None and new.step is not None:
                 steps = new.step - old.step
-            if not has_moved(layer, old, new) or not steps:
-                continue
-            row = {
-                "step": self._step,
-                "layer": name,
-                **figures_of(layer, old, new, steps),
-            }
-            self.rows.append(row)
-            self._epoch_rows.append(row)
-            if self._writer is not None:
-                for figure, value in row.items():
-                    if figure not in ("step", "layer"):
-                        self._writer.add_scalar(
-                            f"{name}/renorm_{figure}", value, self._step
-                        )
+            if has_moved(layer, old, new) and steps:
+                figures = figures_of(layer, old, new, steps)
+                rows.append({"step": self._step, "layer": name, **figures})
+        return rows
+
+    def _add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+        self._epoch_rows += rows
+        if self._writer is None:
+            return
+        for row in rows:
+            for figure, value in row.items():
+                if figure not in ("step", "layer"):
+                    tag = f"{row['layer']}/renorm_{figure}"
+                    self._writer.add_scalar(tag, value, row["step"])
 
     def _compare_batches(self) -> None:
         data = Batches(
@@ -264,14 +332,21 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
                 layer.current_step()
                 >= max(layer.r_max.end_step, layer.d_max.end_step),
                 mean_of("clipped", name, self._epoch_rows),
+                min(layer.r_max.begin_step, layer.d_max.begin_step),
             )
             for name, layer in zip(self._names, self._layers, strict=True)
             if isinstance(layer, BatchRenormalization)
             and layer.trainable
             and not layer.frozen_statistics
         ]
-        for said in said_of_limits(layers):
-            warnings.warn(said, stacklevel=2)
+        for kind, message in said_of_limits(layers).items():
+            self._warn(kind, message)
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Warns of each kind of thing once: `fit` may be called many times."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=3)
 
 
 def _writer(log_dir: Any) -> Any:

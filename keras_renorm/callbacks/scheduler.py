@@ -1,11 +1,12 @@
 """The limits of renormalization in `fit`."""
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
-from keras_renorm import backend, schedules
+from keras_renorm import arguments, backend, schedules
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models.finding import find_layers
 from keras_renorm.schedules import LinearRamp
@@ -19,6 +20,16 @@ class RenormScheduler(keras.callbacks.Callback):
     Without arguments, the shape of the paper (`schedules.ioffe2017`) scaled
     to `epochs * steps` of the run. The limits are set once, when `fit`
     begins, and relax inside the graph: nothing runs per step.
+
+    **Many runs.** Where one training is many calls of `fit` (of one epoch each,
+    say: adversarial networks, reinforcement and active learning), give
+    `total_steps`, of all calls together: without it the ramps would be those
+    of the first call, and end in it. A warning says so where `fit` is called
+    again. In a loop of `train_on_batch` no callback runs; set the ramps
+    yourself, once, before it:
+
+        for layer in layers:
+            layer.r_max, layer.d_max = schedules.ioffe2017(total_steps)
 
     The ramps are over each layer's own step counter, which is saved with the
     model and never reset here. So a run that is resumed, by `BackupAndRestore`
@@ -37,6 +48,9 @@ class RenormScheduler(keras.callbacks.Callback):
             number >= 1; a `LinearRamp` over the step; or a function from the
             step (an `int`) to a number, asked before every batch.
         d_max: The same for d_max, >= 0.
+        total_steps: Steps of the whole training, an integer >= 1, to which
+            the paper's ramps are scaled. `None` (default) for the `epochs *
+            steps` of this run.
 
     With a function, each batch assigns a weight of each layer. Keras's JAX
     backend takes what callbacks assign only between epochs; there a function
@@ -44,10 +58,11 @@ class RenormScheduler(keras.callbacks.Callback):
     execution.
 
     Raises:
-        TypeError: If a limit is of another kind.
-        ValueError: If a limit is out of range; when `fit` begins, if the
-            model has no `BatchRenormalization` layer, or if the ramp has to
-            be scaled and the number of steps of an epoch is unknown.
+        TypeError: If an argument is of another kind.
+        ValueError: If an argument is out of range, or `total_steps` is given
+            with both limits; when `fit` begins, if the model has no
+            `BatchRenormalization` layer, or if the ramp has to be scaled and
+            the number of steps of an epoch is unknown.
 
     Example:
 
@@ -65,16 +80,34 @@ class RenormScheduler(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, r_max: Limit | None = None, d_max: Limit | None = None
+        self,
+        r_max: Limit | None = None,
+        d_max: Limit | None = None,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.limits: dict[str, Any] = {"r_max": r_max, "d_max": d_max}
         for name, value in self.limits.items():
             if value is not None and not _is_function(value):
                 schedules.limit(name, value)
+        if total_steps is not None:
+            total_steps = arguments.check_integer("total_steps", total_steps, 1)
+            if not self._is_scaled:
+                raise ValueError(
+                    "`total_steps` must be None where both limits are given: "
+                    "it scales the paper's ramps. Received: total_steps="
+                    f"{total_steps}, r_max={r_max}, d_max={d_max}."
+                )
+        self.total_steps = total_steps
         self._layers: list[BatchRenormalization] = []
-        self._steps_before: list[int] | None = None
+        # How often a step calls each layer, as measured in this run or before.
+        self._calls: list[int] = []
+        # The layers when the run began: before and after others restored them.
+        self._found: list[_Start] = []
+        self._before: list[_Start] | None = None
+        self._first_epoch = 0
         self._is_measured = False
+        self._is_warned = False
         # What the functions said last, by layer and limit.
         self._asked: dict[tuple[int, str], float] = {}
         self._reaches_batches = backend.lets_callbacks_reach_batches()
@@ -87,24 +120,29 @@ class RenormScheduler(keras.callbacks.Callback):
                 "`model` must contain a `BatchRenormalization` layer. "
                 f"Received: model={self.model.name}."
             )
-        self._layers = layers
+        if list(map(id, layers)) != list(map(id, self._layers)):
+            self._layers, self._calls = layers, [1] * len(layers)
         self._asked.clear()
-        self._steps_before = None
         self._is_measured = not self._is_scaled
-        ramps = self._ramps(calls_per_step=1)  # raises before it sets
-        for layer in layers:
-            _set_limits(layer, ramps)
+        ramps = [self._ramps(calls) for calls in self._calls]  # may raise
+        self._before = None
+        self._found = [_Start.of(layer) for layer in layers]
+        for layer, limits in zip(layers, ramps, strict=True):
+            _set_limits(layer, limits)
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Asks the functions; notes the counters."""
         self._ask_functions()
-        if self._steps_before is None:
-            # Not in `on_train_begin`: a callback after this one may restore the
-            # counters there.
-            self._steps_before = [
-                layer.current_step() for layer in self._layers
+        if self._before is None:
+            # Not in `on_train_begin`: a callback after this one may restore
+            # the counters there, and the limits.
+            self._first_epoch = epoch
+            now = [_Start.of(layer) for layer in self._layers]
+            self._before = [
+                old if old.step == new.step else new
+                for old, new in zip(self._found, now, strict=True)
             ]
 
     def on_train_batch_begin(
@@ -141,15 +179,17 @@ class RenormScheduler(keras.callbacks.Callback):
         """What to assign to a layer, but for functions."""
         scaled: dict[str, Any] = {}
         if self._is_scaled:
-            steps = self.params.get("steps")
-            if steps is None:
-                raise ValueError(
-                    "`steps_per_epoch` must be given where the length of the "
-                    "data is unknown, or `r_max` and `d_max` as ramps: the "
-                    "paper's ramp is scaled to the number of steps. Received: "
-                    "steps=None."
-                )
-            total_steps = max(1, self.params["epochs"] * steps)
+            total_steps = self.total_steps
+            if total_steps is None:
+                steps = self.params.get("steps")
+                if steps is None:
+                    raise ValueError(
+                        "`steps_per_epoch` must be given where the length of "
+                        "the data is unknown, or `total_steps`, or `r_max` and "
+                        "`d_max` as ramps: the paper's ramp is scaled to the "
+                        "number of steps. Received: steps=None."
+                    )
+                total_steps = max(1, self.params["epochs"] * steps)
             r_max, d_max = schedules.ioffe2017(total_steps * calls_per_step)
             scaled = {"r_max": r_max, "d_max": d_max}
         return {
@@ -159,13 +199,56 @@ class RenormScheduler(keras.callbacks.Callback):
         }
 
     def _stretch(self, batches: int) -> None:
+        """Measures how often a step calls each layer, and sets its ramp anew.
+
+        A layer that nobody called keeps its ramp.
+        """
         self._is_measured = True
-        for layer, before in zip(
-            self._layers, self._steps_before or [], strict=True
+        starts = self._before or []
+        for at, (layer, start) in enumerate(
+            zip(self._layers, starts, strict=True)
         ):
-            calls_per_step = round((layer.current_step() - before) / batches)
-            if calls_per_step > 1:
-                _set_limits(layer, self._ramps(calls_per_step))
+            calls = round((layer.current_step() - start.step) / batches)
+            calls = max(1, calls)
+            if calls != self._calls[at]:
+                self._calls[at] = calls
+                _set_limits(layer, self._ramps(calls))
+        if self.total_steps is None and any(
+            self._is_again(start, calls)
+            for start, calls in zip(starts, self._calls, strict=True)
+        ):
+            self._warn()
+
+    def _is_again(self, start: "_Start", calls: int) -> bool:
+        """Whether a layer's ramp was that of another run, or is over.
+
+        In a run that is resumed it is the same ramp.
+        """
+        ramps = {
+            name: ramp
+            for name, ramp in self._ramps(calls).items()
+            if self.limits[name] is None
+        }
+        is_same = all(
+            getattr(start, name) == ramp for name, ramp in ramps.items()
+        )
+        end = max(ramp.end_step for ramp in ramps.values())
+        is_over = self._first_epoch == 0 and start.step >= end
+        return start.step > 0 and (is_over or not is_same)
+
+    def _warn(self) -> None:
+        if self._is_warned:
+            return
+        self._is_warned = True
+        warnings.warn(
+            "`RenormScheduler` scaled its ramps to this call of `fit`, and the "
+            "layers have counted steps before it: their ramps were others, or "
+            "are over. Where one training is many calls, give `total_steps=`, "
+            "the steps of all of them; to begin anew, "
+            "`layer.step.assign(0)`; to keep the limits, leave the callback "
+            "out.",
+            stacklevel=2,
+        )
 
     def _ask_functions(self) -> None:
         for name, value in self.limits.items():
@@ -176,6 +259,19 @@ class RenormScheduler(keras.callbacks.Callback):
                 if self._asked.get((id(layer), name)) != limit:
                     setattr(layer, name, limit)
                     self._asked[id(layer), name] = limit
+
+
+class _Start(NamedTuple):
+    """A layer when a run begins."""
+
+    step: int
+    r_max: LinearRamp
+    d_max: LinearRamp
+
+    @classmethod
+    def of(cls, layer: BatchRenormalization) -> "_Start":
+        """As it is now."""
+        return cls(layer.current_step(), layer.r_max, layer.d_max)
 
 
 def _is_function(value: Any) -> bool:

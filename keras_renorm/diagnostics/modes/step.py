@@ -1,6 +1,5 @@
 """One training step of a layer, by its moving statistics before and after."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -203,6 +202,12 @@ def figures_of(
 _LOGGED = ("r", "d", "clipped", "gap", "r_max", "d_max")
 
 
+def logged_names(layers: Sequence[Any]) -> list[str]:
+    """What `means_of` names of all these layers, where all was measured."""
+    has_limits = any(isinstance(each, BatchRenormalization) for each in layers)
+    return [f"renorm_{name}" for name in _LOGGED[: 6 if has_limits else 4]]
+
+
 def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
     """Means over steps, the largest of all layers, and of each on request.
 
@@ -219,7 +224,8 @@ def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
             if mean is not None:
                 of_layers[f"{name}/renorm_{figure}"] = mean
                 key = f"renorm_{figure}"
-                largest[key] = max(largest.get(key, -math.inf), mean)
+                # NumPy's: NaN is not hidden by what other layers have.
+                largest[key] = float(np.maximum(largest.get(key, mean), mean))
     return {**largest, **(of_layers if per_layer else {})}
 
 

@@ -448,22 +448,27 @@ class LimitsAtEnd(NamedTuple):
         is_closed: Whether they are those of plain batch normalization.
         has_relaxed: Whether both ramps are at their end.
         clipped: Share of channels that they clip, `None` if not measured.
+        begin_step: Step at which the first ramp begins.
     """
 
     name: str
     is_closed: bool
     has_relaxed: bool
     clipped: float | None
+    begin_step: int
 
 
-def said_of_limits(layers: Sequence[LimitsAtEnd]) -> list[str]:
+def said_of_limits(layers: Sequence[LimitsAtEnd]) -> dict[str, str]:
     """What to warn of when a run ends: limits that do nothing, or too much."""
-    said = []
-    closed = [each.name for each in layers if each.is_closed]
+    said = {}
+    closed = [each for each in layers if each.is_closed]
     if closed:
-        said.append(
+        later = [each.begin_step for each in closed if not each.has_relaxed]
+        begin = f" They would from step {min(later):,} on." if later else ""
+        said["closed"] = (
             "Limits of renormalization never relaxed in this run: r_max "
-            f"is 1 and d_max is 0 still, in layers {', '.join(closed)}. "
+            "is 1 and d_max is 0 still, in layers "
+            f"{', '.join(each.name for each in closed)}.{begin} "
             "That is plain batch normalization; `RenormScheduler()` "
             "scales the ramps to the run."
         )
@@ -477,7 +482,7 @@ def said_of_limits(layers: Sequence[LimitsAtEnd]) -> list[str]:
     ]
     if saturated:
         worst = max(saturated, key=lambda each: each.clipped or 0.0)
-        said.append(
+        said["clipped"] = (
             f"Limits of renormalization clip {worst.clipped:.0%} of the "
             f"channels in {worst.name} (above {SATURATED:.0%} in layers "
             f"{', '.join(each.name for each in saturated)}), though they have "
