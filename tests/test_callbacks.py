@@ -139,6 +139,8 @@ def test_a_training_of_many_fits():
     assert layer.r_max == ioffe2017(160)[0]
 
 
+@pytest.mark.tensorflow
+@pytest.mark.torch  # on JAX a callback sees the layers once an epoch
 def test_many_fits_stretch_the_ramp_of_a_layer_that_is_called_twice():
     shared = BatchRenormalization()
     inputs = keras.Input((3,))
@@ -231,13 +233,7 @@ def test_a_length_that_is_unknown_needs_total_steps(rng):
     assert layer.r_max == ioffe2017(100)[0]
 
 
-def test_total_steps_are_for_ramps_that_are_scaled():
-    with pytest.raises(ValueError, match=r"`total_steps` must be None where"):
-        RenormScheduler(2.0, 1.0, total_steps=100)
-    with pytest.raises(ValueError, match=r"`total_steps` must be at least 1"):
-        RenormScheduler(total_steps=0)
-    with pytest.raises(TypeError, match=r"`total_steps` must be an integer"):
-        RenormScheduler(total_steps=1e4)
+def test_total_steps_are_for_the_ramp_that_is_scaled():
     layer = BatchRenormalization()
     scheduler = RenormScheduler(d_max=1.0, total_steps=1_000)
     fit(compiled([layer]), [scheduler], epochs=1)

@@ -221,6 +221,33 @@ def test_limits(name, value, kind, message):
     ("arguments", "kind", "message"),
     [
         (
+            {"total_steps": 0},
+            ValueError,
+            "`total_steps` must be at least 1. Received: total_steps=0.",
+        ),
+        (
+            {"total_steps": 1e4},
+            TypeError,
+            "`total_steps` must be an integer. Received: total_steps=10000.0.",
+        ),
+        (
+            {"total_steps": 100, "r_max": 2.0, "d_max": 1.0},
+            ValueError,
+            "`total_steps` must be None where both limits are given: it scales "
+            "the paper's ramps. Received: total_steps=100, r_max=2.0, "
+            "d_max=1.0.",
+        ),
+    ],
+)
+def test_total_steps(arguments, kind, message):
+    with raises(kind, message):
+        RenormScheduler(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (
             (1.0, 2.0, 10, 5),
             ValueError,
             "`end_step` must not lie before `begin_step`. Received: "

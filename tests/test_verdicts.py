@@ -18,6 +18,8 @@ from keras_renorm.diagnostics.modes.verdict import verdicts_of
 
 ROOT = Path(__file__).parents[1]
 SEEDS = [0, 1]
+NAN = float("nan")
+SMALL = "batches too small"
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES = (IMAGES.reshape(-1, 8, 8, 1) / 16).astype("float32")
 LABELS = LABELS.astype("int32")
@@ -83,14 +85,23 @@ def sorted_by_class(size):
     return [(IMAGES[each], LABELS[each]) for each in parts]
 
 
-def trained(network, seed, batches, kind=layers.BatchNormalization, **options):
-    keras.utils.set_random_seed(seed)
-    model = network(functools.partial(kind, **options))
+def compiled(model):
     model.compile(
         keras.optimizers.Adam(2e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
+    return model
+
+
+def trained(network, seed, batches, kind=layers.BatchNormalization, **options):
+    keras.utils.set_random_seed(seed)
+    model = network(functools.partial(kind, **options))
+    return fitted(compiled(model), batches)
+
+
+def fitted(model, batches, **options):
+    """A compiled model, after more steps."""
 
     class Data(keras.utils.PyDataset):
         def __len__(self):
@@ -99,8 +110,13 @@ def trained(network, seed, batches, kind=layers.BatchNormalization, **options):
         def __getitem__(self, index):
             return batches[index]
 
-    model.fit(Data(), shuffle=False, verbose=0)
+    model.fit(Data(), shuffle=False, verbose=0, **options)
     return model
+
+
+def converted(model, **options):
+    """As `convert` is advised, compiled."""
+    return compiled(keras_renorm.convert(model, **options))
 
 
 @functools.cache
@@ -132,10 +148,7 @@ networks_by_seed = pytest.mark.parametrize(
 @seeds
 def test_a_healthy_network(network, seed):
     model, data = healthy(network, seed)
-    model.compile(
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    compiled(model)
     for size in (32, 16):
         data = shuffled(seed + 50, size, 768 // size)
         report = discrepancy(model, data, verbose=False)
@@ -143,9 +156,12 @@ def test_a_healthy_network(network, seed):
         assert "\nNo discrepancy worth acting on.\n" in str(report)
     # Which is not all that is said: outputs do differ.
     assert 0.25 < report.gap < 0.5
+    is_lower = report.inference["loss"] < report.training["loss"]
+    scores = "the loss is lower in inference"
     assert (
         f"Outputs differ by {report.gap:.2f} of their size, as the noise of "
-        "batches makes them; loss and metrics do not."
+        "batches makes them; "
+        f"{scores if is_lower else 'loss and metrics do not'}."
     ) in " ".join(str(report).split())
 
 
@@ -202,6 +218,38 @@ def test_losses_that_differ_though_no_layer_is_far_off(rng):
     )
 
 
+def test_losses_that_differ_though_averages_are_right(rng):
+    """The same, with larger weights and averages that are close."""
+    model = keras.Sequential(
+        [
+            keras.Input((2,)),
+            BatchNormalization(name="bn"),
+            layers.Dense(1, name="difference"),
+        ]
+    )
+    rate = keras.optimizers.schedules.CosineDecay(0.5, 400)
+    model.compile(keras.optimizers.Adam(rate), "mse")
+    x = rng.normal(size=(6_400, 1)) + 0.03 * rng.normal(size=(6_400, 2))
+    model.get_layer("difference").kernel.assign([[40.0], [-40.0]])
+    keras_renorm.recalibrate(model, x, verbose=False)
+    y = model.predict(x, verbose=0) + 0.1 * rng.normal(size=(6_400, 1))
+    bank = keras_renorm.get_statistics(model)
+    bank["bn/moving_mean"][0] += 0.05
+    keras_renorm.set_statistics(model, bank)
+    report = discrepancy(model, (x, y), batch_size=64, verbose=False)
+    assert report.layers[0].shift < 0.05
+    assert causes(report) == ["training and inference differ"]
+    # No `recalibrate`: it would find nothing.
+    remedy = report.verdicts[0].remedy
+    assert remedy.startswith("Larger batches, or train the last part as the")
+    # The remedy helps.
+    freeze = keras_renorm.callbacks.FreezeStatistics(0.25)
+    model.fit(x, y, batch_size=64, epochs=4, verbose=0, callbacks=[freeze])
+    report = discrepancy(model, (x, y), batch_size=64, verbose=False)
+    assert causes(report) == []
+    assert report.inference["loss"] < 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "seed", "momentum", "steps"),
@@ -243,6 +291,9 @@ def test_averages_of_other_weights(network, seed):
     )
     assert causes(report) == ["moving averages lag"]
     assert "bn1" in report.verdicts[0].layers
+    # The remedy helps.
+    keras_renorm.recalibrate(model, data, verbose=False)
+    assert causes(discrepancy(model, data, verbose=False)) == []
 
 
 DOMAINS = {
@@ -275,6 +326,36 @@ def test_another_domain(network, seed, change):
     )
     assert causes(report) == ["another domain"]
     assert "prior_examples" in report.verdicts[0].remedy
+    # The remedy helps.
+    for options in ({}, {"prior_examples": 32}):
+        keras_renorm.recalibrate(model, target, verbose=False, **options)
+        assert causes(discrepancy(model, target, verbose=False)) == []
+
+
+@pytest.mark.slow
+def test_another_domain_of_small_shifts():
+    """Each layer is near, and the model is another one."""
+    model, data = healthy(convolutional, 0)
+    compiled(model)
+    target = [
+        ((0.7 * x + 0.3 * np.roll(x, 1, axis=2)).astype("float32"), y)
+        for x, y in data
+    ]
+    reference = shuffled(60, 32, 24)
+    report = discrepancy(model, target, verbose=False)
+    assert causes(report) == ["training and inference differ"]
+    report = discrepancy(model, target, reference=reference, verbose=False)
+    assert max(layer.shift for layer in report.layers) < 0.25
+    assert causes(report) == ["another domain"]
+    remedy = report.verdicts[0].remedy
+    assert remedy.startswith("`keras_renorm.recalibrate` on this data")
+    # What was advised before does nothing, and this helps.
+    keras_renorm.recalibrate(model, reference, verbose=False)
+    report = discrepancy(model, target, reference=reference, verbose=False)
+    assert causes(report) == ["another domain"]
+    keras_renorm.recalibrate(model, target, verbose=False)
+    report = discrepancy(model, target, reference=data, verbose=False)
+    assert causes(report) == []
 
 
 @pytest.mark.slow
@@ -295,6 +376,53 @@ def test_batches_too_small(network, seed):
             "`BatchRenormalization(gradient_momentum=0.9)`"
         ) in remedy
         assert "`keras_renorm.convert(model)`" in remedy
+    # The remedies help: larger batches, and that layer.
+    model, more = healthy(network, seed)
+    assert causes(discrepancy(compiled(model), more, verbose=False)) == []
+    if network is convolutional:
+        options = {"gradient_momentum": 0.9, "momentum": 0.95}
+        model = converted(network(layers.BatchNormalization), **options)
+        fitted(model, shuffled(seed, 2, 400))
+        assert causes(discrepancy(model, data, verbose=False)) == []
+
+
+@pytest.mark.slow
+@networks_by_seed
+def test_batches_of_four_and_more_are_not_too_small(network, seed):
+    """Noise regularizes, and what is served is better than what trains."""
+    for size in (4, 8):
+        model = trained(network, seed, shuffled(seed, size, 400), momentum=0.95)
+        data = shuffled(seed + 50, size, 480 // size)
+        report = discrepancy(model, data, verbose=False)
+        assert report.inference["loss"] < report.training["loss"]
+        assert causes(report) == []
+        assert "; the loss is lower in inference." in " ".join(
+            str(report).split()
+        )
+
+
+@pytest.mark.slow
+@seeds
+def test_a_momentum_that_means_the_opposite(seed):
+    """PyTorch's 0.1."""
+    model = trained(dense, seed, shuffled(seed, 8, 300), momentum=0.1)
+    data = shuffled(seed + 50, 8, 60)
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == ["moving averages jitter"]
+    (verdict,) = report.verdicts
+    assert verdict.layers[0] == "bn1"
+    assert (
+        "`momentum` is low (it is 0.1, the share of the old value that is "
+        "kept; PyTorch's 0.1 is 0.9 here)."
+    ) in verdict.reason
+    assert verdict.remedy.startswith(
+        "Train with a higher momentum (`momentum=0.9`); for the model as it"
+    )
+    # The remedies help.
+    keras_renorm.recalibrate(model, data, verbose=False)
+    assert causes(discrepancy(model, data, verbose=False)) == []
+    model = trained(dense, seed, shuffled(seed, 8, 300), momentum=0.9)
+    assert causes(discrepancy(model, data, verbose=False)) == []
 
 
 @pytest.mark.slow
@@ -305,6 +433,12 @@ def test_batches_of_one_class(network, seed):
     report = discrepancy(model, data, verbose=False)
     assert causes(report) == ["batches not i.i.d."]
     assert "Shuffle" in report.verdicts[0].remedy
+    # The remedies help: that layer, with its limits open, and shuffled data.
+    other = converted(model, gradient_momentum=0.9)
+    fitted(other, one_class_each(seed + 10, 16, 600))
+    assert causes(discrepancy(other, data, verbose=False)) == []
+    model, data = healthy(network, seed)
+    assert causes(discrepancy(compiled(model), data, verbose=False)) == []
 
 
 @pytest.mark.slow
@@ -347,6 +481,30 @@ def test_statistics_never_trained(network, seed):
     report = discrepancy(model, shuffled(seed + 50, 32, 24), verbose=False)
     assert causes(report) == ["statistics never trained"]
     assert report.verdicts[0].layers == ("bn1", "bn2")
+    # The remedy helps.
+    data = shuffled(seed + 50, 32, 24)
+    keras_renorm.recalibrate(model, data, verbose=False)
+    assert causes(discrepancy(model, data, verbose=False)) == []
+
+
+@pytest.mark.slow
+@networks_by_seed
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_statistics_that_one_sample_ruined(network, seed, value):
+    """Of a forward pass, so that the weights are whole."""
+    x = IMAGES[:32].copy()
+    x[3, 4, 4] = value
+    found = []
+    for kind in (layers.BatchNormalization, BatchNormalization):
+        model = network(kind)
+        model.set_weights(healthy_weights(network, seed))
+        compiled(model)(x, training=True)
+        data = shuffled(seed + 50, 32, 24)
+        found.append(causes(discrepancy(model, data, verbose=False)))
+        # The remedy helps.
+        keras_renorm.recalibrate(model, data, verbose=False)
+        assert causes(discrepancy(model, data, verbose=False)) == []
+    assert found == [["statistics not finite"], []]
 
 
 @pytest.mark.slow
@@ -362,6 +520,29 @@ def test_constant_channels(network, seed):
     assert causes(report) == ["constant channels"]
     assert "(bn1: 2, 5)" in report.verdicts[0].reason
     assert report.verdicts[0].layers == ("bn1",)
+    # The remedy helps: initialized anew.
+    rng = np.random.default_rng(seed)
+    values[..., [2, 5]] = rng.normal(size=(*values.shape[:-1], 2))
+    kernel.assign(values)
+    keras_renorm.recalibrate(model, data, verbose=False)
+    assert causes(discrepancy(model, data, verbose=False)) == []
+
+
+@pytest.mark.slow
+@networks_by_seed
+def test_activations_that_are_small(network, seed):
+    model, data = healthy(network, seed)
+    kernel = model.get_layer("first").kernel
+    kernel.assign(1e-3 * kernel)
+    keras_renorm.recalibrate(model, data, verbose=False)
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == ["constant channels"]
+    # The remedy helps.
+    weights = model.get_weights()
+    model = network(functools.partial(layers.BatchNormalization, epsilon=1e-9))
+    model.set_weights(weights)
+    keras_renorm.recalibrate(model, data, verbose=False)
+    assert causes(discrepancy(model, data, verbose=False)) == []
 
 
 @pytest.mark.slow
@@ -384,7 +565,8 @@ HEALTHY = Measurement(
     channels=8,
     batches=20,
     elements=320.0,
-    examples=32.0,
+    examples=2.0,
+    momentum=0.99,
     is_frozen=False,
     is_untrained=False,
     is_broken=False,
@@ -399,6 +581,7 @@ HEALTHY = Measurement(
     population_jeffreys=0.0,
     gap=0.1,
     shift=0.05,
+    distance=0.06,
     f=1.0,
     f_limit=2.0,
     scatter=0.1,
@@ -407,7 +590,6 @@ HEALTHY = Measurement(
     from_start=float("nan"),
     constant_channels=(),
 )
-NAN = float("nan")
 
 
 @pytest.mark.parametrize(
@@ -444,6 +626,18 @@ NAN = float("nan")
             ["batches not i.i.d.", "moving averages lag, or another domain"],
         ),
         ({"constant_channels": (3,)}, ["constant channels"]),
+        # Of four examples batch normalization is best.
+        ({"batch_noise": 0.34, "gap": 0.5, "examples": 3.9}, [SMALL]),
+        ({"batch_noise": 0.34, "gap": 0.5, "examples": 4.0}, []),
+        # A low momentum.
+        ({"distance": 0.26, "momentum": 0.49}, ["moving averages jitter"]),
+        ({"distance": 0.26, "momentum": 0.5}, []),
+        ({"distance": 0.24, "momentum": 0.1}, []),
+        ({"distance": 0.4, "momentum": 0.1, "is_frozen": True}, []),
+        (
+            {"distance": 0.4, "shift": 0.26, "momentum": 0.1},
+            ["moving averages lag, or another domain"],
+        ),
     ],
 )
 def test_rules(figures, expected):
@@ -480,6 +674,10 @@ def test_rules(figures, expected):
         (0.1, {"loss": 1.0, "mae": 2.0}, {"loss": 1.0, "mae": 6.1}, True),
         (0.1, {"loss": 1.0, "mae": 6.1}, {"loss": 1.0, "mae": 2.0}, True),
         (0.1, {"loss": 1.0, "r2": -0.1}, {"loss": 1.0, "r2": -0.2}, False),
+        # It serves better: metrics and outputs differ for that.
+        (0.1, {"loss": 1.0, "acc": 0.7}, {"loss": 0.4, "acc": 0.9}, False),
+        (0.9, {"loss": 1.0, "acc": 0.7}, {"loss": 0.4, "acc": 0.9}, False),
+        (NAN, {"loss": 1.0}, {"loss": 0.4}, True),
     ],
 )
 def test_a_model_that_differs_has_a_verdict(gap, training, inference, differ):
@@ -513,11 +711,54 @@ def test_the_row_for_batches_that_are_too_small(examples, elements, row):
     small = HEALTHY._replace(
         batch_noise=0.9, gap=0.9, examples=examples, elements=elements
     )
-    (verdict,) = verdicts_of([small])
-    assert f"or else: for {row.where}, {row.take}." in verdict.remedy
-    (verdict,) = verdicts_of([small._replace(kind="BatchRenormalization")])
-    relaxes = "Relax the limits, now r_max=3 and d_max=5" in verdict.remedy
-    assert relaxes == (row is not advice.FOUR_AND_MORE)
+    scores = ({"loss": 1.0}, {"loss": 9.0})
+    (verdict,) = verdicts_of([small], scores=scores)
+    assert verdict.cause == SMALL
+    if row is advice.FOUR_AND_MORE:
+        # No layer is better there than the one that it has.
+        assert "BatchNormalization" not in verdict.remedy
+        assert "; or train the last part as the model serves" in verdict.remedy
+    else:
+        assert f"or else: for {row.where}, {row.take}." in verdict.remedy
+    small = small._replace(kind="BatchRenormalization")
+    (verdict,) = verdicts_of([small], scores=scores)
+    assert (
+        "; or else: relax the limits, now r_max=3 and d_max=5, further ("
+        "`layer.r_max`, `layer.d_max`), and give the layers a "
+        "`gradient_momentum` if they have none."
+    ) in verdict.remedy
+    small = small._replace(r_max=1.0)
+    (verdict,) = verdicts_of([small], scores=scores)
+    assert (
+        "now r_max=1 and d_max=5, with `RenormScheduler()`, and give"
+    ) in verdict.remedy
+
+
+@pytest.mark.parametrize(
+    ("examples", "gap", "loss", "causes_"),
+    [
+        # Training mode, inference; what has learned in spite of the noise.
+        (2.0, 0.9, (1.7, 1.2), [SMALL]),
+        (2.0, 0.9, (0.3, 0.11), [SMALL]),
+        (2.0, 0.9, (0.3, 0.09), []),
+        (2.0, 0.9, (0.2, 0.034), []),
+        (2.0, 0.9, (0.2, NAN), [SMALL]),
+        # From four examples on, where it serves worse.
+        (16.0, 0.9, (0.2, 0.19), []),
+        (16.0, 0.9, (0.2, 0.034), []),
+        (16.0, 0.9, (0.2, 0.21), [SMALL]),
+        (16.0, 0.3, (0.2, 0.21), []),
+        (16.0, 0.3, (0.2, 0.7), [SMALL]),
+        (16.0, 0.9, None, ["training and inference differ"]),
+    ],
+)
+def test_noise_that_does_no_harm(examples, gap, loss, causes_):
+    layer = HEALTHY._replace(batch_noise=0.4, gap=0.4, examples=examples)
+    scores = ({}, {})
+    if loss is not None:
+        scores = tuple({"loss": each, "accuracy": each / 2} for each in loss)
+    found = verdicts_of([layer], gap=gap, scores=scores)
+    assert [each.cause for each in found] == causes_
 
 
 def test_what_is_advised_is_what_the_benchmark_found():
@@ -605,6 +846,53 @@ def test_averages_lag_if_half_of_the_layers_are_on_the_way(
     assert [each.cause for each in found] == [cause]
 
 
+@pytest.mark.parametrize(
+    ("momentum", "said"),
+    [
+        (0.99, "in training a lower `momentum`, more steps"),
+        (0.5, "in training a lower `momentum`, more steps"),
+        (
+            0.1,
+            "in training a higher `momentum` (it is 0.1, the share of the old "
+            "value that is kept; PyTorch's 0.1 is 0.9 here), more steps",
+        ),
+    ],
+)
+@pytest.mark.parametrize("on_reference", [None, 0.9])
+def test_averages_that_are_off_want_another_momentum(
+    momentum, said, on_reference
+):
+    layer = HEALTHY._replace(shift=1.0, momentum=momentum)
+    references = None
+    if on_reference:
+        references = [layer._replace(shift=on_reference)]
+    (found,) = verdicts_of([layer], references)
+    assert said in found.remedy
+
+
+def test_where_one_average_jitters_the_others_do():
+    low = HEALTHY._replace(momentum=0.1, distance=0.4)
+    far = low._replace(name="far", shift=0.3)
+    scores = ({"loss": 0.26, "acc": 0.93}, {"loss": 0.44, "acc": 0.85})
+    found = verdicts_of([low, far], scores=scores)
+    assert [(each.cause, each.layers) for each in found] == [
+        ("moving averages jitter", ("bn", "far"))
+    ]
+    (found,) = verdicts_of([far], scores=scores)
+    assert found.cause == "moving averages lag, or another domain"
+    # A reference tells.
+    references = [low, far._replace(shift=0.1)]
+    found = verdicts_of([low, far], references, scores=scores)
+    assert [(each.cause, each.layers) for each in found] == [
+        ("another domain", ("far",)),
+        ("moving averages jitter", ("bn",)),
+    ]
+    # What they explain is not batches of eight that are too small.
+    noisy = low._replace(batch_noise=0.4, gap=0.4, examples=8.0)
+    (found,) = verdicts_of([noisy], scores=scores)
+    assert found.cause == "moving averages jitter"
+
+
 def test_noise_matters_more_where_the_outputs_show_it():
     noisy = HEALTHY._replace(batch_noise=0.2, gap=0.2)
     same = ({"loss": 1.0}, {"loss": 1.0})
@@ -615,6 +903,45 @@ def test_noise_matters_more_where_the_outputs_show_it():
     shifted = HEALTHY._replace(name="shifted", shift=1.0)
     (found,) = verdicts_of([noisy, shifted], gap=0.51)
     assert found.layers == ("shifted",)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "expected"),
+    [
+        # Small shifts in many layers, which the reference does not have.
+        ((0.09, 0.07, 0.11), (0.02, 0.03, 0.04), ("one", "two", "three")),
+        ((0.15, 0.12, 0.04), (0.05, 0.06, 0.04), ("one",)),
+        # The reference has them: the averages lag.
+        ((0.09, 0.07, 0.11), (0.09, 0.06, 0.1), None),
+        # No averages are far off.
+        ((0.04, 0.04, 0.04), (0.0, 0.0, 0.0), None),
+    ],
+)
+def test_small_shifts_add_up(here, there, expected):
+    names = ("one", "two", "three")
+    on_data, on_reference = (
+        [
+            HEALTHY._replace(name=name, shift=shift)
+            for name, shift in zip(names, shifts, strict=True)
+        ]
+        for shifts in (here, there)
+    )
+    scores = ({"loss": 0.7, "accuracy": 0.8}, {"loss": 0.93, "accuracy": 0.7})
+    (found,) = verdicts_of(on_data, on_reference, 0.3, scores)
+    if expected is None:
+        assert found.cause == "training and inference differ"
+        recalibrates = "recalibrate(model, training_data)" in found.remedy
+        assert recalibrates == (max(there) > 0.05)
+        assert "reference" not in found.remedy
+    else:
+        assert (found.cause, found.layers) == ("another domain", expected)
+        assert "`keras_renorm.recalibrate` on this data" in found.remedy
+    # Without a reference nothing tells.
+    (found,) = verdicts_of(on_data, None, 0.3, scores)
+    assert found.cause == "training and inference differ"
+    assert "`reference=training_data` tells" in found.remedy
+    # And where the model is the same, they do not matter.
+    assert verdicts_of(on_data, on_reference) == []
 
 
 def test_a_reference_is_asked_layer_by_layer():

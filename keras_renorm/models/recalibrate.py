@@ -210,11 +210,10 @@ class StatisticsPass:
             layer.moving_variance.assign(variance)
 
         def mixed(layer: Any, total: Total) -> tuple[np.ndarray, ...]:
-            if not prior:  # nothing of the old ones, not their NaN either
-                return total.mean, total.variance
-            keep = prior / (prior + total.examples)
+            keep = prior / (prior + total.examples) if prior else 0.0
+            # What is not finite counts for nothing: zero times NaN is NaN.
             return tuple(
-                keep * old + (1 - keep) * new
+                keep * np.where(np.isfinite(old), old, new) + (1 - keep) * new
                 for old, new in zip(
                     before[id(layer)],
                     (total.mean, total.variance),

@@ -43,6 +43,7 @@ class Measurement(NamedTuple):
             that is called twice counts each call).
         elements: Elements a batch and channel, on average.
         examples: Examples a batch, on average.
+        momentum: The layer's: the share that the moving statistics keep.
         is_frozen: Whether training mode, too, uses the moving statistics.
         is_untrained: Whether these are as they were made, 0 and 1.
         is_broken: Whether they are not finite, or a variance is negative.
@@ -59,7 +60,9 @@ class Measurement(NamedTuple):
         gap: Training-mode outputs less inference-mode outputs for the same
             input: root mean square, over that of the training-mode outputs.
         shift: How far the moving statistics are from those of the data,
-            beyond noise, in standard deviations; see `shift_of`.
+            beyond noise, in standard deviations; see `Record.shift`.
+        distance: The same, with the noise of a moving average of this
+            momentum left in.
         f: Between-batch F statistic of the examples' channel means, mean
             over channels. 1 where batches are random draws, NaN where it
             cannot be told (one batch, or one example a batch).
@@ -85,6 +88,7 @@ class Measurement(NamedTuple):
     batches: int
     elements: float
     examples: float
+    momentum: float
     is_frozen: bool
     is_untrained: bool
     is_broken: bool
@@ -99,6 +103,7 @@ class Measurement(NamedTuple):
     population_jeffreys: float
     gap: float
     shift: float
+    distance: float
     f: float
     f_limit: float
     scatter: float

@@ -124,6 +124,7 @@ class Record:
             batches=batches,
             elements=self.elements.count / batches,
             examples=self.examples.count / max(self.examples.batches, 1),
+            momentum=float(self.layer.momentum),
             is_frozen=is_frozen,
             is_untrained=is_untrained(self.layer),
             is_broken=is_broken,
@@ -138,6 +139,7 @@ class Record:
             population_jeffreys=float(np.mean(population)),
             gap=self.gap.relative,
             shift=math.nan if is_broken else self.shift(),
+            distance=math.nan if is_broken else self.shift(is_exact=True),
             f=f,
             f_limit=f_limit,
             scatter=float(scatter),
@@ -206,7 +208,7 @@ class Record:
         limit = 1 + 4 * math.sqrt(2 / (batches - 1) + 2 / free)
         return float(np.mean(f)), max(2.0, limit)
 
-    def shift(self) -> float:
+    def shift(self, is_exact: bool = False) -> float:
         """Distance of the moving statistics from the data's, without noise.
 
             shift² = mean over channels of d̄² − noise and (ln r̄)² − noise
@@ -218,9 +220,13 @@ class Record:
         means over these batches and of a moving average with the layer's
         momentum m over batches like these: their variance times
         1/batches + (1 − m)/(1 + m).
+
+        Args:
+            is_exact: Whether moving statistics should be exact: what a moving
+                average scatters is not taken for noise.
         """
         batches = self.elements.batches
-        momentum = float(self.layer.momentum)
+        momentum = 1.0 if is_exact else float(self.layer.momentum)
         factor = 1 / batches + (1 - momentum) / (1 + momentum)
         noise = np.nan_to_num(self._between) / self.sigma**2
         d = (self.elements.mean - self.moving_mean) / self.sigma

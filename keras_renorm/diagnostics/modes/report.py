@@ -126,9 +126,12 @@ class Report:
         ]
         if not self.verdicts and self.gap > VISIBLE:
             # There is a verdict without scores.
+            scores = "loss and metrics do not"
+            if self.inference["loss"] < self.training["loss"]:
+                scores = "the loss is lower in inference"
             lines = [
                 f"Outputs differ by {_short(self.gap)} of their size, as the "
-                "noise of batches makes them; loss and metrics do not."
+                f"noise of batches makes them; {scores}."
             ]
         for name, value in self.training.items():
             served = self.inference.get(name, math.nan)

@@ -6,14 +6,21 @@ verdict, which names them.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from keras_renorm.diagnostics import advice
 from keras_renorm.diagnostics.modes.measurement import Measurement
+from keras_renorm.schedules import D_MAX, R_MAX
 
 # Moving statistics this far from the data's, in standard deviations and beyond
 # noise, are worth acting on: the layer's outputs are off by as much.
 SHIFT = 0.25
+# Shifts below this are what is left of noise: healthy networks of nine layers,
+# trained on digits, were at 0.04 to 0.06.
+FAINT = 0.05
+# A moving average of a lower momentum jitters: it is mostly the last batch.
+# PyTorch's `momentum` is the share of the new value, so that its 0.1 is 0.9.
+LOW_MOMENTUM = 0.5
 # Batches that make a gap of this size by themselves are too uncertain, where
 # they are random draws: n independent Gaussian elements make (1.5 / n)^½, so a
 # batch then counts for 13 of them. Wu and He 2018 (arXiv:1803.08494, section
@@ -41,6 +48,9 @@ GROUPED = 0.1
 # Limits that cut more than this share of the values, when they have relaxed
 # to their end, leave training and inference apart.
 SATURATED = 0.25
+# Batches of as many random draws, and no fewer, are best served by batch
+# normalization, as the benchmark found: `advice.FOUR_AND_MORE`.
+ENOUGH = 4
 # A moving average that is closer than this to its end has arrived.
 ARRIVED = 0.95
 
@@ -48,11 +58,16 @@ UNTRAINED = "statistics never trained"
 BROKEN = "statistics not finite"
 NOT_IID = "batches not i.i.d."
 LAG = "moving averages lag"
+JITTER = "moving averages jitter"
 DOMAIN = "another domain"
 LAG_OR_DOMAIN = "moving averages lag, or another domain"
 TOO_SMALL = "batches too small"
 CONSTANT = "constant channels"
 DIFFERENT = "training and inference differ"
+
+
+# Loss and metrics in training and in inference mode, by name.
+Scores: TypeAlias = tuple[Mapping[str, float], Mapping[str, float]]
 
 
 class Verdict(NamedTuple):
@@ -78,7 +93,7 @@ def verdicts_of(
     layers: Sequence[Measurement],
     references: Sequence[Measurement] | None = None,
     gap: float = 0.0,
-    scores: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
+    scores: Scores = ({}, {}),
     is_convertible: bool = True,
 ) -> list[Verdict]:
     """The verdicts on a model's layers, the gravest first; none if healthy.
@@ -94,14 +109,31 @@ def verdicts_of(
     broken = [each for each in layers if each.is_broken]
     untrained = [each for each in layers if each.is_untrained]
     grouped = [each for each in layers if is_grouped(each)]
+    known = [
+        each for each in layers if not (each.is_broken or each.is_untrained)
+    ]
+    jittery = [each for each in known if jitters(each)]
+    if references is not None or all(each.shift > SHIFT for each in jittery):
+        # Only where noise explains one are the others no other data.
+        jittery = [each for each in jittery if not each.shift > SHIFT]
     shifted = [
+        each for each in known if each.shift > SHIFT and each not in jittery
+    ]
+    is_explained = bool(broken or untrained or shifted or jittery)
+    noise = NOISE / 2 if gap > OUTPUTS and not is_explained else NOISE
+    differs = _differ(gap, scores)
+    small = [
         each
         for each in layers
-        if each.shift > SHIFT and not (each.is_broken or each.is_untrained)
+        if is_too_small(each, noise)
+        # Where batch normalization is best, only if it matters.
+        and (
+            each.examples < ENOUGH
+            or (scores[0] and differs and not is_explained)
+        )
+        # It has learned in spite of the noise.
+        and not _is_much_better(scores)
     ]
-    is_explained = bool(broken or untrained or shifted)
-    noise = NOISE / 2 if gap > OUTPUTS and not is_explained else NOISE
-    small = [each for each in layers if is_too_small(each, noise)]
     constant = [each for each in layers if each.constant_channels]
     found: list[Verdict] = []
     if broken:
@@ -111,10 +143,12 @@ def verdicts_of(
     if grouped:
         found.append(_grouped(grouped, layers, is_convertible))
     found += _shifted(shifted, layers, references)
+    if jittery:
+        found.append(_jittery(jittery, layers))
     if small:
         found.append(_too_small(small, layers, is_convertible))
-    if not found and _differ(gap, scores):
-        found.append(_different(layers, gap, scores))
+    if not found and differs:
+        found.append(_different(layers, references, gap, scores))
     if constant:
         found.append(_constant(constant, layers))
     return found
@@ -144,17 +178,37 @@ def is_too_small(layer: Measurement, noise: float = NOISE) -> bool:
     )
 
 
-def _differ(
-    gap: float, scores: tuple[Mapping[str, float], Mapping[str, float]]
-) -> bool:
-    """Whether the model is another one in inference, whatever the layers."""
-    limit = OUTPUTS if scores[0] else VISIBLE
-    return not gap <= limit or bool(_different_scores(scores))
+def jitters(layer: Measurement) -> bool:
+    """Whether the moving statistics are off as a low momentum makes them."""
+    return (
+        layer.momentum < LOW_MOMENTUM
+        and layer.distance > SHIFT
+        and not layer.is_frozen
+    )
 
 
-def _different_scores(
-    scores: tuple[Mapping[str, float], Mapping[str, float]],
-) -> list[str]:
+def _differ(gap: float, scores: Scores) -> bool:
+    """Whether the model is another one in inference, whatever the layers.
+
+    And not a better one: noise of batches, which inference has not, makes
+    outputs and metrics differ as well.
+    """
+    if not scores[0]:
+        return not gap <= VISIBLE
+    if scores[1]["loss"] < scores[0]["loss"]:
+        return not math.isfinite(gap)
+    return not gap <= OUTPUTS or bool(_different_scores(scores))
+
+
+def _is_much_better(scores: Scores) -> bool:
+    """Whether the loss is lower by much in inference."""
+    if not scores[0]:
+        return False
+    trained, served = (each["loss"] for each in scores)
+    return trained - served > SCORES * max(abs(trained), abs(served))
+
+
+def _different_scores(scores: Scores) -> list[str]:
     """Names of the loss and the metrics that differ by much."""
     names = []
     for name, trained in scores[0].items():
@@ -248,43 +302,50 @@ def _too_small(
         f"size away from what is served ({worst.name}, {worst.elements:.4g} "
         f"elements a channel). Batch means scatter by {worst.scatter:.2f} "
         f"standard deviations; {explained}.",
-        "Larger batches, or `synchronized=True` over replicas; or else: "
-        + _advised(
-            advice.advice_for(worst.examples, worst.elements),
-            found,
-            is_convertible,
-        ),
+        "Larger batches, or `synchronized=True` over replicas"
+        + _instead_of_larger_batches(worst, found, is_convertible),
         _names(found),
     )
+
+
+def _instead_of_larger_batches(
+    worst: Measurement, found: Sequence[Measurement], is_convertible: bool
+) -> str:
+    row = advice.advice_for(worst.examples, worst.elements)
+    if row is advice.FOUR_AND_MORE and not _renormalized(found):
+        return f"; or {_SERVED}."  # no layer is better there
+    return f"; or else: {_advised(row, found, is_convertible)}"
+
+
+def _renormalized(found: Sequence[Measurement]) -> list[Measurement]:
+    return [each for each in found if each.kind == "BatchRenormalization"]
 
 
 def _advised(
     row: advice.Advice, found: Sequence[Measurement], is_convertible: bool
 ) -> str:
     """A row of the table, and the way from these layers to there."""
-    said = f"for {row.where}, {row.take}."
-    if "BatchRenormalization" not in row.take:
-        return said
-    renormalized = [
-        each for each in found if each.kind == "BatchRenormalization"
-    ]
-    if renormalized:
-        first = renormalized[0]
+    for each in _renormalized(found):  # which have what rows advise
+        how = "with `RenormScheduler()`"
+        if each.r_max >= R_MAX and each.d_max >= D_MAX:
+            how = "further (`layer.r_max`, `layer.d_max`)"
         return (
-            f"{said} Relax the limits, now r_max={first.r_max:.3g} and "
-            f"d_max={first.d_max:.3g}, with `RenormScheduler()`."
+            f"relax the limits, now r_max={each.r_max:.3g} and "
+            f"d_max={each.d_max:.3g}, {how}, and give the layers a "
+            "`gradient_momentum` if they have none."
         )
     copied = "" if is_convertible else ", in_place=True"
     return (
-        f"{said} `keras_renorm.convert(model{copied})` puts that layer in; its "
-        "arguments follow."
+        f"for {row.where}, {row.take}. `keras_renorm.convert(model{copied})` "
+        "puts that layer in; its arguments follow."
     )
 
 
 def _different(
     layers: Sequence[Measurement],
+    references: Sequence[Measurement] | None,
     gap: float,
-    scores: tuple[Mapping[str, float], Mapping[str, float]],
+    scores: Scores,
 ) -> Verdict:
     names = _different_scores(scores)
     said = [f"Outputs of the model differ by {gap:.2f} of their size"] + [
@@ -294,12 +355,28 @@ def _different(
     ]
     noisy = max(layers, key=lambda each: each.batch_noise)
     shifted = max(layers, key=lambda each: each.shift)
-    remedy = (
-        "`keras_renorm.recalibrate(model, training_data)` and compare anew. "
-        "If it stays, larger batches, or train the last part as the model "
-        "serves: `callbacks.FreezeStatistics()`, with a learning rate that "
-        "decays."
-    )
+    other = _small_shifts_of_a_domain(layers, references)
+    if other:
+        return Verdict(
+            DOMAIN,
+            f"{'; '.join(said)}. {_distance(other, layers)}; from those of the "
+            "reference they are half as far or less. Such shifts are small, "
+            "but add up over layers.",
+            _ADAPT,
+            _names(other),
+        )
+    trained = layers if references is None else references
+    remedy = f"Larger batches, or {_SERVED}."
+    if any(each.shift > FAINT for each in trained):
+        remedy = (
+            "`keras_renorm.recalibrate(model, training_data)` and compare "
+            f"anew. If it stays, larger batches, or {_SERVED}."
+        )
+    if references is None:
+        remedy += (
+            " If this is not the training data, `reference=training_data` "
+            "tells whether it is another domain."
+        )
     if not scores[0]:
         remedy = (
             "Compile the model and give labels, too: loss and metrics say "
@@ -314,6 +391,25 @@ def _different(
         remedy,
         _names(layers),
     )
+
+
+def _small_shifts_of_a_domain(
+    layers: Sequence[Measurement], references: Sequence[Measurement] | None
+) -> list[Measurement]:
+    """The layers of which the averages fit the reference much better.
+
+    None where, over all layers, they do not: half of the squares is left on
+    the reference.
+    """
+    on_reference = {each.name: each.shift for each in references or layers}
+    there = sum(on_reference[each.name] ** 2 for each in layers)
+    if not sum(each.shift**2 for each in layers) > 2 * there:
+        return []
+    return [
+        each
+        for each in layers
+        if each.shift > FAINT and each.shift > 2 * on_reference[each.name]
+    ]
 
 
 def _shifted(
@@ -349,16 +445,36 @@ def _shifted(
                 LAG,
                 f"{_distance(lag, layers)}, and "
                 f"{on_reference[worst.name]:.2f} from those of the reference.",
-                _RECALIBRATE,
+                _recalibrate(lag),
                 _names(lag),
             )
         )
     return verdicts
 
 
-_RECALIBRATE = (
-    "`keras_renorm.recalibrate(model, training_data)`; in training a lower "
-    "`momentum`, more steps, or `RecalibrateStatistics`."
+def _recalibrate(found: Sequence[Measurement]) -> str:
+    lowest = min(each.momentum for each in found)
+    momentum = "a lower `momentum`, "
+    if lowest < LOW_MOMENTUM:
+        momentum = f"a higher `momentum` ({_convention(lowest)}), "
+    return (
+        "`keras_renorm.recalibrate(model, training_data)`; in training "
+        f"{momentum}more steps, or `RecalibrateStatistics`."
+    )
+
+
+def _convention(momentum: float) -> str:
+    """What a low momentum is most often."""
+    return (
+        f"it is {momentum:.3g}, the share of the old value that is kept; "
+        f"PyTorch's {momentum:.3g} is {1 - momentum:.3g} here"
+    )
+
+
+# Where larger batches and other layers are no way.
+_SERVED = (
+    "train the last part as the model serves: `callbacks.FreezeStatistics()`, "
+    "with a learning rate that decays"
 )
 _ADAPT = (
     "`keras_renorm.recalibrate` on this data, with `prior_examples` where "
@@ -377,7 +493,7 @@ def _without_reference(
             f"{_distance(found, layers)}, on the line from their start (mean "
             f"0, variance 1) to them: {least.from_start:.0%} of the way in "
             f"{least.name}. The moving averages have seen too few steps.",
-            _RECALIBRATE,
+            _recalibrate(found),
             _names(found),
         )
     return Verdict(
@@ -385,8 +501,8 @@ def _without_reference(
         f"{_distance(found, layers)}, though batches agree among each other. "
         "Either the averages lag behind the weights, or they are those of "
         "other data; this data alone cannot tell.",
-        "If this is the training data: " + _RECALIBRATE + " If it is other "
-        "data: " + _ADAPT + " `reference=training_data` tells which.",
+        f"If this is the training data: {_recalibrate(found)} If it is other "
+        f"data: {_ADAPT} `reference=training_data` tells which.",
         _names(found),
     )
 
@@ -399,6 +515,23 @@ def _distance(
         f"{_where(found, layers)} moving statistics are up to "
         f"{worst.shift:.2f} standard deviations ({worst.name}) from those of "
         "this data"
+    )
+
+
+def _jittery(
+    found: Sequence[Measurement], layers: Sequence[Measurement]
+) -> Verdict:
+    worst = max(found, key=lambda each: each.distance)
+    return Verdict(
+        JITTER,
+        f"{_where(found, layers)} moving statistics are up to "
+        f"{worst.distance:.2f} standard deviations ({worst.name}) from those "
+        "of this data, as the last few batches were: `momentum` is low "
+        f"({_convention(worst.momentum)}).",
+        f"Train with a higher momentum (`momentum={1 - worst.momentum:.3g}`); "
+        "for the model as it is, `keras_renorm.recalibrate(model, "
+        "training_data)`.",
+        _names(found),
     )
 
 
