@@ -510,8 +510,8 @@ def test_a_scheduler_that_cannot_know_the_length_of_the_run():
     with raises(
         ValueError,
         "`steps_per_epoch` must be given where the length of the data is "
-        "unknown, or `r_max` and `d_max` as ramps: the paper's ramp is "
-        "scaled to the number of steps. Received: steps=None.",
+        "unknown, or `total_steps`, or `r_max` and `d_max` as ramps: the "
+        "paper's ramp is scaled to the number of steps. Received: steps=None.",
     ):
         model.fit(
             batches(), shuffle=False, verbose=0, callbacks=[RenormScheduler()]
