@@ -210,27 +210,32 @@ def test_a_run_that_is_resumed_is_not_warned_of(tmp_path):
     assert history["r_max"] == pytest.approx([r_max(s) for s in (96, 128, 160)])
 
 
-@pytest.mark.tensorflow
 def test_a_length_that_is_unknown_needs_total_steps(rng):
-    import tensorflow as tf
+    def batches(count=8):
+        for _ in range(count):
+            x = rng.normal(size=(8, 3)).astype("float32")
+            yield x, x
 
-    x = rng.normal(size=(64, 3)).astype("float32")
-    data = tf.data.Dataset.from_tensor_slices((x, x)).batch(8).repeat()
-    layer = BatchRenormalization()
-    model = compiled([layer])
-    options = {"epochs": 2, "steps_per_epoch": 10, "verbose": 0}
-    options["shuffle"] = False
-    model.fit(data, callbacks=[RenormScheduler()], **options)
-    assert layer.r_max == ioffe2017(20)[0]
-    unknown = data.take(8).filter(lambda *batch: True)
-    options["steps_per_epoch"] = None
+    shared = BatchRenormalization()
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, shared(inputs) + shared(2.0 * inputs))
+    model.compile("sgd", "mse")
+    options = {"verbose": 0, "shuffle": False}
     with pytest.raises(ValueError, match="or `total_steps`, or `r_max` and"):
-        model.fit(unknown, callbacks=[RenormScheduler()], **options)
+        model.fit(batches(), callbacks=[RenormScheduler()], **options)
     scheduler = RenormScheduler(total_steps=100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras: the data ran out
-        model.fit(unknown, callbacks=[scheduler], **options)
-    assert layer.r_max == ioffe2017(100)[0]
+        model.fit(batches(), callbacks=[scheduler], **options)
+    assert shared.r_max == ioffe2017(200)[0]
+    model.fit(
+        batches(100),
+        epochs=2,
+        steps_per_epoch=10,
+        callbacks=[RenormScheduler(total_steps=50)],
+        **options,
+    )
+    assert shared.r_max == ioffe2017(100)[0]
 
 
 def test_total_steps_are_for_the_ramp_that_is_scaled():

@@ -105,7 +105,7 @@ class RenormScheduler(keras.callbacks.Callback):
         # The layers when the run began: before and after others restored them.
         self._found: list[_Start] = []
         self._before: list[_Start] | None = None
-        self._first_epoch = 0
+        self._first_epoch = self._first_batch = self._batches = 0
         self._is_measured = False
         self._is_warned = False
         # What the functions said last, by layer and limit.
@@ -126,6 +126,7 @@ class RenormScheduler(keras.callbacks.Callback):
         self._is_measured = not self._is_scaled
         ramps = [self._ramps(calls) for calls in self._calls]  # may raise
         self._before = None
+        self._batches = 0
         self._found = [_Start.of(layer) for layer in layers]
         for layer, limits in zip(layers, ramps, strict=True):
             _set_limits(layer, limits)
@@ -149,6 +150,8 @@ class RenormScheduler(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Asks the functions."""
+        if not self._batches:
+            self._first_batch = batch
         if self._reaches_batches:
             self._ask_functions()
 
@@ -156,15 +159,16 @@ class RenormScheduler(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """After the first batch, stretches what was scaled."""
+        self._batches = batch + 1 - self._first_batch
         if self._reaches_batches and not self._is_measured:
-            self._stretch(batch + 1)
+            self._stretch()
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Writes the limits into `logs`."""
         if not self._is_measured:
-            self._stretch(self.params["steps"])
+            self._stretch()
         if logs is not None:
             limits = [layer.current_limits() for layer in self._layers]
             logs["r_max"], logs["d_max"] = (
@@ -198,7 +202,7 @@ class RenormScheduler(keras.callbacks.Callback):
             if not _is_function(value)
         }
 
-    def _stretch(self, batches: int) -> None:
+    def _stretch(self) -> None:
         """Measures how often a step calls each layer, and sets its ramp anew.
 
         A layer that nobody called keeps its ramp.
@@ -208,8 +212,8 @@ class RenormScheduler(keras.callbacks.Callback):
         for at, (layer, start) in enumerate(
             zip(self._layers, starts, strict=True)
         ):
-            calls = round((layer.current_step() - start.step) / batches)
-            calls = max(1, calls)
+            calls = (layer.current_step() - start.step) / self._batches
+            calls = max(1, round(calls))
             if calls != self._calls[at]:
                 self._calls[at] = calls
                 _set_limits(layer, self._ramps(calls))

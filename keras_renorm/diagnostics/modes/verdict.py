@@ -21,6 +21,8 @@ FAINT = 0.05
 # A moving average of a lower momentum jitters: it is mostly the last batch.
 # PyTorch's `momentum` is the share of the new value, so that its 0.1 is 0.9.
 LOW_MOMENTUM = 0.5
+# A lower one than this, of ten steps, helps no average that lags.
+HIGH_MOMENTUM = 0.9
 # Batches that make a gap of this size by themselves are too uncertain, where
 # they are random draws: n independent Gaussian elements make (1.5 / n)^½, so a
 # batch then counts for 13 of them. Wu and He 2018 (arXiv:1803.08494, section
@@ -114,7 +116,7 @@ def verdicts_of(
     ]
     jittery = [each for each in known if jitters(each)]
     if references is not None or all(each.shift > SHIFT for each in jittery):
-        # Only where noise explains one are the others no other data.
+        # Only where noise explains one layer, others are no other data either.
         jittery = [each for each in jittery if not each.shift > SHIFT]
     shifted = [
         each for each in known if each.shift > SHIFT and each not in jittery
@@ -454,7 +456,7 @@ def _shifted(
 
 def _recalibrate(found: Sequence[Measurement]) -> str:
     lowest = min(each.momentum for each in found)
-    momentum = "a lower `momentum`, "
+    momentum = "a lower `momentum`, " if lowest > HIGH_MOMENTUM else ""
     if lowest < LOW_MOMENTUM:
         momentum = f"a higher `momentum` ({_convention(lowest)}), "
     return (
@@ -465,10 +467,10 @@ def _recalibrate(found: Sequence[Measurement]) -> str:
 
 def _convention(momentum: float) -> str:
     """What a low momentum is most often."""
-    return (
-        f"it is {momentum:.3g}, the share of the old value that is kept; "
-        f"PyTorch's {momentum:.3g} is {1 - momentum:.3g} here"
-    )
+    said = f"it is {momentum:.3g}, the share of the old value that is kept"
+    if not momentum:
+        return said
+    return f"{said}; PyTorch's {momentum:.3g} is {1 - momentum:.3g} here"
 
 
 # Where larger batches and other layers are no way.
@@ -528,9 +530,8 @@ def _jittery(
         f"{worst.distance:.2f} standard deviations ({worst.name}) from those "
         "of this data, as the last few batches were: `momentum` is low "
         f"({_convention(worst.momentum)}).",
-        f"Train with a higher momentum (`momentum={1 - worst.momentum:.3g}`); "
-        "for the model as it is, `keras_renorm.recalibrate(model, "
-        "training_data)`.",
+        "Train with a higher `momentum`, 0.9 or more; for the model as it is, "
+        "`keras_renorm.recalibrate(model, training_data)`.",
         _names(found),
     )
 
