@@ -377,23 +377,28 @@ UNUSED = (
 
 
 @pytest.mark.filterwarnings("ignore:`build..` was called on layer")
-def test_a_layer_that_nobody_calls_is_left_out_and_named_once():
+@pytest.mark.parametrize("is_built", [False, True])
+def test_a_layer_that_nobody_calls_is_left_out_and_named_once(is_built):
     class Network(keras.Model):
         def __init__(self):
             super().__init__()
             self.bn = BatchNormalization(name="used")
+            self.late = BatchNormalization(name="late")
             self.unused = BatchNormalization(name="unused")
             self.head = layers.Dense(1)
 
         def call(self, inputs, training=None):
-            return self.head(self.bn(inputs, training=training))
+            x = self.bn(inputs, training=training)
+            return self.head(self.late(x, training=training))
 
-    model, monitor = Network(), RenormMonitor(every=2, per_layer=True)
+    model, monitor = Network(), RenormMonitor(every=1, per_layer=True)
+    if is_built:
+        model.bn.build((None, 3))
     with pytest.warns(UserWarning, match=f"^{re.escape(UNUSED)}$"):
         history = fit(model, [monitor])
     fit(model, [monitor])  # warnings are errors here
     assert len(history["used/renorm_gap"]) == 2
-    assert {row["layer"] for row in monitor.rows} == {"used"}
+    assert {row["layer"] for row in monitor.rows} == {"used", "late"}
 
 
 def test_a_distiller_has_a_teacher_that_stands_still():

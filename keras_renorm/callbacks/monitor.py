@@ -199,18 +199,17 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self._stride = batch - self._first_batch + 1
         is_due = self._is_due()
         self._step += self._stride
+        if self._before is not None:
+            self._synchronize()
+            rows = self._read_rows(self._before)
+            self._before = None
+            if is_due:
+                self._add(rows)
+                self._count_to(self._step)
+            else:
+                self._reserve = rows or self._reserve
         if not self._is_complete:
             self._find_layers(is_last=True)
-        if self._before is None:
-            return
-        self._synchronize()
-        rows = self._read_rows(self._before)
-        self._before = None
-        if is_due:
-            self._add(rows)
-            self._count_to(self._step)
-        else:
-            self._reserve = rows or self._reserve
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
