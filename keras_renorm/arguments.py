@@ -26,6 +26,20 @@ _OTHER_NAMES = {
 _OF_RENORMALIZATION = {"r_max", "d_max", "rmax", "dmax", "gradient_momentum"}
 
 
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What may be meant by a name that is not `known`; empty where unclear."""
+    known = set(known)
+    close = difflib.get_close_matches(name.lower(), sorted(known), 1)
+    other = _OTHER_NAMES.get(name)
+    if name == "num_features":
+        return "A layer sees by itself how many channels there are."
+    if name in _OF_RENORMALIZATION and "r_max" not in known:
+        return "`keras_renorm.BatchRenormalization` has it."
+    if other and known.issuperset(other):
+        return f"Did you mean `{'` and `'.join(other)}`?"
+    return f"Did you mean `{close[0]}`?" if close else ""
+
+
 def check_known(
     given: Mapping[str, Any], known: Iterable[str], of: str
 ) -> None:
@@ -34,25 +48,13 @@ def check_known(
     A name that is like none of those `known` is left to whoever comes next.
     """
     known = set(known)
-    for name, value in given.items():
-        if name in known:
-            continue
-        close = difflib.get_close_matches(name.lower(), known, 1)
-        other = _OTHER_NAMES.get(name)
-        if name == "num_features":
-            hint = "A layer sees by itself how many channels there are."
-        elif name in _OF_RENORMALIZATION and "r_max" not in known:
-            hint = "`keras_renorm.BatchRenormalization` has it."
-        elif other and known.issuperset(other):
-            hint = f"Did you mean `{'` and `'.join(other)}`?"
-        elif close:
-            hint = f"Did you mean `{close[0]}`?"
-        else:
-            continue
-        raise ValueError(
-            f"`{name}` must be an argument of {of}. Received: "
-            f"{name}={value!r}. {hint}"
-        )
+    for name in given.keys() - known:
+        hint = suggestion(name, known)
+        if hint:
+            raise ValueError(
+                f"`{name}` must be an argument of {of}. Received: "
+                f"{name}={given[name]!r}. {hint}"
+            )
 
 
 def plain(value: Any) -> Any:

@@ -586,12 +586,21 @@ def test_errors():
 @pytest.mark.parametrize(
     ("given", "to", "hint"),
     [
-        ({"inplace": True}, BatchRenormalization, "in_place"),
-        ({"layer": "bn"}, BatchRenormalization, "layers"),
-        ({"rmax": 3}, BatchRenormalization, "r_max"),
-        ({"eps": 1e-5}, BatchNormalization, "epsilon"),
-        ({"r_max": 2.0}, BatchNormalization, None),
-        ({"decay": 0.9}, BatchNormalization, None),
+        (
+            {"inplace": True},
+            BatchRenormalization,
+            " Did you mean `in_place`?",
+        ),
+        ({"layer": "bn"}, BatchRenormalization, " Did you mean `layers`?"),
+        ({"rmax": 3}, BatchRenormalization, " Did you mean `r_max`?"),
+        ({"eps": 1e-5}, BatchNormalization, " Did you mean `epsilon`?"),
+        (
+            {"r_max": 2.0},
+            BatchNormalization,
+            " `keras_renorm.BatchRenormalization` has it.",
+        ),
+        ({"decay": 0.9}, BatchNormalization, " Did you mean `momentum`?"),
+        ({"zebra": 0.9}, BatchNormalization, ""),
     ],
 )
 def test_arguments_that_nobody_takes(given, to, hint):
@@ -599,10 +608,8 @@ def test_arguments_that_nobody_takes(given, to, hint):
     ((name, value),) = given.items()
     message = (
         f"`{name}` must be an argument of `convert` or of {to.__name__}. "
-        f"Received: {name}={value!r}."
+        f"Received: {name}={value!r}.{hint}"
     )
-    if hint:
-        message += f" Did you mean `{hint}`?"
     for in_place in (False, True):
         with helpers.raises(TypeError, message):
             convert(model, to, in_place=in_place, **given)

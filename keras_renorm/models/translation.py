@@ -1,13 +1,12 @@
 """From one class of batch normalization to another: arguments, weights."""
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import keras
 
-from keras_renorm import backend
+from keras_renorm import arguments, backend
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 
@@ -38,11 +37,10 @@ def check_arguments(
             )
         # The layer says what to do about `renorm` and what belongs to it.
         if name not in known and not name.startswith("renorm"):
-            close = difflib.get_close_matches(name, sorted(known), 1)
+            hint = arguments.suggestion(name, known)
             raise TypeError(
                 f"`{name}` must be an argument of `{function}` or of "
-                f"{to.__name__}. Received: {name}={value!r}."
-                + "".join(f" Did you mean `{each}`?" for each in close)
+                f"{to.__name__}. Received: {name}={value!r}. {hint}".rstrip()
             )
 
 

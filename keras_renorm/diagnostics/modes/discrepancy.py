@@ -110,6 +110,9 @@ def discrepancy(
 
     referred = None if reference is None else run(reference).layers
     result = run(dataset)
+    if referred is not None:  # a layer may be reached by one of them only
+        known = {each.name: each for each in referred}
+        referred = [known.get(each.name, each) for each in result.layers]
     return Report(
         model=model.name,
         layers=result.layers,

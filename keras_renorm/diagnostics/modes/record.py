@@ -12,7 +12,7 @@ from keras_renorm.diagnostics.modes.measurement import (
     jeffreys,
 )
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.passes import Total
+from keras_renorm.models.passes import Total, f_of_batches
 from keras_renorm.models.state import is_untrained
 from keras_renorm.schedules import D_MAX, R_MAX
 
@@ -99,7 +99,7 @@ class Record:
             and np.all(self.moving_variance >= 0)
         )
         with np.errstate(all="ignore"):
-            f, f_limit = self._f()
+            f, f_limit = f_of_batches(self.examples, self.epsilon)
             pooled_sigma = np.sqrt(self.elements.variance + self.epsilon)
             population = jeffreys(
                 pooled_sigma / self.sigma,
@@ -170,8 +170,7 @@ class Record:
         batches = self.elements.batches
         if batches < 2:
             return self._drawn
-        between = np.maximum(self.elements.variance - self.elements.within, 0)
-        return between * batches / (batches - 1)
+        return self.elements.between
 
     @property
     def _drawn(self) -> np.ndarray:
@@ -185,28 +184,6 @@ class Record:
             return np.full_like(self.sigma, math.nan)
         within = total.within * total.count / (total.count - batches)
         return within * batches / total.count
-
-    def _f(self) -> tuple[float, float]:
-        """F of one-way analysis of variance, and what it may be by chance.
-
-        The limit is four standard deviations of the F of one channel, for
-        channels may all say the same; it is 2 at least.
-        """
-        total, batches = self.examples, self.examples.batches
-        free = total.count - batches
-        if batches < 2 or free <= 0:
-            return math.nan, math.nan
-        between = (total.variance - total.within) * total.count / (batches - 1)
-        within = total.within * total.count / free
-        varies = total.variance > 1e-12 * (total.mean**2 + self.epsilon)
-        if not np.any(varies):
-            return math.nan, math.nan
-        # Where nothing varies within batches, but between them.
-        f = between[varies] / np.maximum(
-            within[varies], 1e-6 * total.variance[varies]
-        )
-        limit = 1 + 4 * math.sqrt(2 / (batches - 1) + 2 / free)
-        return float(np.mean(f)), max(2.0, limit)
 
     def shift(self, is_exact: bool = False) -> float:
         """Distance of the moving statistics from the data's, without noise.

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from keras_renorm.diagnostics import advice
 from keras_renorm.diagnostics.modes.measurement import Measurement
+from keras_renorm.models.passes import GROUPED
 from keras_renorm.schedules import D_MAX, R_MAX
 
 # Moving statistics this far from the data's, in standard deviations and beyond
@@ -43,10 +44,6 @@ VISIBLE = 0.25
 # batches of 16 to 32, were at 0.035.
 SCORES = 2 / 3
 SHARES = 0.05
-# Batch means that scatter by this much of the standard deviation of all data,
-# where batches are no random draws. A smaller scatter harms there: what the
-# examples of a batch have in common is taken from them in training.
-GROUPED = 0.1
 # Limits that cut more than this share of the values, when they have relaxed
 # to their end, leave training and inference apart.
 SATURATED = 0.25
