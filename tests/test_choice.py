@@ -203,19 +203,18 @@ def test_some_of_what_a_wrapper_holds(rng):
     helpers.assert_close(part(x), model(x), 1e-6)
 
 
-def test_two_of_one_name_in_a_configuration():
-    """A copy cannot tell which is which; in place there is no question."""
+@pytest.mark.parametrize("in_place", [False, True])
+def test_two_of_one_name_in_a_wrapper(in_place):
     frame = keras.Sequential([keras.Input((3,)), KERAS(name="bn")])
     pair = keras.Sequential([keras.Input((3,)), frame, KERAS(name="bn")])
     model = keras.Sequential(
         [keras.Input((5, 3)), layers.TimeDistributed(pair)]
     )
     chosen = pair.layers[-1]
-    with pytest.raises(ValueError, match=r"under a name of its own.*: bn.$"):
-        convert(model, layers=chosen)
-    convert(model, layers=chosen, in_place=True)
-    assert type(chosen) is BatchRenormalization
-    assert type(frame.layers[0]) is KERAS
+    converted = convert(model, layers=chosen, in_place=in_place)
+    pair = converted.layers[-1].layer
+    assert type(pair.layers[-1]) is BatchRenormalization
+    assert type(pair.layers[0].layers[0]) is KERAS
 
 
 def test_a_class_of_ours_is_not_keras_own(rng):

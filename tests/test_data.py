@@ -140,7 +140,7 @@ def test_a_list_of_three_or_of_other_ranks_is_refused(rng):
             recalibrate(network(), data, verbose=False)
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", ["recalibrate", "discrepancy"])
 def test_channels_of_another_number_are_refused(reader, rng):
     wide = rng.normal(size=(4, 5, 5, 3)).astype("float32")
     narrow = np.full((4, 6, 6, 1), 9.0, "float32")
@@ -152,11 +152,10 @@ def test_channels_of_another_number_are_refused(reader, rng):
     )
     with helpers.raises(ValueError, message):
         READERS[reader](model, [(wide,), (narrow,)])
-    if reader in ("recalibrate", "discrepancy"):
-        for old, new in zip(
-            before, helpers.statistics(model.layers[0]), strict=True
-        ):
-            np.testing.assert_array_equal(old, new)
+    for old, new in zip(
+        before, helpers.statistics(model.layers[0]), strict=True
+    ):
+        np.testing.assert_array_equal(old, new)
 
 
 @pytest.mark.tensorflow  # JAX has a graph for each shape, and Keras's check

@@ -297,7 +297,7 @@ def test_masked_elements_do_not_count(kind, rng):
 
 def test_every_call_of_a_shared_layer_meets_the_statistics_as_they_are(rng):
     model = networks.shared(
-        lambda **arguments: BatchNormalization(momentum=0.1, **arguments)
+        lambda **arguments: BatchNormalization(momentum=0.5, **arguments)
     )
     layer = networks.normalizations(model)[0]
     x = batches_of(rng, [6, 6], (4,))
@@ -317,7 +317,7 @@ def test_calls_of_a_shared_layer_are_as_batches_of_their_own(rng):
     """Renormalization trains by the moving statistics, too."""
 
     def kind(**arguments):
-        options = {"momentum": 0.1, "r_max": 1.2, "d_max": 0.3}
+        options = {"momentum": 0.5, "r_max": 1.2, "d_max": 0.3}
         return BatchRenormalization(**options, **arguments)
 
     x = batches_of(rng, [6, 6], (4,))

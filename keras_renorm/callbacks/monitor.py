@@ -163,6 +163,8 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds the layers; those that are not built, after the first batch."""
         check_no_keras_renorm(self._find_layers())
+        if self.dataset is not None and self.model.built:
+            self._batches()  # raises
         if self._watched is not self.model:
             self._watched = self.model
             self.rows, self._step, self._next = [], 0, self.every
@@ -314,11 +316,13 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
                     tag = f"{row['layer']}/renorm_{figure}"
                     self._writer.add_scalar(tag, value, row["step"])
 
-    def _compare_batches(self) -> None:
-        data = Batches(
+    def _batches(self) -> Batches:
+        return Batches(
             self.dataset, DATASET_BATCHES, 32, self.model, is_most=True
         )
-        found = comparison(self.model).run(data, verbose=False)
+
+    def _compare_batches(self) -> None:
+        found = comparison(self.model).run(self._batches(), verbose=False)
         said = said_of_batches(found.layers)
         if said is not None:
             warnings.warn(said, stacklevel=2)

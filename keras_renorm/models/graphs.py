@@ -24,6 +24,7 @@ _BOOKKEEPING = frozenset(
         "_called",
         "_eval_epoch_iterator",
         "_initial_epoch",
+        "_is_traced",  # of our layers
         "_jax_state",
         "_jax_state_synced",
         "_losses_override",

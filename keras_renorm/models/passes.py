@@ -167,7 +167,12 @@ class Told:
                 return call(*arguments, **named)
             found = LayerCall(call, signature.bind(*arguments, **named))
             found.inputs = self._checked(layer, found.inputs)
-            return hook(layer, found)
+            is_traced = vars(layer).get("_is_traced")
+            try:
+                return hook(layer, found)
+            finally:
+                if is_traced is None:  # this graph is made anew if need be
+                    vars(layer).pop("_is_traced", None)
 
         return hooked
 

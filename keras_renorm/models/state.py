@@ -32,6 +32,10 @@ _DATA = (
 )
 
 
+# What a callback does for a while.
+_PASSING = {"_holds_statistics", "_is_traced"}
+
+
 def hand_on(
     old: Any,
     new: Any,
@@ -55,6 +59,8 @@ def hand_on(
     """
     known = _attributes(new)
     for name, value in _attributes(old).items():
+        if name in _PASSING:
+            continue
         if name in known:
             if name not in changed and _are_different_data(value, known[name]):
                 setattr(new, name, copy.copy(value))
