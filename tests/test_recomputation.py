@@ -18,7 +18,7 @@ def raises_within(message):
     return pytest.raises(NotImplementedError, match=re.escape(message))
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="tests.recomputation")
 class Block(layers.Layer):
     """A dense layer and a normalization, maybe recomputed."""
 

@@ -78,8 +78,9 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
         """Finds the layers, and checks the arguments."""
         arguments = {**self.arguments}
         arguments.pop("verbose")
-        if self.model.built:
-            statistics_pass(self.model, self._chosen()).checked(
+        chosen = self._chosen()
+        if chosen and self.model.built:
+            statistics_pass(self.model, chosen).checked(
                 self.dataset, self.steps, **arguments
             )
         self._mark = ()

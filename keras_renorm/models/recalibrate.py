@@ -281,7 +281,8 @@ class StatisticsPass:
     ) -> dict[int, Total]:
         """The pooled moments of the layers that data reaches, by `id`."""
         totals = {id(layer): Total() for layer in self.layers}
-        of_examples = {id(layer): Total() for layer in self.layers}
+        # Of the layer that is called first: batches mix what comes after it.
+        of_examples = Total()
 
         def count(feed: Feed, _: Any, calls: Calls) -> None:
             skipped = set()
@@ -294,7 +295,8 @@ class StatisticsPass:
                     totals[id(layer)].skipped += np.max(moments.count)
                 else:
                     totals[id(layer)].add(*moments)
-                    of_examples[id(layer)].add(*examples)
+                    if layer is calls[0][0]:
+                        of_examples.add(*examples)
                 is_lost |= by_batch and np.max(moments.count) == 1
             for at, total in totals.items():
                 if at not in skipped:
@@ -331,12 +333,9 @@ class StatisticsPass:
             is_silent=bool(done),
         )
         if by_batch and len(reached) > 1:
-            for layer, name in zip(
-                reached, names_of(data.model, reached), strict=True
-            ):
-                _warn_of_likeness(
-                    layer, name, totals[id(layer)], of_examples[id(layer)]
-                )
+            first = self._called[0]
+            (name,) = names_of(data.model, [first])
+            _warn_of_likeness(first, name, totals[id(first)], of_examples)
         return {id(layer): totals[id(layer)] for layer in reached}
 
     def _run_model(self, x: Any, named: dict[str, Any]) -> Any:
