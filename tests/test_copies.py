@@ -113,6 +113,8 @@ def test_a_discriminator_trains_on_in_the_copy(rng):
     assert not np.array_equal(before, after)
 
 
+@pytest.mark.tensorflow
+@pytest.mark.torch
 def test_steps_of_a_class_of_its_own_are_the_copys(rng):
     model = zoo.own_class()
     for function in (revert, convert, fold):

@@ -117,6 +117,12 @@ def test_channels_first_and_other_axes(rng):
     )
 
 
+def reasons(caught):
+    """What `fold` warned of; Keras warns of NumPy 2 besides."""
+    messages = [str(each.message) for each in caught]
+    return [each for each in messages if "not folded" in each]
+
+
 def test_what_cannot_be_folded_is_named_and_kept(rng):
     inputs = keras.Input((6, 6, 3))
     first = BatchNormalization(name="first")(inputs)
@@ -135,7 +141,7 @@ def test_what_cannot_be_folded_is_named_and_kept(rng):
     model = randomize(keras.Model(inputs, [y, z]), rng)
     with pytest.warns(UserWarning, match="not folded") as caught:
         folded = fold(model)
-    message = str(caught[0].message)
+    (message,) = reasons(caught)
     assert message.startswith("6 of 7 batch normalization layers are not")
     for part in (
         "first (it follows",
@@ -243,11 +249,11 @@ def test_what_always_trains_is_named_and_kept(rng):
     x = networks.data_of(model, rng, 16)
     with pytest.warns(UserWarning, match="not folded") as caught:
         folded = fold(model)
-    assert str(caught[0].message) == (
+    assert reasons(caught) == [
         "2 of 3 batch normalization layers are not folded: trains (it is "
         "called with training=True); in_part (part is called with "
         "training=True)."
-    )
+    ]
     expected = helpers.to_numpy(model(x))
     helpers.assert_close(folded(x), expected, 1e-5)
     for function in (convert, revert):
