@@ -279,6 +279,13 @@ def _sum_of(inputs: list[Any]) -> Any:
     return total
 
 
+def _reverse(tensor: Any, axis: Any) -> Any:
+    # One after the other: early versions of Keras take one axis only.
+    for each in np.ravel(axis):
+        tensor = ops.flip(tensor, int(each))
+    return tensor
+
+
 _MATH_NAMES = (
     "abs add ceil cos cosh divide_no_nan equal erf exp expm1 floor greater "
     "greater_equal less less_equal log log1p logical_and logical_not "
@@ -350,7 +357,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "pad": _pad,
     "repeat": ops.repeat,
     "reshape": ops.reshape,
-    "reverse": ops.flip,
+    "reverse": _reverse,
     "slice": _slice,
     "split": _split,
     "squeeze": ops.squeeze,
