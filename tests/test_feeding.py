@@ -11,8 +11,8 @@ from tests import helpers
 
 
 class Net(keras.Model):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
         self.bn = BatchNormalization(name="bn")
         self.dense = layers.Dense(1)
 
@@ -52,7 +52,7 @@ class Adversarial(Net):
         *_, data = given
         x = keras.utils.unpack_x_y_sample_weight(data)[0]
         self.optimizer.apply(
-            [ops.ones_like(each) for each in self.dense.trainable_variables],
+            [ops.ones(each.shape) for each in self.dense.trainable_variables],
             self.dense.trainable_variables,
         )
         return {"loss": ops.mean(self.dense(x))}
@@ -141,6 +141,30 @@ def test_a_step_that_trains_other_models_trains_nothing(rng):
     recalibrate(model, x, verbose=False)
     np.testing.assert_array_equal(helpers.to_numpy(model.dense.kernel), before)
     helpers.assert_close(helpers.statistics(model.bn)[0], x.mean(axis=0), 1e-5)
+
+
+class Refuses(Net):
+    """It takes some batches, or none."""
+
+    def test_step(self, *given):
+        x = keras.utils.unpack_x_y_sample_weight(given[-1])[0]
+        if x.shape[0] != 8:
+            raise OSError("not of eight")
+        return self(x)
+
+
+def test_a_step_that_does_not_take_the_data_is_named(rng):
+    x = rng.normal(4.0, 1.0, (40, 3)).astype("float32")
+    model = Refuses(name="model")
+    model(x)
+    message = (
+        "^`test_step` of model=model does not take this data, which goes in "
+        "as it is. OSError: not of eight$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        recalibrate(model, x, verbose=False)
+    with pytest.raises(OSError, match="not of eight"):
+        recalibrate(model, [x[:8], x[8:]], verbose=False)
 
 
 class Predicts(Net):

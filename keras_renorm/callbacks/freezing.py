@@ -10,11 +10,11 @@ from keras import ops
 
 from keras_renorm import arguments
 from keras_renorm.layers.batch_normalization import BatchNormalization
-from keras_renorm.models.compiled import trace_anew
 from keras_renorm.models.freeze import (
     normalization_layers,
     warn_of_untrained,
 )
+from keras_renorm.models.graphs import trace_anew
 
 # A loss that rises by more than this share of itself after the freezing, and by
 # more than it rose from any epoch to the next before, is not by chance.

@@ -1,5 +1,6 @@
 """What a model is fed with of a batch, which its own steps may change."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ class Feed(NamedTuple):
     sample_weight: Any
 
 
+class _TrainsOthersError(BaseException):
+    """An optimizer was called first: the step trains what the model holds."""
+
+
 class _Called(BaseException):
     """The model was called: what a step was run for."""
 
@@ -43,6 +48,9 @@ class Feeder:
     A `predict_step`, `test_step` or `train_step` of one's own may divide by
     255, or pick parts of the data. It runs until it calls the model, and no
     further; what it assigned is dropped.
+
+    Warns:
+        UserWarning: If the last of these steps raises for data of this form.
     """
 
     def __init__(self, model: Any) -> None:
@@ -67,14 +75,30 @@ class Feeder:
             *((*given, *[None] * more) for more in (1, 2)),
             given[0],
         ]
+        error: Exception | None = None
         while self._steps:
+            name = self._steps[0]
             for at in range(4) if self._form is None else (self._form,):
-                called = _first_call(self._model, self._steps[0], forms[at])
-                if called is not None:
-                    self._form = at
-                    return called
+                try:
+                    called = _first_call(self._model, name, forms[at])
+                except Exception as raised:
+                    if self._form is not None:  # it took other batches
+                        raise
+                    error = raised
+                    continue
+                error = None
+                if called is None:  # it trains what the model holds
+                    break
+                self._form = at
+                return called
             del self._steps[0]
-            self._form = None
+        if error is not None:
+            warnings.warn(
+                f"`{name}` of model={self._model.name} does not take this "
+                f"data, which goes in as it is. {type(error).__name__}: "
+                f"{error}",
+                stacklevel=2,
+            )
         return None
 
 
@@ -91,8 +115,8 @@ def _first_call(model: Any, name: str, batch: Any) -> _Called | None:
             getattr(model, name)(*backend.step_arguments(model, name, batch))
     except _Called as called:
         return called
-    except Exception:  # it takes other data, or trains other models
-        return None
+    except _TrainsOthersError:
+        pass
     return None
 
 
@@ -108,7 +132,7 @@ def _stopped(model: Any) -> Iterator[None]:
         raise _Called(x, named)
 
     def stop(*_: Any, **__: Any) -> None:
-        raise RuntimeError("The step trains without a call of the model.")
+        raise _TrainsOthersError
 
     model.call = call
     keras.optimizers.Optimizer.apply = stop

@@ -5,8 +5,8 @@ import warnings
 import keras
 
 from keras_renorm.layers.batch_normalization import BatchNormalization
-from keras_renorm.models.compiled import trace_anew
 from keras_renorm.models.finding import Choice, choose_layers, describe
+from keras_renorm.models.graphs import trace_anew
 from keras_renorm.models.state import is_untrained
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import keras
 
-from keras_renorm.models.compiled import trace_anew
 from keras_renorm.models.configuration import Configurations
 from keras_renorm.models.finding import describe
+from keras_renorm.models.graphs import trace_anew
 from keras_renorm.models.replacing import as_asked
 
 # From a layer and its configuration to class and configuration of the new one.
