@@ -58,14 +58,39 @@ elif _is("torch"):
 
     _REMAT_FILE = checkpoint.__file__
 
+    class _Differentiated(torch.autograd.Function):
+        """A function that gives its gradient with its results."""
+
+        @staticmethod
+        def forward(ctx: Any, function: Any, *tensors: Tensor) -> Any:
+            """Keeps the gradient, and what another one is taken of."""
+            outputs, gradient = function(*tensors)
+            if any(ctx.needs_input_grad):
+                ctx.save_for_backward(*tensors)
+                ctx.function, ctx.gradient = function, gradient
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+            """The gradient that was kept, or one that has derivatives.
+
+            Nothing in `forward` is recorded. So where a gradient is recorded,
+            the function is computed again, of the same tensors.
+            """
+            if not torch.is_grad_enabled():
+                return None, *ctx.gradient(*upstream)
+            _, gradient = ctx.function(*ctx.saved_tensors)
+            return None, *gradient(*upstream)
+
+
+# Of layers that call another once for each step of a sequence.
+_SEQUENCE_FILES = frozenset(
+    map(inspect.getfile, (keras.layers.RNN, keras.layers.TimeDistributed))
+)
+
 
 def has_fused_operators() -> bool:
     """Whether there is more than the operations of `keras.ops`."""
-    return _is("tensorflow")
-
-
-def keeps_state_backwards() -> bool:
-    """Whether a backward pass can keep state: `with_accumulators`."""
     return _is("tensorflow")
 
 
@@ -97,6 +122,19 @@ def remat_calls(inputs: Tensor) -> tuple[list[Any], Any]:
                 _check_no_function(frame, inputs)
         frame = frame.f_back
     return first, None
+
+
+def is_called_step_by_step() -> bool:
+    """Whether a recurrent layer, or `TimeDistributed`, calls what calls this.
+
+    There is no public way to ask, so it is read off the stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename in _SEQUENCE_FILES:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _remat_call(frame: Any) -> tuple[Any, bool]:
@@ -338,15 +376,53 @@ def as_tensor(inputs: Any) -> Tensor:
 
 
 def custom_gradient(function: Any) -> Any:
+    """A function of tensors that has a gradient of its own.
+
+    It is differentiated twice as its formulas are. On JAX and PyTorch it must
+    refer to nothing that is differentiated, but take it as an argument; on
+    PyTorch neither to what somebody writes over later, as variables are.
+
+    Args:
+        function: Of tensors. It returns a tuple of tensors, and a function from
+            their gradients to those of its arguments.
+    """
+    if _is("torch"):
+        # Its compiler would look into the function, and fail.
+        return torch.compiler.disable(
+            functools.partial(_Differentiated.apply, function)
+        )
+    if _is("jax"):
+        return _custom_gradient_of_jax(function)
+    return _custom_gradient_of_tensorflow(function)
+
+
+def _custom_gradient_of_jax(function: Any) -> Any:
+    """The outputs, too, have this gradient where it is differentiated.
+
+    Of what computes it JAX takes its own derivatives. (A compiler computes only
+    once what is here twice.)
+    """
+
+    def of(outputs: Any) -> Any:
+        @jax.custom_gradient
+        def called(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+            plain, gradient = function(*tensors)
+            return (
+                tuple(plain) if outputs is None else outputs(*tensors),
+                lambda upstream: tuple(gradient(*upstream)),
+            )
+
+        return called
+
+    return of(of(None))
+
+
+def _custom_gradient_of_tensorflow(function: Any) -> Any:
     """`tf.custom_gradient`, which here does not keep graphs alive.
 
     For each call in a graph TensorFlow registers the gradient for ever, and
     with it the tensors that it refers to, and with them the graph. Here it
     registers a reference, and the graph keeps the gradient.
-
-    Args:
-        function: Of tensors. It returns a tuple of tensors, and a function from
-            their gradients to those of its arguments.
     """
 
     @functools.wraps(function)
@@ -715,41 +791,186 @@ def read(variable: Any, dtype: str) -> Tensor:
     return ops.cast(variable.value, dtype)
 
 
+def kept_for_gradient(state: Any) -> Any:
+    """State that a backward pass may read.
+
+    On PyTorch a copy: there an assignment writes over the values.
+    """
+    if not _is("torch"):
+        return state
+    return tree.map_structure(
+        lambda value: (
+            value.detach().clone() if isinstance(value, torch.Tensor) else value
+        ),
+        state,
+    )
+
+
+def keeps_state_backwards() -> bool:
+    """Whether a backward pass can write to variables; else `Accumulator`."""
+    return not _is("jax")
+
+
+class Accumulator(Variable):
+    """A weight to which an optimizer adds what comes as its gradient. On JAX.
+
+    A gradient of JAX is a pure function: what it changes can leave it as a
+    gradient only. For that Keras has weights that ask for it: an optimizer
+    neither scales nor clips what comes for them, and makes no slots. It puts
+    it in the place of the value. (Its float8 layers remember so.) Here that
+    is added to the value: then calls of a layer add up, and a step without
+    one, in which zeros come, changes nothing.
+    """
+
+    @property
+    def overwrite_with_gradient(self) -> bool:
+        """`True`, unless who asks would lose what the weight holds.
+
+        Raises:
+            NotImplementedError: Where an optimizer accumulates gradients, of
+                which it takes the largest for such a weight; or replaces
+                weights by their average, which such a weight has not.
+        """
+        optimizer = _calling_optimizer()
+        for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+            value = getattr(optimizer, name, None)
+            if value and (
+                optimizer.use_ema or name != "ema_overwrite_frequency"
+            ):
+                raise NotImplementedError(
+                    f"`{name}` must be None on Keras's JAX backend where a "
+                    "layer has a `gradient_momentum`: the optimizer would "
+                    "lose what the layer remembers. Make the layers with "
+                    f"gradient_momentum=None. Received: {name}={value}."
+                )
+        return True
+
+    @overwrite_with_gradient.setter
+    def overwrite_with_gradient(self, value: bool) -> None:
+        """Nothing to set: it always is."""
+
+    def assign(self, value: Any) -> Any:
+        """Sets the value; for an optimizer, adds to it."""
+        if _calling_optimizer() is not None:
+            value = self.value + ops.cast(value, self.dtype)
+        return super().assign(value)
+
+    # What `is_read_again` saw.
+    _last_read: Any = None
+
+    def is_read_again(self) -> bool:
+        """Whether it was asked before, of the value that it has now."""
+        value = self.value
+        is_known = self._last_read is not None and self._last_read() is value
+        self._last_read = weakref.ref(value)
+        return is_known
+
+
+def _calling_optimizer() -> Any:
+    """The optimizer that calls what calls this, or `None`."""
+    frame: Any = inspect.currentframe()
+    caller = frame.f_back.f_back.f_locals.get("self")
+    is_optimizer = isinstance(caller, keras.optimizers.Optimizer)
+    return caller if is_optimizer else None
+
+
 def with_accumulators(
-    inputs: Tensor, variables: Sequence[Any], dtype: str
-) -> tuple[Tensor, ...]:
-    """The inputs of a step, and the values of its accumulators.
+    tensors: Sequence[Tensor | None],
+    added: Sequence[Any],
+    replaced: Sequence[Any],
+    dtype: str,
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Inputs and parameters of a step, and the values of its accumulators.
 
     What the step gives as the gradient of such a value is added to the
-    variable, once for each time that the gradient of the inputs is computed.
+    variable, once for each time that a gradient of the tensors is computed. Of
+    the variables that are `replaced`, the value and what is added to it take
+    the place of what the variable holds: of several calls of a layer in a step
+    the first one counts, the last of which a gradient is computed.
     That waits for the additions: the backward pass of a graph computes what
     its results need, and nothing else. In a `keras.StatelessScope`, where the
     value of a variable is a tensor, nothing is added, now or later; nor in
     forward mode, which would add what is no gradient.
+
+    On JAX what is to be added is the gradient of the variable, and who takes
+    it adds it: an optimizer of Keras does (`Accumulator`).
     """
-    inputs = as_tensor(inputs)
-    if carry_tangents([inputs]):
-        return inputs, *(read(variable, dtype) for variable in variables)
-    targets = [variable.value for variable in variables]
+    first, *parameters = tensors
+    tensors = [as_tensor(first), *parameters]
+    values = [read(variable, dtype) for variable in (*added, *replaced)]
+    if _is("jax"):
+        for index, variable in enumerate(replaced, len(added)):
+            if variable.is_read_again():
+                values[index] = ops.stop_gradient(values[index])
+    if _is("jax") or carry_tangents(tensors):
+        return tensors, values
+    if _is("torch"):
+        # The variables are written over before the gradient is taken.
+        values = [value.clone() for value in values]
+    targets = [_target(variable) for variable in (*added, *replaced)]
+    given = [each for each in tensors if each is not None]
 
     @custom_gradient
-    def begin(x: Tensor, *values: Tensor) -> Any:
-        def gradient(d_x: Tensor, *changes: Tensor) -> tuple[Any, ...]:
-            added = [
-                target.assign_add(
-                    tf.cast(change, target.dtype), read_value=False
-                )
-                for target, change in zip(targets, changes, strict=True)
-                if isinstance(target, tf.Variable)
-            ]
-            if not tf.executing_eagerly():
-                with tf.control_dependencies(added):
-                    d_x = tf.identity(d_x)
-            return d_x, *(tf.zeros_like(change) for change in changes)
+    def begin(*arguments: Tensor) -> Any:
+        def gradient(*upstream: Tensor) -> tuple[Any, ...]:
+            of_tensors, changes = upstream[: len(given)], upstream[len(given) :]
+            read_values = arguments[len(given) + len(added) :]
+            of_tensors = _after_adding(
+                targets, changes, read_values, of_tensors
+            )
+            return *of_tensors, *(ops.zeros_like(change) for change in changes)
 
-        return (tf.identity(x), *map(tf.identity, values)), gradient
+        return tuple(map(_identity, arguments)), gradient
 
-    return begin(inputs, *(read(variable, dtype) for variable in variables))
+    results = iter(begin(*given, *values))
+    tensors = [None if each is None else next(results) for each in tensors]
+    return tensors, list(results)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if _is("torch") else tf.identity(tensor)
+
+
+def _target(variable: Any) -> Any:
+    """What a backward pass adds to; `None` in a `keras.StatelessScope`."""
+    target = variable.value
+    if _is("tensorflow"):
+        return target if isinstance(target, tf.Variable) else None
+    # In a scope an assigned tensor is the value; outside it is copied.
+    value = target.detach().clone()
+    variable.assign(value)
+    return None if variable.value is value else target
+
+
+def _after_adding(
+    targets: Sequence[Any],
+    changes: Sequence[Tensor],
+    read_values: Sequence[Tensor],
+    tensors: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """The tensors, once the changes have been made.
+
+    The last ones are added to `read_values` and not to what a target holds. Of
+    a second derivative zeros come, which are no changes.
+    """
+    added = []
+    olds = [None] * (len(targets) - len(read_values)) + list(read_values)
+    for target, change, old in zip(targets, changes, olds, strict=True):
+        if target is None:
+            continue
+        change = ops.cast(change, target.dtype)
+        if old is not None:
+            new = ops.cast(old, target.dtype) + change - target
+            change = ops.where(change == 0, ops.zeros_like(change), new)
+        if _is("torch"):
+            with torch.no_grad():
+                target.add_(change)
+        else:
+            added.append(target.assign_add(change, read_value=False))
+    if _is("torch") or tf.executing_eagerly():
+        return tensors
+    with tf.control_dependencies(added):
+        return tuple(map(tf.identity, tensors))
 
 
 def to_numpy(value: Any) -> np.ndarray:

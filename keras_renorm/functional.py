@@ -271,22 +271,40 @@ class Limits(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """What a layer knows of the gradients of earlier steps; see `gradients`.
+    """What a layer remembers of earlier steps; see `gradients`.
+
+    All but the last two are accumulators: what a step gives as the gradient of
+    one is added to it (`backend.with_accumulators`).
 
     Attributes:
-        mean: Accumulator of the gradient's mean, shape `(channels,)`. What a
-            step gives as the gradient of an accumulator is added to it; see
-            `backend.with_accumulators`.
-        projection: Accumulator of its product with the normalized inputs.
+        mean: Of the gradient's mean, shape `(channels,)`.
+        projection: Of its product with the normalized inputs, likewise.
         agreement: Moving average of how alike the gradients of a batch's
-            examples are, from 0 to 1.
-        momentum: Share of the accumulators that is kept.
+            examples are, from 0 to 1, likewise.
+        gate: Moving averages of the layer, shape `(4,)`; see `gradients.Gate`.
+        last_mean: The mean of the last batch, shape `(channels,)`.
+        last_gradient: The mean of the last gradient, likewise.
+        is_gated: 1 where the gate rules how far r, d and the gradient are
+            corrected; 0 where limits of r and d were given.
+        momentum: Share of the first two accumulators that is kept.
+        corrects_by_limits: Whether the gradient is corrected also where limits
+            were given.
     """
 
     mean: Tensor
     projection: Tensor
     agreement: Tensor
+    gate: Tensor
+    last_mean: Tensor
+    last_gradient: Tensor
+    is_gated: Tensor
     momentum: float
+    corrects_by_limits: bool
+
+    @property
+    def accumulators(self) -> tuple[Tensor, ...]:
+        """What a step adds to."""
+        return self[:6]
 
 
 class Parameters(NamedTuple):

@@ -170,8 +170,6 @@ def normalize_by_batch(
             "ForwardAccumulator`: sums over replicas have no derivative in "
             "forward mode. Received: synchronized=True."
         )
-    if is_forward:  # in which nothing is corrected, as nothing is remembered
-        state = state._replace(feedback=None)
     path = choose(
         inputs,
         axis,
@@ -180,6 +178,8 @@ def normalize_by_batch(
         is_corrected=state.feedback is not None,
         is_forward=is_forward,
     )
+    if path == "plain" and state.feedback is not None and not is_forward:
+        path = "corrected"
     step = _batch_step if is_forward else _shared_batch_step
     return step(path, inputs, axis, mask, state, pool)
 
@@ -196,7 +196,7 @@ def _batch_step(
         return _fused_batch(inputs, axis, state, pool)
     if path == "matrix":
         return _matrix_batch(inputs, state, pool)
-    if state.feedback is not None:
+    if path == "corrected":
         return _corrected_batch(inputs, axis, mask, state, pool)
     return _plain_batch(inputs, axis, mask, state, pool)
 
@@ -395,7 +395,7 @@ def _matrix_batch(
             (offset_mean, scale_mean), changes = _taken_out(
                 d_offset,
                 d_scale,
-                _by_example(upstream, shape),
+                _by_example(upstream, centered, None, shape),
                 others,
                 moments,
                 state,
@@ -419,11 +419,7 @@ def _parameters(state: State) -> list[Tensor]:
     """What a step gives gradients of, besides the inputs."""
     values = [state.gamma, state.beta]
     if state.feedback is not None:
-        values += [
-            state.feedback.mean,
-            state.feedback.projection,
-            state.feedback.agreement,
-        ]
+        values += state.feedback.accumulators
     return [value for value in values if value is not None]
 
 
@@ -452,7 +448,7 @@ def _parameter_gradients(
 def _taken_out(
     d_offset: Tensor,
     d_scale: Tensor,
-    by_example: Callable[[], tuple[Tensor, Tensor]],
+    by_example: Callable[[], tuple[Tensor, Tensor, Tensor]],
     others: Sequence[Tensor],
     moments: Moments,
     state: State,
@@ -462,11 +458,12 @@ def _taken_out(
     """What the gradient of the inputs takes out of the one that arrives.
 
     The means, over all that share `moments`, of what was summed on a replica;
-    corrected, if that is asked for. `by_example` then gives the sums of each
-    example, `(examples, channels)`, and the number of examples that have an
-    element, a vector. `others` are the gradients that arrive at what a step
-    returns besides its outputs (`_moved`). Gradients of gamma and beta remain
-    the replica's own: the optimizer adds them up.
+    corrected, if that is asked for. `by_example` then gives the gradient's sums
+    of each example, `(examples, channels)`, the distances of each example's
+    mean of the inputs from the batch's, likewise, and the number of examples
+    that have an element, a vector. `others` are the gradients that arrive at
+    what a step returns besides its outputs (`_moved`). Gradients of gamma and
+    beta remain the replica's own: the optimizer adds them up.
 
     Returns:
         What is taken out everywhere, and along x̂; and what to add to the
@@ -474,10 +471,11 @@ def _taken_out(
     """
     sums = [d_offset, d_scale]
     if state.feedback is not None:
-        parts, examples = by_example()
+        parts, distances, examples = by_example()
         sums += [
-            tf.reduce_sum(tf.square(parts), axis=0),
-            tf.cast(examples, d_offset.dtype),
+            ops.sum(ops.square(parts), axis=0),
+            ops.sum(ops.square(distances), axis=0),
+            ops.cast(examples, d_offset.dtype),
         ]
     if pool.spans_replicas:
         sums = pooling.sum_over_replicas(sums)
@@ -490,23 +488,33 @@ def _taken_out(
 
 
 def _by_example(
-    values: Tensor, shape: Sequence[Any]
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Sums of each example, of values that were inputs of `shape` once.
+    upstream: Tensor, values: Tensor, mean: Tensor | None, shape: Sequence[Any]
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """What `_taken_out` asks for, of inputs that were of `shape` once.
 
-    Channels last, in the order of the inputs, none masked.
+    Channels last, in the order of the inputs, none masked. `values` are inputs
+    that have this mean; `None` is 0.
     """
 
-    def sums() -> tuple[Tensor, Tensor]:
+    def sums() -> tuple[Tensor, Tensor, Tensor]:
         count, *others, channels = shape
         # Not -1 elements an example: a batch may be empty.
-        view = tf.reshape(values, [count, math.prod(others), channels])
-        if not others:
-            return view[:, 0], tf.reshape(count, [1])
-        # A product with ones reads at the speed of a copy, `reduce_sum` over
-        # an axis in the middle at 0.6 of it on a CPU.
-        ones = tf.ones([count, 1, math.prod(others)], values.dtype)
-        return tf.matmul(ones, view)[:, 0], tf.reshape(count, [1])
+        elements = math.prod(others)
+
+        def sum_of(values: Tensor) -> Tensor:
+            view = tf.reshape(values, [count, elements, channels])
+            if not others:
+                return view[:, 0]
+            # A product with ones reads at the speed of a copy, `reduce_sum`
+            # over an axis in the middle at 0.6 of it on a CPU.
+            ones = tf.ones([count, 1, elements], values.dtype)
+            return tf.matmul(ones, view)[:, 0]
+
+        divisor = tf.maximum(tf.cast(elements, values.dtype), 1.0)
+        distances = sum_of(values) / divisor
+        if mean is not None:
+            distances -= mean
+        return sum_of(upstream), distances, tf.reshape(count, [1])
 
     return sums
 
@@ -523,13 +531,13 @@ def _moved(response: Response) -> list[Tensor]:
     """What a step returns besides its outputs; `_update` reads it."""
     moved = [response.moving_mean, response.moving_variance]
     if response.held is not None:
-        moved.append(tf.zeros([], response.held.dtype))
+        moved.append(ops.zeros([], response.held.dtype))
     return moved
 
 
 def _update(moved: list[Tensor]) -> Update:
     mean, variance, *probe = moved
-    return Update(tf.stop_gradient(mean), tf.stop_gradient(variance), *probe)
+    return Update(ops.stop_gradient(mean), ops.stop_gradient(variance), *probe)
 
 
 def _corrected_batch(
@@ -537,60 +545,47 @@ def _corrected_batch(
 ) -> tuple[Tensor, Update]:
     """`_plain_batch` with the corrected gradient, written out.
 
-    No group has statistics of its own here; the layer sees to that.
+    On every backend. No group has statistics of its own here; the layer sees to
+    that.
     """
     rank = len(inputs.shape)
     kept = (axis,)
     axes = functional.reduction_axes(rank, kept)
+    given = _parameters(state)
+    state = backend.kept_for_gradient(state)
 
     def selected(values: Tensor) -> Tensor:
         if mask is None:
             return values
-        return tf.where(mask, values, tf.zeros_like(values))
+        return ops.where(mask, values, ops.zeros_like(values))
 
     def spread(values: Tensor) -> Tensor:
         return functional.spread(values, rank, kept)
 
-    def by_example(values: Tensor) -> tuple[Tensor, Tensor]:
-        # Examples lie on the first axis that is not the channels'.
-        first, *others = axes
-        sums = tf.reduce_sum(values, others)
-        sums = sums if first < axis else tf.transpose(sums)
-        if mask is None:
-            return sums, tf.shape(sums)[:1]
-        present = tf.reduce_any(mask, others)
-        present = present if first < axis else tf.transpose(present)
-        # A mask of size 1 is for every example.
-        present = tf.broadcast_to(
-            present, [tf.shape(sums)[0], tf.shape(present)[1]]
-        )
-        return sums, tf.reduce_sum(tf.cast(present, sums.dtype), axis=0)
-
     @backend.custom_gradient
-    def step(x: Tensor, *_: Tensor) -> Any:
+    def step(x: Tensor, *parameters: Tensor) -> Any:
+        own = _with_parameters(state, parameters)
         centered, moments = pooling.batch_moments(
-            x, kept, mask, state.moving_mean, pool
+            x, kept, mask, own.moving_mean, pool
         )
-        response = gradients.respond(moments, state)
-        rsigma = tf.math.rsqrt(moments.variance + state.epsilon)
-        factor, offset = _renormalized(state, response)
+        response = gradients.respond(moments, own)
+        rsigma = ops.rsqrt(moments.variance + own.epsilon)
+        factor, offset = _renormalized(own, response)
         scale = rsigma * factor
         outputs = functional.scale_and_offset(centered, kept, scale, offset)
 
         def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            upstream, normalized = (
-                selected(upstream),
-                selected(centered) * spread(rsigma),
-            )
-            d_offset = tf.reduce_sum(upstream, axes)
-            d_scale = tf.reduce_sum(upstream * normalized, axes)
+            upstream, values = selected(upstream), selected(centered)
+            normalized = values * spread(rsigma)
+            d_offset = ops.sum(upstream, axes)
+            d_scale = ops.sum(upstream * normalized, axes)
             (offset_mean, scale_mean), changes = _taken_out(
                 d_offset,
                 d_scale,
-                lambda: by_example(upstream),
+                lambda: _by_example_of_any(upstream, values, axis, mask),
                 others,
                 moments,
-                state,
+                own,
                 response,
                 pool,
             )
@@ -598,15 +593,64 @@ def _corrected_batch(
                 upstream - spread(offset_mean) - normalized * spread(scale_mean)
             )
             return selected(d_x), *_parameter_gradients(
-                state, response, d_scale, d_offset, changes
+                own, response, d_scale, d_offset, changes
             )
 
         return (outputs, *_moved(response)), gradient
 
     outputs, *moved = step(
-        tf.cast(inputs, statistics_dtype(inputs.dtype)), *_parameters(state)
+        ops.cast(inputs, statistics_dtype(inputs.dtype)), *given
     )
     return outputs, _update(moved)
+
+
+def _with_parameters(state: State, values: Sequence[Tensor]) -> State:
+    """A state with these in the place of its `_parameters`."""
+    rest = iter(values)
+    gamma, beta = (
+        None if each is None else next(rest)
+        for each in (state.gamma, state.beta)
+    )
+    feedback = state.feedback
+    if feedback is not None:
+        feedback = functional.Feedback(
+            # Whatever is differentiated, they are constants.
+            *map(ops.stop_gradient, rest),
+            *feedback[len(feedback.accumulators) :],
+        )
+    return state._replace(gamma=gamma, beta=beta, feedback=feedback)
+
+
+def _by_example_of_any(
+    upstream: Tensor, values: Tensor, axis: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_by_example` gives, on any axis; what is masked is 0.
+
+    Examples lie on the first axis that is not the channels'.
+    """
+    first, *others = functional.reduction_axes(len(values.shape), (axis,))
+    is_turned = first > axis
+
+    def sum_of(values: Tensor) -> Tensor:
+        sums = ops.sum(values, others)
+        return ops.transpose(sums) if is_turned else sums
+
+    sums = sum_of(upstream)
+    elements = functional.element_count(
+        values, tuple(sorted((first, axis))), mask
+    )
+    if len(elements.shape) == 2 and is_turned:
+        elements = ops.transpose(elements)
+    distances = sum_of(values) / ops.maximum(elements, ops.ones_like(elements))
+    if mask is None:
+        count = ops.cast(ops.shape(sums)[0], sums.dtype)
+        return sums, distances, ops.reshape(count, (1,))
+    # A mask of size 1 is for every example.
+    present = ops.broadcast_to(
+        elements > 0, (ops.shape(sums)[0], ops.shape(elements)[1])
+    )
+    examples = ops.sum(ops.cast(present, sums.dtype), axis=0)
+    return sums, distances, examples
 
 
 def _fused_batch(
@@ -654,7 +698,7 @@ def _fused_batch(
                 (offset_mean, scale_mean), changes = _taken_out(
                     d_offset,
                     d_scale,
-                    _by_example(upstream, view.shape),
+                    _by_example(upstream, x, mean, view.shape),
                     others,
                     moments,
                     state,

@@ -18,6 +18,9 @@ CLOSED = (MINIMA["r_max"], MINIMA["d_max"])
 # Ioffe 2017, section 4.2: where the limits end, in runs of 130,000 steps.
 R_MAX, D_MAX = 3.0, 5.0
 _PAPER_TOTAL_STEPS = 130_000
+# By then a layer has measured how far to correct; see `gradients`. Limits that
+# open within fewer steps let trainings on inputs of 0.001 diverge.
+LEAST_END = 200
 # Infinity is stored as a number that survives sums, means and squares of
 # weights; what is at least a millionth of it counts as infinity.
 _UNLIMITED = 2.0**60
@@ -199,10 +202,10 @@ def default_limits(momentum: float) -> tuple[LinearRamp, LinearRamp]:
     and 1 and need some steps to mean anything. With n = 1 / (1 - momentum),
     that is how many steps they remember, the limits are closed (r_max = 1,
     d_max = 0, plain batch normalization) for 3 n steps, when 95 % of the
-    beginning is forgotten, and open to the paper's 3 and 5 at step 10 n. A
-    mean of a thousand standard deviations is within one of them at step 7 n:
-    limits that are open before let d be at its limit for no other reason
-    than that, and a network can diverge of it.
+    beginning is forgotten, and open to the paper's 3 and 5 at step 5 n, or at
+    step 200 if that is later. Where
+    inputs have a mean of a thousand standard deviations, the moving mean is
+    seven of them off then, and within one at step 7 n.
 
     Args:
         momentum: Share of the old moving statistics kept at each step, in
@@ -215,13 +218,13 @@ def default_limits(momentum: float) -> tuple[LinearRamp, LinearRamp]:
 
     >>> r_max, d_max = default_limits(momentum=0.99)
     >>> (r_max.begin_step, r_max.end_step, r_max.final_value)
-    (300, 1000, 3.0)
+    (300, 500, 3.0)
     """
     if momentum == 1:
         r_max, d_max = (LinearRamp(value, value, 0, 0) for value in CLOSED)
         return r_max, d_max
     remembered = round(1 / (1 - momentum))
-    steps = 3 * remembered, 10 * remembered
+    steps = 3 * remembered, max(5 * remembered, LEAST_END)
     return (
         LinearRamp(CLOSED[0], R_MAX, *steps),
         LinearRamp(CLOSED[1], D_MAX, *steps),

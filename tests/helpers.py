@@ -104,6 +104,15 @@ def gradients(layer, inputs, upstream, mask=None, training=True):
     )
 
 
+def learned(variables):
+    """Without those that on JAX hold what a layer remembers."""
+    return [
+        variable
+        for variable in variables
+        if not getattr(variable, "overwrite_with_gradient", False)
+    ]
+
+
 def assert_close(actual, expected, tolerance):
     """Largest difference relative to the largest expected value."""
     actual, expected = to_numpy(actual), to_numpy(expected)

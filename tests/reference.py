@@ -35,10 +35,13 @@ class Reference:
 
     def train(self, rows, r_max=1.0, d_max=0.0):
         outputs = self.normalize(rows, *self.correction(rows, r_max, d_max))
+        self.move(rows)
+        return outputs
+
+    def move(self, rows):
         keep, take = self.momentum, 1 - self.momentum
         self.moving_mean = self.moving_mean * keep + rows.mean(0) * take
         self.moving_variance = self.moving_variance * keep + rows.var(0) * take
-        return outputs
 
     def gradients(self, rows, upstream, r=1.0, d=0.0):
         """Of rows, gamma and beta, with r and d held.
@@ -86,6 +89,22 @@ def from_rows(rows, shape, axis):
     return np.moveaxis(rows.reshape(moved), -1, axis)
 
 
+def of_examples(values, examples=None):
+    """Of each channel, the values of each example; see `CorrectedReference`."""
+    if examples is None:
+        examples = np.arange(len(values))
+    examples = np.broadcast_to(examples.T, values.T.shape)
+    return [
+        [channel[numbers == i] for i in np.unique(numbers)]
+        for channel, numbers in zip(values.T, examples, strict=True)
+    ]
+
+
+def alike(values):
+    """1 where all are the same, 1/n in the mean where they are independent."""
+    return np.sum(values) ** 2 / (len(values) * np.sum(np.square(values)))
+
+
 class CorrectedReference(Reference):
     """Renormalization with the corrected gradient, a step at a time.
 
@@ -102,27 +121,34 @@ class CorrectedReference(Reference):
         self.gradient_projection = np.zeros(channels)
         self.gradient_agreement = np.ones(channels)
 
-    def step(self, rows, upstream, r_max, d_max, examples=None):
+    def step(self, rows, upstream, r_max, d_max, examples=None, opening=None):
         """`(outputs, d_rows, d_gamma, d_beta)`; all state moves.
 
         `examples` is the number of the example that each row belongs to; by
-        default, each is one.
+        default, each is one. It is a vector, or has the shape of `rows`, where
+        channels have masks of their own. `opening` is how far a gate has all
+        that is corrected here; without one, limits say it of the gradient.
         """
-        if examples is None:
-            examples = np.arange(len(rows))
         sigma_batch = np.sqrt(rows.var(axis=0) + self.epsilon)
         sigma = np.sqrt(self.moving_variance + self.epsilon)
-        opening = min((r_max - 1) / 2, 1)
         agreement = self.gradient_agreement
-        weight = 0.8 * opening * agreement**2 / (agreement**2 + 0.12**2)
-        sums = np.array(
-            [upstream[examples == i].sum(axis=0) for i in np.unique(examples)]
-        )
-        self.gradient_agreement = 0.98 * agreement + 0.02 * (
-            sums.sum(axis=0) ** 2 / (len(sums) * (sums**2).sum(axis=0))
+        weight = 0.8 * agreement**2 / (agreement**2 + 0.12**2)
+        weight *= min((r_max - 1) / 2, 1) if opening is None else opening
+        opening = 1.0 if opening is None else opening
+        self.gradient_agreement = np.array(
+            [
+                0.98 * old + 0.02 * alike([each.sum() for each in gradients])
+                if np.any(upstream[:, channel])
+                else old
+                for channel, (old, gradients) in enumerate(
+                    zip(agreement, of_examples(upstream, examples), strict=True)
+                )
+            ]
         )
         r, d = self.correction(rows, r_max, d_max)
-        outputs = self.train(rows, r_max, d_max)
+        r, d = r**opening, d * opening
+        outputs = self.normalize(rows, r, d)
+        self.move(rows)
         z = (rows - rows.mean(axis=0)) / sigma_batch * r + d
         gained = self.gain * np.mean(z**2, axis=0)
         projected = upstream - self.gain * self.gradient_projection * (
@@ -137,3 +163,89 @@ class CorrectedReference(Reference):
         scale = np.minimum(1 / sigma, r / sigma_batch)
         d_rows = weight * self.gamma * scale * centered + (1 - weight) * d_rows
         return outputs, d_rows, d_gamma, d_beta
+
+
+class GatedReference(CorrectedReference):
+    """The corrected layer, with a gate that measures how far to correct.
+
+    The gate is this package's own: see `keras_renorm.BatchRenormalization`.
+    `constants` are its numbers, which were tuned: `worth`, `examples`, `least`
+    and `persistence`, where it is half open or half shut; `steepness`;
+    `scatters` and `gradients`, the momenta of its averages; `begin` and `end`
+    of the limits.
+    """
+
+    def __init__(
+        self,
+        channels,
+        gradient_momentum,
+        momentum=0.99,
+        epsilon=1e-3,
+        *,
+        constants,
+    ):
+        super().__init__(channels, gradient_momentum, momentum, epsilon)
+        self.constants = constants
+        self.last_mean = np.zeros(channels)
+        self.last_gradient = np.zeros(channels)
+        # How far batch means scatter; how far means of examples do within a
+        # batch; how many examples there are; cosine of successive gradients.
+        self.gate = np.zeros(4)
+        self.current_step = 0
+
+    def switch(self, value, name):
+        """From 0 to 1, 1/2 at the constant of this name."""
+        power = self.constants["steepness"]
+        value = max(value, 0.0) ** power
+        return value / (value + self.constants[name] ** power)
+
+    def limits(self):
+        begin, end = self.constants["begin"], self.constants["end"]
+        share = np.clip((self.current_step - begin) / (end - begin), 0, 1)
+        return 1 + 2 * share, 5 * share
+
+    def opening(self):
+        """How far the next step corrects: what was measured, 1 at first."""
+        between, within, examples, persistence = self.gate
+        total = between + within
+        worth = max(
+            np.mean(self.gradient_agreement), between / total if total else 0.0
+        )
+        excess = self.switch(examples * worth, "examples")
+        excess *= self.switch(worth, "least")
+        measured = 1 - (1 - self.switch(worth, "worth")) * (1 - excess)
+        return measured * (1 - self.switch(persistence, "persistence"))
+
+    def gated_step(self, rows, upstream, examples=None):
+        """As `step`, by the gate and the default limits."""
+        results = self.step(
+            rows, upstream, *self.limits(), examples, self.opening()
+        )
+        mean, gradient = rows.mean(axis=0), upstream.mean(axis=0)
+        variance = np.maximum(rows.var(axis=0), self.moving_variance)
+        variance = variance + self.epsilon
+        groups = of_examples(rows, examples)
+        within = [
+            np.mean([(each.mean() - centre) ** 2 for each in group])
+            for group, centre in zip(groups, mean, strict=True)
+        ]
+        norms = np.linalg.norm(gradient) * np.linalg.norm(self.last_gradient)
+        old = self.gate
+        new = [
+            # The first batch comes after none.
+            np.mean((mean - self.last_mean) ** 2 / 2 / variance)
+            if old[2]
+            else old[0],
+            np.mean(within / variance),
+            np.mean([len(group) for group in groups]),
+            gradient @ self.last_gradient / norms if norms else old[3],
+        ]
+        kept = np.repeat(
+            [self.constants["scatters"], self.constants["gradients"]], 2
+        )
+        self.gate = kept * old + (1 - kept) * new
+        self.last_mean = mean
+        if np.any(gradient):
+            self.last_gradient = gradient
+        self.current_step += 1
+        return results

@@ -121,6 +121,9 @@ def test_copies_have_all_that_their_class_takes(kind, given, to):
     for name in expected.keys() & got.keys():
         assert got[name] == expected[name], name
     # What the other class has no word for is at its default.
-    default = config_of(to(momentum=got["momentum"]))
+    given = {"momentum": got["momentum"]}
+    if to is BatchRenormalization:  # which groups of a batch say more of
+        given["virtual_batch_size"] = got["virtual_batch_size"]
+    default = config_of(to(**given))
     for name in got.keys() - expected.keys():
         assert got[name] == default[name], name

@@ -70,7 +70,9 @@ def test_inference_is_the_same_and_reverted_to_the_bit(network, to, rng):
 def test_what_trains_is_the_same(network, rng):
     model = network(KERAS)
     converted = convert(model)
-    assert len(model.trainable_weights) == len(converted.trainable_weights)
+    assert len(model.trainable_weights) == len(
+        helpers.learned(converted.trainable_weights)
+    )
     flags = [
         [
             # An input trains nothing.
@@ -651,13 +653,20 @@ def test_what_is_out_of_reach_is_named():
 @pytest.mark.parametrize(
     "kind", [keras.layers.BatchNormalization, BatchNormalization]
 )
-def test_limits_are_open_where_statistics_are_trained(kind, in_place, rng):
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_limits_are_open_where_statistics_are_trained(
+    is_gated, kind, in_place, rng
+):
     model = keras.Sequential([keras.Input((3,)), kind(), kind(name="new")])
     model.layers[0].moving_mean.assign([1.0, 2.0, 3.0])
-    converted = convert(model, in_place=in_place)
+    arguments = {} if is_gated else {"gradient_momentum": None}
+    converted = convert(model, in_place=in_place, **arguments)
     trained, new = converted.layers
-    assert (trained.r_max, trained.d_max) == (3.0, 5.0)
+    # A gate begins as in a new layer: the data may be of another domain.
+    limits = default_limits(0.99) if is_gated else (3.0, 5.0)
+    assert (trained.r_max, trained.d_max) == limits
     assert (new.r_max, new.d_max) == default_limits(0.99)
+    assert trained.is_gated == new.is_gated == is_gated
 
 
 def test_limits_that_are_given_stay():

@@ -152,8 +152,18 @@ def test_any_momentum_and_limits(
         helpers.assert_close(actual[1], expected[1], 1e-11)
 
 
-def test_without_a_number_nothing_is_added(rng):
-    layer = BatchRenormalization()
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_momentum": None},
+        {"r_max": 2.0},
+        {"d_max": LinearRamp(0, 5, 0, 10)},
+        {"virtual_batch_size": 4},
+    ],
+    ids=str,
+)
+def test_algorithm_1_has_no_accumulators(arguments):
+    layer = BatchRenormalization(**arguments)
     layer.build((None, 3))
     assert [weight.name for weight in layer.weights] == [
         *("gamma", "beta", "moving_mean", "moving_variance"),
@@ -167,13 +177,13 @@ def test_without_a_number_nothing_is_added(rng):
     [
         (
             {"gradient_momentum": 1.0},
-            "`gradient_momentum` must be at least 0 and below 1, or None. "
-            "Received: gradient_momentum=1.0.",
+            '`gradient_momentum` must be at least 0 and below 1, "auto" or '
+            "None. Received: gradient_momentum=1.0.",
         ),
         (
             {"gradient_momentum": -0.1},
-            "`gradient_momentum` must be at least 0 and below 1, or None. "
-            "Received: gradient_momentum=-0.1.",
+            '`gradient_momentum` must be at least 0 and below 1, "auto" or '
+            "None. Received: gradient_momentum=-0.1.",
         ),
         (
             {"gradient_momentum": float("nan")},

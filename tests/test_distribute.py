@@ -33,10 +33,13 @@ if keras.backend.backend() == "tensorflow":
 
 REPLICAS = int(os.environ.get("REPLICAS", "2"))
 CORRECTED = functools.partial(BatchRenormalization, gradient_momentum=0.8)
+# Without limits, and not with `make`'s.
+GATED = functools.partial(BatchRenormalization, gradient_momentum=0.9)
 LAYERS = [
     BatchNormalization,
     BatchRenormalization,
     pytest.param(CORRECTED, id="corrected"),
+    pytest.param(GATED, id="gated"),
 ]
 # Examples a replica.
 SPLITS = {
@@ -58,12 +61,22 @@ def strategy():
 
 def make(kind, shape, **arguments):
     """A built layer with the same values whenever it is made."""
-    if kind is not BatchNormalization:
+    if kind not in (BatchNormalization, GATED):
         arguments["r_max"] = LinearRamp(1.1, 3.0, 0, 3)
         arguments["d_max"] = LinearRamp(0.1, 2.0, 0, 3)
     layer = kind(momentum=0.7, **arguments)
     layer.build((None, *shape[1:]))
-    helpers.randomize(layer, np.random.default_rng(7))
+    rng = np.random.default_rng(7)
+    helpers.randomize(layer, rng)
+    if kind is GATED:
+        # In the middle of a run, and half open.
+        channels = layer.moving_mean.shape[0]
+        layer.step.assign(30)
+        layer.last_mean.assign(rng.normal(size=channels))
+        layer.last_gradient.assign(rng.normal(size=channels))
+        layer.gradient_agreement.assign(0.3 * np.ones(channels))
+        layer.gate.assign([0.5, 1.0, 4.0, 0.3])
+        assert 0.1 < layer.current_correction() < 0.9
     return layer
 
 
@@ -99,6 +112,8 @@ def assert_parity(
     strategy, layer, single, x, upstream, mask, split, tolerance, is_eager=False
 ):
     """Two steps on replicas equal two on one device."""
+    is_renorm = isinstance(layer, BatchRenormalization)
+    begin = single.current_step() if is_renorm else 0
     for scale in (1.0, 0.5):
         x = x * np.asarray(scale, x.dtype)
         expected = helpers.gradients(single, x, upstream, mask)
@@ -124,8 +139,8 @@ def assert_parity(
         for copy in copies[1:]:
             assert np.array_equal(copy.numpy(), copies[0].numpy()), one.path
         helpers.assert_close(one, other, tolerance)
-    if isinstance(layer, BatchRenormalization):
-        assert layer.current_step() == 2
+    if is_renorm:
+        assert layer.current_step() == single.current_step() == begin + 2
         assert layer.current_limits() == single.current_limits()
 
 
@@ -343,6 +358,39 @@ def test_second_derivatives(dtype, strategy, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("synchronized", [False, True])
+def test_the_gate_is_a_constant_of_second_derivatives(
+    synchronized, strategy, rng
+):
+    split = SPLITS["equal"]
+    shape = (sum(split), 4)
+    x = helpers.inputs_of(rng, shape, dtype="float64")
+    u, v = rng.normal(size=(2, *shape))
+    at = np.cumsum(split)[:-1]
+    values = [distribute(strategy, np.split(a, at)) for a in (x, u, v)]
+    states = []
+    for is_second in (False, True):
+        with strategy.scope():
+            layer = make(
+                GATED, shape, dtype="float64", synchronized=synchronized
+            )
+
+        def run(x, u, v, layer=layer, is_second=is_second):
+            with tf.GradientTape() as outer:
+                outer.watch(x)
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    loss = tf.reduce_sum(layer(x, training=True) * u)
+                d_x = inner.gradient(loss, x)
+                product = tf.reduce_sum(d_x * v)
+            return outer.gradient(product, x) if is_second else d_x
+
+        tf.function(lambda *values, run=run: strategy.run(run, values))(*values)
+        states.append([helpers.to_numpy(each) for each in layer.weights])
+    for one, other in zip(*states, strict=True):
+        helpers.assert_close(one, other, 1e-12)
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
 def test_forward_mode(synchronized, strategy, rng):
     split = SPLITS["unequal"]
     shape = (sum(split), 4)
@@ -396,9 +444,9 @@ def test_one_all_reduce_each_way(kind, sizes, strategy, rng, monkeypatch):
     with strategy.scope():
         layer = make(kind, x.shape, synchronized=True)
     step(strategy, layer, x, x, None, (1,) * REPLICAS)
-    # Back, the corrected gradient also sends its agreement and the number of
-    # examples.
-    back = 3 * channels + 1 if kind is CORRECTED else 2 * channels
+    # Back, the corrected gradient also sends how alike gradients are, how means
+    # scatter, and the number of examples.
+    back = 4 * channels + 1 if kind in (CORRECTED, GATED) else 2 * channels
     expected = [2 * channels + 1] * REPLICAS + [back] * REPLICAS
     assert sorted(sent) == sorted(expected)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import keras_renorm
+from keras_renorm import gradients
 from tests import helpers
 
 ROOT = Path(__file__).parent.parent
@@ -206,3 +207,33 @@ def test_means_in_docstrings_are_those_of_the_results(documented):
             waiting = []
         assert not waiting, f"{waiting} of which experiment?"
     assert checked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        (ROOT / "docs/design.md").read_text(),
+        keras_renorm.BatchRenormalization.__doc__,
+    ],
+    ids=["design", "docstring"],
+)
+def test_formulas_have_the_numbers_of_the_code(text):
+    assert f"H(worth, {gradients.HALF_OPEN_WORTH:g}))" in text
+    examples = f"H(n worth, {gradients.HALF_OPEN_EXAMPLES:g})"
+    assert f"{examples} H(worth, {gradients.LEAST_WORTH:g})))" in text
+    assert f"H(persistence, {gradients.HALF_SHUT_PERSISTENCE:g}))" in text
+    raised = f"{gradients.STEEPNESS:g}".translate(
+        str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+    )
+    assert f"H(x, h) = x{raised} / (x{raised} + h{raised})" in text
+    for momentum in (0.99, 0.995):
+        n = round(1 / (1 - momentum))
+        ramp, _ = keras_renorm.schedules.default_limits(momentum)
+        begin, end = ramp.begin_step // n, ramp.end_step // n
+        assert re.search(rf"\b{begin} n\b.*?\b{end} n\b", text, re.DOTALL)
+
+
+def test_the_docstring_says_how_much_of_the_gradient_is_corrected():
+    square = f"{gradients.HALF_WEIGHT_AGREEMENT:g}²"
+    formula = f"{gradients.HIGHEST_WEIGHT:g} g a² / (a² + {square})"
+    assert formula in keras_renorm.BatchRenormalization.__doc__

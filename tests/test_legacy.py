@@ -137,7 +137,7 @@ def test_limits_are_open_where_statistics_are_trained(rng, tf_keras):
         ]
     )
     model.get_layer("trained").moving_mean.assign([1.0, 2.0, 3.0])
-    converted = convert(model)
+    converted = convert(model, gradient_momentum=None)
     assert converted.get_layer("trained").r_max == 3.0
     assert converted.get_layer("trained").d_max == 5.0
     assert converted.get_layer("new").r_max.begin_step == 300

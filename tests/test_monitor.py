@@ -16,6 +16,7 @@ from keras_renorm import (
     BatchRenormalization,
     freeze_statistics,
     get_statistics,
+    gradients,
     unfreeze_statistics,
 )
 from keras_renorm.callbacks import RenormMonitor, RenormScheduler
@@ -26,11 +27,13 @@ from keras_renorm.diagnostics.modes.step import (
     read_moved,
     read_state,
 )
+from keras_renorm.diagnostics.modes.verdict import LimitsAtEnd, said_of_limits
 from keras_renorm.schedules import ioffe2017
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]
 X = helpers.inputs_of(np.random.default_rng(1), (64, 3))
+NAMES = ("r", "d", "clipped", "gap", "r_max", "d_max", "correction")
 
 
 def network(kind=BatchNormalization, **options):
@@ -111,6 +114,7 @@ def test_figures_are_those_of_the_batch_that_was_trained_on(kind):
     if kind is BatchRenormalization:
         assert 0 < np.mean(shares) < 1
         assert (rows[0]["r_max"], rows[0]["d_max"]) == limits
+        assert rows[0]["correction"] == 1.0  # limits were given
 
 
 @pytest.mark.filterwarnings("ignore:Limits of renormalization clip")
@@ -129,6 +133,38 @@ def test_the_gap_is_what_discrepancy_measures(kind, rng):
         assert row["gap"] == pytest.approx(layer.gap, rel=2e-3)
         assert row["jeffreys"] == pytest.approx(layer.jeffreys, rel=2e-2)
         assert row["clipped"] == pytest.approx(layer.beyond)
+
+
+def shut(layer, correction):
+    """As if the layer had measured that batches want so much correction."""
+    # Half shut by the persistence of gradients, or wide open.
+    persistence = gradients.HALF_SHUT_PERSISTENCE if correction else 1.0
+    layer.gate.assign([1.0, 1e-3, 1.0, persistence])
+    layer.step.assign(float(layer.r_max.end_step) * 2)
+    assert layer.current_correction() == pytest.approx(correction, abs=1e-3)
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.5])
+def test_a_layer_that_measures_corrects_as_far_as_it_does(correction, rng):
+    """What it applies is r**g and g d, not what its limits allow."""
+    model = networks.randomize(network(BatchRenormalization), rng)
+    for layer in model.layers:
+        if isinstance(layer, BatchRenormalization):
+            shut(layer, correction)
+    batch = X[:8]
+    measured = discrepancy(model, [batch], verbose=False).layers
+    assert [layer.correction for layer in measured] == pytest.approx(
+        [correction] * 2, abs=1e-3
+    )
+    assert all(layer.is_gated for layer in measured)
+    monitor = RenormMonitor(every=1)
+    history = fit(model, [monitor], epochs=1, x=batch, y=batch[:, :1])
+    assert history["renorm_correction"] == pytest.approx([correction], abs=1e-3)
+    for row, layer in zip(monitor.rows, measured, strict=True):
+        assert (row["r_max"], row["d_max"]) == (3.0, 5.0)
+        assert row["correction"] == pytest.approx(correction, abs=1e-3)
+        assert row["gap"] == pytest.approx(layer.gap, rel=2e-3)
+        assert layer.gap > 0.1
 
 
 def test_a_moving_average_taken_back_over_several_steps():
@@ -175,7 +211,7 @@ def test_logs_get_the_epochs_means(tmp_path):
         [row for row in monitor.rows if low < row["step"] <= low + 8]
         for low in (0, 8)
     ]
-    for name in ("r", "d", "clipped", "gap", "r_max", "d_max"):
+    for name in NAMES:
         means = [
             {
                 layer: np.mean(
@@ -331,7 +367,7 @@ def test_epochs_of_unknown_length_have_the_names_of_the_first(every, tmp_path):
     assert steps == (list(range(3, 25, 3)) if every == 3 else [8, 16, 24])
     with open(path) as file:
         lines = list(csv.DictReader(file))
-    for name in ("r", "d", "clipped", "gap", "r_max", "d_max"):
+    for name in NAMES:
         assert len(history[f"renorm_{name}"]) == 3
         assert [float(line[f"renorm_{name}"]) for line in lines] == (
             history[f"renorm_{name}"]
@@ -521,6 +557,37 @@ def test_limits_that_never_relaxed():
     fit(model, [RenormScheduler(), RenormMonitor(every=3)], epochs=8)
 
 
+def test_limits_that_never_relaxed_of_layers_that_measure():
+    message = (
+        "in layers second. They would from step 300 on. That is plain batch "
+        "normalization; with a lower `momentum` they relax sooner."
+    )
+    model = network(BatchRenormalization)
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        fit(model, [RenormMonitor(every=3)], epochs=8)
+
+
+@pytest.mark.parametrize(
+    ("correction", "is_gated", "remedy"),
+    [
+        (1.0, False, "Raise r_max and d_max, or see `keras_renorm.diagnos"),
+        (0.6, True, ": training and inference stay apart. See `keras_reno"),
+        # It finds batches good: that is no fault.
+        (0.4, True, None),
+        (0.0, True, None),
+    ],
+)
+def test_limits_that_clip_matter_where_the_layer_corrects(
+    correction, is_gated, remedy
+):
+    layer = LimitsAtEnd("bn", False, True, 0.9, correction, is_gated, 300)
+    said = said_of_limits([layer])
+    if remedy is None:
+        assert said == {}
+    else:
+        assert remedy in said["clipped"]
+
+
 def test_limits_that_clip_too_much():
     model = network(BatchRenormalization, r_max=1.01, d_max=0.01)
     monitor = RenormMonitor(every=3)
@@ -606,6 +673,9 @@ def test_errors():
             fit(model, [RenormMonitor()])
 
 
+RENORM = {"r_max": 2.0, "d_max": 1.0, "correction": 0.5}
+
+
 def test_rows_are_drawn():
     rows = [
         {
@@ -614,7 +684,7 @@ def test_rows_are_drawn():
             "gap": 0.1 * step,
             "r": 1.5,
             "d": 0.2,
-            **({"r_max": 2.0, "d_max": 1.0} if name == "renorm" else {}),
+            **(RENORM if name == "renorm" else {}),
         }
         for step in (1, 3)
         for name in ("bn", "renorm")
@@ -622,7 +692,7 @@ def test_rows_are_drawn():
     monitor = RenormMonitor()
     monitor.rows = rows
     figure = monitor.plot()
-    gap, r, d = figure.axes
+    gap, r, d, correction = figure.axes
     drawn = [
         [(*line.get_xdata(), *line.get_ydata()) for line in ax.lines]
         for ax in (gap, r, d)
@@ -632,6 +702,12 @@ def test_rows_are_drawn():
         [(1, 3, 1.5, 1.5), (1, 3, 1.5, 1.5), (1, 3, 2, 2)],
         [(1, 3, 0.2, 0.2), (1, 3, 0.2, 0.2), (1, 3, 1, 1)],
     ]
+    assert correction.get_ylabel() == "correction"
+    plain, renorm = correction.lines
+    assert np.isnan(plain.get_ydata()).all()
+    assert renorm.get_ydata().tolist() == [0.5, 0.5]
+    monitor.rows = [row for row in rows if row["layer"] == "bn"]
+    assert len(monitor.plot().axes) == 3
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.texts] == ["bn", "renorm"]
     pyplot = pytest.importorskip("matplotlib.pyplot")

@@ -262,6 +262,15 @@ def test_the_scale_of_the_loss_is_not_seen_in_a_recomputed_call(rng):
         trained(one_block, norm, True, rng)
 
 
+@pytest.mark.tensorflow
+def test_by_default_such_a_call_is_algorithm_1(rng):
+    norm = BatchRenormalization(momentum=0.5, dtype="mixed_float16")
+    trained(one_block, norm, True, rng)
+    for value in (norm.gradient_mean, norm.last_mean, norm.gate):
+        assert not np.any(helpers.to_numpy(value))
+    assert norm.current_step() > 0
+
+
 @pytest.mark.torch
 def test_reentrant_recomputation(rng):
     import torch

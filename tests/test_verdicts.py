@@ -242,13 +242,20 @@ def test_losses_that_differ_though_averages_are_right(rng):
     assert causes(report) == ["training and inference differ"]
     # No `recalibrate`: it would find nothing.
     remedy = report.verdicts[0].remedy
-    assert remedy.startswith("Larger batches, or train the last part as the")
+    assert remedy == (
+        "Larger batches, or go on training with outputs as the model serves "
+        "them: `keras_renorm.convert(model, gradient_momentum=None)`. If this "
+        "is not the training data, `reference=training_data` tells whether it "
+        "is another domain."
+    )
     # The remedy helps.
-    freeze = keras_renorm.callbacks.FreezeStatistics(0.25)
-    model.fit(x, y, batch_size=64, epochs=4, verbose=0, callbacks=[freeze])
+    before = report.inference["loss"]
+    model = keras_renorm.convert(model, gradient_momentum=None)
+    model.compile(keras.optimizers.Adam(rate), "mse")
+    model.fit(x, y, batch_size=64, epochs=4, verbose=0)
     report = discrepancy(model, (x, y), batch_size=64, verbose=False)
     assert causes(report) == []
-    assert report.inference["loss"] < 0.1
+    assert report.inference["loss"] < before / 4
 
 
 @pytest.mark.slow
@@ -370,20 +377,14 @@ def test_batches_too_small(network, seed):
     remedy = report.verdicts[0].remedy
     # What the benchmark found to help.
     if network is dense:
-        assert "for minibatches of one to three examples without" in remedy
+        assert "for minibatches of one to three examples, or of" in remedy
         assert "Keras's `GroupNormalization` or `LayerNormalizat" in remedy
-    else:
-        assert (
-            "for i.i.d. minibatches of two or three images, "
-            "`BatchRenormalization(gradient_momentum=0.9)`"
-        ) in remedy
-        assert "`keras_renorm.convert(model)`" in remedy
+    assert "`keras_renorm.convert(model)` puts `BatchRenormal" in remedy
     # The remedies help: larger batches, and that layer.
     model, more = healthy(network, seed)
     assert causes(discrepancy(compiled(model), more, verbose=False)) == []
     if network is convolutional:
-        options = {"gradient_momentum": 0.9, "momentum": 0.95}
-        model = converted(network(layers.BatchNormalization), **options)
+        model = converted(network(layers.BatchNormalization), momentum=0.95)
         fitted(model, shuffled(seed, 2, 400))
         assert causes(discrepancy(model, data, verbose=False)) == []
 
@@ -496,8 +497,8 @@ def test_batches_of_one_class(network, seed):
     report = discrepancy(model, data, verbose=False)
     assert causes(report) == ["batches not i.i.d."]
     assert "Shuffle" in report.verdicts[0].remedy
-    # The remedies help: that layer, with its limits open, and shuffled data.
-    other = converted(model, gradient_momentum=0.9)
+    # The remedies help: that layer, and shuffled data.
+    other = converted(model)
     fitted(other, one_class_each(seed + 10, 16, 600))
     assert causes(discrepancy(other, data, verbose=False)) == []
     model, data = healthy(network, seed)
@@ -528,7 +529,14 @@ def test_renormalization_that_corrects_and_one_that_does_not():
     (verdict,) = [
         each for each in report.verdicts if each.cause == "batches too small"
     ]
-    assert "now r_max=1 and d_max=0" in verdict.remedy
+    assert "in the place of r_max=1 and d_max=0 as they are" in verdict.remedy
+    # The remedy helps.
+    auto = dict.fromkeys(("r_max", "d_max", "gradient_momentum"), "auto")
+    other = fitted(converted(model, **auto), batches)
+    for layer in other.layers:
+        if isinstance(layer, BatchRenormalization):
+            assert 0.5 < layer.current_correction() <= 1
+    assert causes(discrepancy(other, data, verbose=False)) == []
 
 
 @pytest.mark.slow
@@ -633,6 +641,8 @@ HEALTHY = Measurement(
     is_frozen=False,
     is_untrained=False,
     is_broken=False,
+    correction=0.0,
+    is_gated=False,
     r_max=3.0,
     d_max=5.0,
     r=(0.8, 0.9, 1.0, 1.1, 1.2),
@@ -758,43 +768,102 @@ def test_a_model_that_differs_has_a_verdict(gap, training, inference, differ):
 
 
 @pytest.mark.parametrize(
-    ("examples", "elements", "row"),
+    ("examples", "elements", "is_grouped", "row"),
     [
-        (1.0, 100.0, advice.ONE_IMAGE),
-        (1.9, 100.0, advice.ONE_IMAGE),
-        (2.0, 100.0, advice.TWO_OR_THREE),
-        (3.9, 100.0, advice.TWO_OR_THREE),
-        (4.0, 100.0, advice.FOUR_AND_MORE),
-        (1.0, 1.0, advice.FEW_VECTORS),
-        (2.0, 2.0, advice.FEW_VECTORS),
-        (4.0, 4.0, advice.FOUR_AND_MORE),
+        (1.0, 100.0, False, advice.ANY),
+        (3.9, 100.0, False, advice.ANY),
+        (4.0, 100.0, False, advice.ANY),
+        (1.0, 1.0, False, advice.WITHOUT_AXES),
+        (3.9, 3.9, False, advice.WITHOUT_AXES),
+        (4.0, 4.0, False, advice.ANY),
+        (16.0, 100.0, True, advice.ANY),
+        (16.0, 16.0, True, advice.WITHOUT_AXES),
     ],
 )
-def test_the_row_for_batches_that_are_too_small(examples, elements, row):
-    small = HEALTHY._replace(
+def test_the_row_for_batches(examples, elements, is_grouped, row):
+    layer = HEALTHY._replace(
         batch_noise=0.9, gap=0.9, examples=examples, elements=elements
     )
+    if is_grouped:
+        layer = layer._replace(f=3.0, scatter=0.5)
     scores = ({"loss": 1.0}, {"loss": 9.0})
-    (verdict,) = verdicts_of([small], scores=scores)
+    (verdict,) = verdicts_of([layer], scores=scores)
+    assert verdict.cause == ("batches not i.i.d." if is_grouped else SMALL)
+    assert (f"for {row.where}, {row.take}." in verdict.remedy) == (
+        row is not advice.ANY
+    )
+    arguments = ""
+    if not is_grouped and examples >= 4:
+        # No layer learns better there than the one that it has.
+        arguments = ", gradient_momentum=None"
+    assert f"`keras_renorm.convert(model{arguments})`" in verdict.remedy
+
+
+RENORM = HEALTHY._replace(kind="BatchRenormalization", correction=1.0)
+GATED = RENORM._replace(is_gated=True)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (
+            {"kind": "BatchNormalization", "is_gated": False},
+            "`keras_renorm.convert(model)` puts `BatchRenormalization()` in "
+            "the place of these layers.",
+        ),
+        (
+            {"is_gated": False, "r_max": 1.0},
+            "Let `BatchRenormalization` measure how far to correct, in the "
+            "place of r_max=1 and d_max=5 as they are now: "
+            '`keras_renorm.convert(model, r_max="auto", d_max="auto", '
+            'gradient_momentum="auto")`.',
+        ),
+        # What the layer does already is no advice.
+        (
+            {"correction": 0.42},
+            "No setting: these layers measure how far to correct, and do it "
+            "(0.42 of the way).",
+        ),
+        (
+            {"d_max": 0.0},
+            "Train for longer: limits, now r_max=3 and d_max=0, are not yet "
+            "open.",
+        ),
+    ],
+)
+def test_what_layers_do_already_is_not_advised(figures, said):
+    layer = GATED._replace(batch_noise=0.9, gap=0.9, **figures)
+    (verdict,) = verdicts_of([layer])
     assert verdict.cause == SMALL
-    if row is advice.FOUR_AND_MORE:
-        # No layer is better there than the one that it has.
-        assert "BatchNormalization" not in verdict.remedy
-        assert "; or train the last part as the model serves" in verdict.remedy
-    else:
-        assert f"or else: for {row.where}, {row.take}." in verdict.remedy
-    small = small._replace(kind="BatchRenormalization")
-    (verdict,) = verdicts_of([small], scores=scores)
-    assert (
-        "; or else: relax the limits, now r_max=3 and d_max=5, further ("
-        "`layer.r_max`, `layer.d_max`), and give the layers a "
-        "`gradient_momentum` if they have none."
-    ) in verdict.remedy
-    small = small._replace(r_max=1.0)
-    (verdict,) = verdicts_of([small], scores=scores)
-    assert (
-        "now r_max=1 and d_max=5, with `RenormScheduler()`, and give"
-    ) in verdict.remedy
+    assert verdict.remedy.endswith(f"replicas; or else: {said}")
+    (verdict,) = verdicts_of([layer._replace(f=3.0, scatter=0.5)])
+    assert verdict.remedy.endswith(f"; where that cannot be: {said}")
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (HEALTHY, "`keras_renorm.convert(model, gradient_momentum=None)`"),
+        (GATED, "`keras_renorm.convert(model, gradient_momentum=None)`"),
+        (RENORM, "open limits (`layer.r_max`, `layer.d_max`)"),
+    ],
+)
+def test_training_with_what_is_served(layer, said):
+    said = f"go on training with outputs as the model serves them: {said}."
+    (verdict,) = verdicts_of([layer], gap=0.9)
+    assert verdict.cause == "training and inference differ"
+    assert said in verdict.remedy
+    layer = layer._replace(batch_noise=0.9, gap=0.9, examples=16.0)
+    scores = ({"loss": 1.0}, {"loss": 9.0})
+    (verdict,) = verdicts_of([layer], scores=scores)
+    assert verdict.remedy.endswith(f"over replicas; or {said}")
+
+
+def test_how_far_layers_correct_is_a_range():
+    layer = GATED._replace(batch_noise=0.9, gap=0.9)
+    found = [layer._replace(correction=each) for each in (0.8, 0.31, 0.5)]
+    (verdict,) = verdicts_of(found)
+    assert "(0.31 to 0.80 of the way)" in verdict.remedy
 
 
 @pytest.mark.parametrize(
@@ -835,15 +904,20 @@ def test_what_is_advised_is_what_the_benchmark_found():
         for cell in found["cells"]
     }
     for row in advice.ROWS:
-        for task, regime, contender in row.evidence:
+        evidence = [each for each in row.evidence if each in cells]
+        assert evidence or not row.evidence, row.where
+        for task, regime, contender in evidence:
             taken = cells[task, regime, contender]
-            for other in ("bn", "renorm", "group"):
+            for other in ("bn", "renorm", "group", "gated"):
                 for late in ("", "_frozen_late", "_corrected"):
                     rival = cells.get((task, regime, other + late))
                     if rival is not None:
-                        assert (
-                            rival["mean"] <= taken["mean"] + taken["spread"]
-                        ), (row.where, other + late)
+                        # A point is what rates chosen on few seeds leave open.
+                        slack = max(taken["spread"], 0.01)
+                        assert rival["mean"] <= taken["mean"] + slack, (
+                            row.where,
+                            other + late,
+                        )
 
 
 class Subclassed(keras.Model):

@@ -28,6 +28,12 @@ from tests import helpers, networks
 
 KERAS = layers.BatchNormalization
 CLASSES = [KERAS, BatchNormalization, BatchRenormalization]
+# Weights that no other class has.
+OF_RENORMALIZATION = (
+    *("step", "limit_values", "limit_steps"),
+    *("gradient_mean", "gradient_projection", "gradient_agreement"),
+    *("last_mean", "last_gradient", "gate", "gated"),
+)
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -133,10 +139,11 @@ class Walk:
             {
                 variable.path: variable.trainable
                 for variable in self.model.variables
-                if variable.path.split("/")[-1]
-                not in ("step", "limit_values", "limit_steps")
+                if variable.path.split("/")[-1] not in OF_RENORMALIZATION
             },
-            sorted(v.path for v in self.model.trainable_variables),
+            sorted(
+                v.path for v in helpers.learned(self.model.trainable_variables)
+            ),
             [
                 (layer.name, layer.trainable)
                 for layer in self.model._flatten_layers()
@@ -209,7 +216,8 @@ class Walk:
             self.draw.choice(held).trainable = flag
         elif kind == "variable" and held:
             layer = self.draw.choice(held)
-            self.draw.choice(layer.trainable_variables).trainable = flag
+            variables = helpers.learned(layer.trainable_variables)
+            self.draw.choice(variables).trainable = flag
         elif ours := [
             each
             for each in networks.normalizations(self.model)

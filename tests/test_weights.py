@@ -172,14 +172,14 @@ INVALID = [
         "limit_values",
         [[0.5, 3.0], [0.0, 5.0]],
         "`r_max` must be at least 1, from a step of at least 0 to a later "
-        "one. Received: 0.5 at step 30 to 3.0 at step 100, as weights of "
+        "one. Received: 0.5 at step 30 to 3.0 at step 200, as weights of "
         "layer bn. `layer.r_max = ...` sets them anew.",
     ),
     (
         "limit_values",
         [[1.0, 3.0], [0.0, np.nan]],
         "`d_max` must be at least 0, from a step of at least 0 to a later "
-        "one. Received: 0.0 at step 30 to nan at step 100, as weights of "
+        "one. Received: 0.0 at step 30 to nan at step 200, as weights of "
         "layer bn. `layer.d_max = ...` sets them anew.",
     ),
     (

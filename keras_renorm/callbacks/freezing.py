@@ -41,11 +41,10 @@ class FreezeStatistics(keras.callbacks.Callback):
     0.965, 0.988 -> 0.990. With i.i.d. minibatches of four it makes no
     difference.
 
-    **Where the gradient is corrected, it is not needed**:
-    `BatchRenormalization(gradient_momentum=0.9)` alone is within a standard
-    deviation of it on digits, and ahead on cluttered ones, 0.760 -> 0.880
-    with one class and 0.414 -> 0.671 with one image (`--only
-    regimes_cluttered`).
+    **`BatchRenormalization()` does not need it.** The layer alone is within a
+    standard deviation of it on digits of one class, and ahead on cluttered
+    ones, 0.760 -> 0.880 with one class and 0.414 -> 0.702 with one image
+    (`--only regimes_cluttered`).
 
     At the first epoch of that part the training step is traced again, once
     (and so is what validates). When `fit` ends, the layers are as they were:

@@ -10,6 +10,7 @@ import numpy as np
 from keras_renorm import arguments
 from keras_renorm.callbacks.sharing import SharesData
 from keras_renorm.diagnostics.modes.comparison import comparison
+from keras_renorm.diagnostics.modes.record import is_gated
 from keras_renorm.diagnostics.modes.step import (
     LayerState,
     draw_steps,
@@ -58,7 +59,9 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
     `renorm_r` and `renorm_d` (95 % quantiles over channels of max(r, 1 / r) and
     of |d|), `renorm_clipped` (share of channels where r or d is beyond the
     limits; of layers without limits, 3 and 5), `renorm_gap`, and, of
-    `BatchRenormalization` layers, `renorm_r_max` and `renorm_d_max`; the
+    `BatchRenormalization` layers, `renorm_r_max`, `renorm_d_max` and
+    `renorm_correction` (how far the layer corrects, 0 to 1; 0 where it finds
+    minibatches good, which is batch normalization, and no fault); the
     largest of all layers under these names, and with `per_layer=True` each
     layer's with its name before: `"bn1/renorm_gap"`. Each epoch has the names
     of the first; a figure that an epoch cannot have is NaN (all layers are
@@ -72,7 +75,8 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
 
     It warns, once in its life with a model: when `fit` ends, if limits are
     still closed (r_max is 1 and d_max is 0), or if limits that have relaxed to
-    their end still clip more than a quarter of the values; after the first
+    their end still clip more than a quarter of the values of a layer that
+    corrects; after the first
     epoch, if the batches of `dataset` are no random draws, or cannot be
     compared; and after the first batch, if it did not reach a layer, which is
     then left out. None of this ends `fit`.
@@ -96,7 +100,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         log_dir: `None` (default), or a folder for TensorBoard, which gets
             each probe.
         per_layer: Whether `logs` get each layer's figures, too (TensorBoard
-            and `rows` always do): six more a layer, in the progress bar as
+            and `rows` always do): seven more a layer, in the progress bar as
             well. Defaults to `False`.
         layers: Which layers to watch: `None` (default) for all, a layer, a
             name, a list of these, or a function of a layer.
@@ -241,7 +245,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
             self._writer.flush()
 
     def plot(self) -> Any:
-        """Draws the rows: gap, r and d of each layer over the steps.
+        """Draws the rows of each layer over the steps: gap, r, d, correction.
 
         Returns:
             A `matplotlib.figure.Figure`.
@@ -335,6 +339,8 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
                 layer.current_step()
                 >= max(layer.r_max.end_step, layer.d_max.end_step),
                 mean_of("clipped", name, self._epoch_rows),
+                mean_of("correction", name, self._epoch_rows),
+                is_gated(layer),
                 min(layer.r_max.begin_step, layer.d_max.begin_step),
             )
             for name, layer in zip(self._names, self._layers, strict=True)

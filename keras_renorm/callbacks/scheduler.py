@@ -19,7 +19,9 @@ class RenormScheduler(keras.callbacks.Callback):
 
     Without arguments, the shape of the paper (`schedules.ioffe2017`) scaled
     to `epochs * steps` of the run. The limits are set once, when `fit`
-    begins, and relax inside the graph: nothing runs per step.
+    begins, and relax inside the graph: nothing runs per step. Layers are the
+    paper's then: `BatchRenormalization()`, which needs no schedule, no longer
+    measures how far to correct where limits are set.
 
     **Many runs.** Where one training is many calls of `fit` (of one epoch each,
     say: adversarial networks, reinforcement and active learning), give

@@ -1,6 +1,6 @@
-"""Which normalization for which minibatches: one table.
+"""Which normalization for which minibatches: one layer, and where it is behind.
 
-Remedies of reports are its rows. `benchmarks/documents.py` writes them into
+Remedies of reports are rows of it. `benchmarks/documents.py` writes them into
 README and docs/which_layer.md. What they rest on is `evidence`; a test holds
 each row to the results of `benchmarks/quality`.
 """
@@ -14,79 +14,60 @@ class Advice(NamedTuple):
     Attributes:
         where: What minibatches hold.
         take: What to do then.
-        brief: The same in few words.
-        evidence: Task, regime and contender of `benchmarks/quality`: none of
-            batch, group and batch renormalization, frozen late or not, was
-            better there by more than the contender's standard deviation.
+        evidence: Task, regime and contender of `benchmarks/quality`: no other
+            normalization was better there by more than the contender's
+            standard deviation.
     """
 
     where: str
     take: str
-    brief: str
-    evidence: tuple[tuple[str, str, str], ...]
+    evidence: tuple[tuple[str, str, str], ...] = ()
 
 
-# The settings of the corrected gradient. On Keras's other backends it does not
-# exist, and late freezing comes nearest.
-_CORRECTED = (
-    "`BatchRenormalization(gradient_momentum=0.9)` (TensorFlow; on other "
-    "backends without that, and with `callbacks.FreezeStatistics()` and a "
-    "learning rate that decays)"
-)
+# Fewer random draws than this are few.
+FEW = 4
 
-FOUR_AND_MORE = Advice(
-    "i.i.d. minibatches of four and more",
-    "`BatchNormalization`; renormalization gains nothing, and may cost a "
-    "point or two",
-    "`BatchNormalization`; renormalization gains nothing",
-    (("digits", "iid_4", "bn"), ("cluttered", "iid_4", "bn")),
-)
-TWO_OR_THREE = Advice(
-    "i.i.d. minibatches of two or three images",
-    f"{_CORRECTED}; on an easy task it gains nothing over `BatchNormalization`",
-    "`BatchRenormalization(gradient_momentum=0.9)`",
-    (("cluttered", "iid_2", "renorm_corrected"),),
-)
-ONE_IMAGE = Advice(
-    "minibatches of one image",
-    _CORRECTED,
-    "`BatchRenormalization(gradient_momentum=0.9)`",
-    (
-        ("digits", "iid_1", "renorm_corrected"),
-        ("cluttered", "iid_1", "renorm_corrected"),
+ANY = Advice(
+    "minibatches of any kind",
+    "`BatchRenormalization()`",
+    tuple(
+        (task, regime, "gated")
+        for task in ("digits", "cluttered")
+        for regime in (
+            *("one_class", "two_classes"),
+            *(f"iid_{size}" for size in (1, 2, 3, 4, 8, 16, 32, 64, 128)),
+        )
     ),
 )
-FEW_VECTORS = Advice(
-    "minibatches of one to three examples without spatial axes",
-    "Keras's `GroupNormalization` or `LayerNormalization`: one example has no "
-    "variance; `BatchRenormalization(gradient_momentum=0.9)` comes second",
-    "neither: Keras's `GroupNormalization` or `LayerNormalization`",
-    (("digits_dense", "iid_2", "group"),),
-)
-GROUPED = Advice(
-    "minibatches that are not i.i.d. (one class, one user, one scene)",
-    f"{_CORRECTED}; Adam with its defaults does as well as SGD; without "
-    "spatial axes Keras's `GroupNormalization` is ahead",
-    "`BatchRenormalization(gradient_momentum=0.9)`",
+WITHOUT_AXES = Advice(
+    "minibatches of one to three examples, or of one class, without spatial "
+    "axes",
+    "Keras's `GroupNormalization` or `LayerNormalization` are ahead: one "
+    "example has no variance; `BatchRenormalization()` comes second",
     (
-        ("digits", "one_class", "renorm_corrected"),
-        ("cluttered", "one_class", "renorm_corrected"),
+        ("digits_dense", "iid_2", "group"),
         ("digits_dense", "one_class", "group"),
     ),
 )
-ROWS = (FOUR_AND_MORE, TWO_OR_THREE, ONE_IMAGE, FEW_VECTORS, GROUPED)
+SORTED = Advice(
+    "data sorted by class",
+    "shuffle: no normalization mends that",
+)
+ROWS = (ANY, WITHOUT_AXES, SORTED)
 
 
-def advice_for(examples: float, elements: float) -> Advice:
-    """The row for random draws.
+def advice_for(
+    examples: float, elements: float, is_grouped: bool = False
+) -> Advice:
+    """The row for batches that are small, or whose examples are alike.
 
     Args:
         examples: Examples a minibatch.
         elements: Elements a channel of it: as many, where examples have no
             axis but that of channels.
+        is_grouped: Whether examples of a batch are more alike than random
+            ones.
     """
-    if examples >= 4:
-        return FOUR_AND_MORE
-    if elements <= examples:
-        return FEW_VECTORS
-    return ONE_IMAGE if examples < 2 else TWO_OR_THREE
+    if elements <= examples and (examples < FEW or is_grouped):
+        return WITHOUT_AXES
+    return ANY

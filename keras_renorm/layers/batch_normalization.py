@@ -75,10 +75,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     batch however it is sharded, statistics are those of the whole batch with
     and without it.
 
-    **When.** For i.i.d. batches of four examples and more. For batches of one
-    or two examples, or of one class, take `BatchRenormalization` with the
-    corrected gradient: with two 0.780 -> 0.827 on cluttered digits, means of
-    ten seeds (`python -m benchmarks.quality --only regimes_cluttered`).
+    **When.** For i.i.d. batches of four examples and more.
+    `BatchRenormalization` is the same there, and corrects where batches are of
+    fewer, or of one class: with two, 0.780 -> 0.840 on cluttered digits, means
+    of ten seeds (`python -m benchmarks.quality --only regimes_cluttered`).
 
     **Virtual batches.** With a `virtual_batch_size`, training normalizes each
     group of so many consecutive examples by itself ("ghost batches"); what
@@ -381,11 +381,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _train(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
         dtype = kernels.statistics_dtype(inputs.dtype)
-        inputs, feedback = self._feedback(inputs, dtype)
+        inputs, parameters, feedback = self._feedback(
+            inputs, self._read_parameters(dtype), dtype
+        )
         if backend.is_traced(inputs):
             self.__dict__["_is_traced"] = True
         state = functional.State(
-            *self._read_parameters(dtype),
+            *parameters,
             (
                 backend.constant(self.momentum, dtype),
                 backend.constant(1.0 - self.momentum, dtype),
@@ -394,16 +396,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
             feedback,
         )
         first_passes, second_pass = backend.remat_calls(inputs)
-        if second_pass is not None:
-            state = self._calls.recall(second_pass, state)
-        if first_passes:
-            if feedback is not None and self.compute_dtype == "float16":
+        is_repeated = bool(first_passes) or second_pass is not None
+        if is_repeated and feedback and self.compute_dtype == "float16":
+            if feedback.corrects_by_limits:  # it was asked for
                 raise NotImplementedError(
                     "`gradient_momentum` must be None in `keras.remat` under "
                     "a float16 policy: the second pass does not see by what "
                     "the loss is multiplied. Received: gradient_momentum="
                     f"{feedback.momentum}."
                 )
+            state = state._replace(feedback=None)
+        if second_pass is not None:
+            state = self._calls.recall(second_pass, state)
+        if first_passes:
             self._calls.remember(first_passes, inputs, state)
         pool = Pool(self.synchronized, self.virtual_batch_size)
         outputs, update = kernels.normalize_by_batch(
@@ -490,10 +495,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return None
 
     def _feedback(
-        self, inputs: Tensor, dtype: str
-    ) -> tuple[Tensor, functional.Feedback | None]:
-        """The inputs, and what corrects the gradient; `None` for nothing."""
-        return inputs, None
+        self, inputs: Tensor, parameters: functional.Parameters, dtype: str
+    ) -> tuple[Tensor, functional.Parameters, functional.Feedback | None]:
+        """What a step starts from, and what it remembers; `None`: nothing."""
+        return inputs, parameters, None
 
     def _end_step(self) -> None:
         """Called after each training step that moved the statistics."""
@@ -514,7 +519,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def save_own_variables(self, store: Any) -> None:
         """Writes the weights, if a layer can take them again."""
         self._check_state(self.get_weights())
-        super().save_own_variables(store)
+        # Not Keras's order, which differs from backend to backend.
+        for index, weight in enumerate(self.weights):
+            store[f"{index}"] = weight
 
     def set_weights(self, weights: Any) -> None:
         """Sets the weights, all of them or none."""

@@ -7,10 +7,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import arguments, backend, functional, schedules
+from keras_renorm import arguments, backend, functional, gradients, schedules
 from keras_renorm.functional import Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
+
+# Of the accumulators; see `functional.Feedback`.
+GRADIENT_MOMENTUM = 0.9
 
 
 def _check_gradient_momentum(value: Any) -> float | None:
@@ -20,129 +23,117 @@ def _check_gradient_momentum(value: Any) -> float | None:
     momentum = arguments.check_number("gradient_momentum", value)
     if not 0 <= momentum < 1:
         raise ValueError(
-            "`gradient_momentum` must be at least 0 and below 1, or None. "
-            f"Received: gradient_momentum={value}."
-        )
-    if not backend.keeps_state_backwards():
-        raise ValueError(
-            "`gradient_momentum` must be None on Keras's "
-            f"{backend.name()} backend, where a backward pass cannot "
-            f"keep state. Received: gradient_momentum={value}."
+            '`gradient_momentum` must be at least 0 and below 1, "auto" or '
+            f"None. Received: gradient_momentum={value}."
         )
     return momentum
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
 class BatchRenormalization(BatchNormalization):
-    """Batch renormalization: training sees what inference will see.
+    """Batch normalization for any minibatches: corrects as far as they need it.
 
     Batch normalization trains with the statistics of a batch and infers with
-    moving averages. Where batches are small or not i.i.d. the two differ,
-    and the network that was trained is not the network that is served.
-    Renormalization corrects the training output towards the moving
-    statistics.
+    moving averages; where batches are small or not i.i.d., the two differ. This
+    layer measures by how much. It corrects outputs and gradients fully where
+    a batch holds one image or one class, and not at all where it holds many
+    random examples: there it is batch normalization. There is nothing to set.
 
     **Training** (`training=True`):
 
         sigma_B = sqrt(batch_variance + epsilon)
         sigma   = sqrt(moving_variance + epsilon)
-        r = clip(sigma_B / sigma, 1 / r_max, r_max)
-        d = clip((batch_mean - moving_mean) / sigma, -d_max, d_max)
+        r = clip(sigma_B / sigma, 1 / r_max, r_max) ** g
+        d = clip((batch_mean - moving_mean) / sigma, -d_max, d_max) * g
         y = gamma * ((x - batch_mean) / sigma_B * r + d) + beta
 
     with the moving statistics from before this step, and r and d constant to
-    gradients. Then the moving statistics move and the step counter goes up
-    by one. With r_max = 1 and d_max = 0 this is batch normalization; where
-    nothing is clipped, y is the inference output.
+    gradients. Then the moving statistics move and the step counter goes up by
+    one. Where nothing is clipped and g = 1, y is the inference output.
+
+    **How far** is one number of the layer, `layer.current_correction()`:
+
+        g = (1 - (1 - H(worth, 0.35)) (1 - H(n worth, 1.7) H(worth, 0.05)))
+            * (1 - H(persistence, 0.4))
+        H(x, h) = x¹² / (x¹² + h¹²)
+        worth = max(mean_c agreement, between / (between + within))
+        between = mean_c ½ (batch_mean - the last batch_mean)² / sigma²
+        within = mean_c Σ (m - batch_mean)² / (n sigma²)
+        agreement = (Σ s)² / (n Σ s²)
+        persistence = cos(mean gradient, the last mean gradient)
+
+    of n examples in a batch, with m the mean of an example, s the sum of the
+    gradient that arrives over it, and mean_c that over channels; sigma² is here
+    at least the variance of the batch. n, between, within, agreement and
+    persistence are moving averages, of the steps before. 1 / worth is the
+    number of independent examples that a batch is worth; persistence is near 1
+    where data are sorted. A layer begins with g = 1, and with closed limits.
+
+    **The corrected gradient.** That of normalization subtracts two means of the
+    minibatch; most of each is replaced by what earlier minibatches had in
+    common, which two accumulators for each channel hold (the control of Chiley
+    et al. 2019, section 3). How much of it: 0.8 g a² / (a² + 0.12²), with the
+    agreement a of a channel. State moves where a gradient is computed: each
+    gradient of a persistent tape counts, and second derivatives hold it
+    constant. Gradients that are not finite do not move it, nor does anything
+    computed under a `tf.autodiff.ForwardAccumulator`, where gradients are
+    Algorithm 1's. Under a float16 policy the layer adds a zero to
+    `model.losses`, by which it sees the scale of the loss: a custom loop with
+    loss scaling must add `model.losses` to its loss.
+
+    **Limits** that are given, here or by assignment, are Algorithm 1 with
+    g = 1, and what is measured counts no more; the gradient is corrected then
+    if `gradient_momentum` was given, by (r_max - 1) / 2 up to 1 in the place of
+    g. They are ramps over the layer's own
+    `step`, a counter of its training calls, and state: `layer.r_max = 2.0`, or
+    a `LinearRamp`, takes effect at once in a model that is compiled and
+    training, and is saved with it.
 
     **Inference**, **frozen**, **mask** and **bad batches**: as
-    `BatchNormalization`. A frozen layer's step counter does not change. Where a
-    batch has no element, r = 1 and d = 0.
+    `BatchNormalization`; in the first two nothing is measured, so that it costs
+    nothing. A frozen layer's step counter does not change. Where a batch has
+    no element, r = 1 and d = 0.
 
-    **Limits are state.** `r_max` and `d_max` are ramps over the layer's own
-    `step`, a counter of its training calls (a layer that a model calls twice
-    a step counts two). Their numbers live in weights and are evaluated in the
-    graph: `layer.r_max = 2.0`, or a `LinearRamp`, takes effect at once in a
-    model that is compiled and training, and is saved with the model.
-    The default opens them as soon as the moving statistics know the data.
-    `keras_renorm.callbacks.RenormScheduler` scales the paper's ramps, made
-    for runs of about 130,000 steps, to the length of a run instead.
+    **State.** Beside `BatchNormalization`'s: the step counter and the limits;
+    where the gradient is corrected, five more vectors of a value a channel, and
+    five numbers. Means of weights (federated learning, averages over a run) are
+    weights. The counter may be a fraction, and infinity is stored as 2**60: a
+    limit of a millionth of it is `inf`. Weights that are no state (a limit
+    below its minimum, a NaN, a negative variance) are an error in
+    `layer.set_weights`, at load, and where they are saved. `Model.set_weights`
+    asks no layer: limits below their minima then count as the minima, and
+    assigning a limit sets it anew. (The counter ends at 2**24 on JAX and
+    PyTorch.)
 
-    **Means of weights** (federated learning, averages over a run) are weights.
-    The counter may be a fraction, and infinity is stored as 2**60: a limit of
-    a millionth of it is `inf`. Weights that are no state (a limit below its
-    minimum, a NaN, a negative variance) are an error in `layer.set_weights`, at
-    load, and where they are saved. `Model.set_weights` asks no layer: limits
-    below their minima then count as the minima, and assigning a limit sets it
-    anew. (The counter ends at 2**24 on JAX and PyTorch.)
-
-    **The corrected gradient.** Algorithm 1 corrects the outputs. With a
-    `gradient_momentum`, the gradient is corrected too. That of normalization
-    subtracts two means of the minibatch; most of each is replaced by what
-    earlier minibatches had in common, which two accumulators for each channel
-    hold (the control of Chiley et al. 2019, section 3). How much of it: 0.8 a²
-    / (a² + 0.12²), times (r_max - 1) / 2 up to 1, where a, the weight
-    `gradient_agreement`, says how alike the gradients of a batch's examples
-    are: a moving average of (Σ s)² / (n Σ s²), s being the sum of the gradient
-    over an example, of n. It is 1 for a batch of one example, 1/n or less for n
-    independent ones, and up to 1 for examples that are alike. So the correction
-    acts where batches are small or of one class, and little elsewhere. It moves
-    the accumulators where a gradient is computed: each gradient of a persistent
-    tape counts, and second derivatives hold them constant. Gradients that are
-    not finite do not move them, nor does anything computed under a
-    `tf.autodiff.ForwardAccumulator`, where gradients are Algorithm 1's. Under a
-    float16 policy the layer adds a zero to `model.losses`, by which it sees the
-    scale of the loss: a custom loop with loss scaling must add `model.losses`
-    to its loss. TensorFlow only.
-
-    **When, and with which settings.** Accuracies are of batch normalization,
-    of this layer, and of it with `gradient_momentum=0.9`: means of ten seeds,
-    each at its best rate. In brackets, the experiment: `python -m
-    benchmarks.quality --only NAME`; the README there has spreads. "Cluttered"
-    digits are the harder task.
-
-    - Batches of one class (or user, or scene): correct the gradient, 0.239 ->
-      0.698 -> 0.880 on cluttered digits [regimes_cluttered], 0.561 -> 0.986
-      -> 0.988 on plain ones [regimes_digits]; with Adam's defaults 0.494 ->
-      0.895 -> 0.989 [optimizers_digits].
-    - Batches of one image: correct it, 0.278 -> 0.373 -> 0.671
-      [regimes_cluttered], 0.819 -> 0.960 -> 0.979 [regimes_digits].
-    - Batches of two images: correct it, 0.780 -> 0.775 -> 0.827
-      [regimes_cluttered]; on plain digits all are at 0.988 or 0.989
-      [regimes_digits].
-    - I.i.d. batches of four and more: batch normalization. With four 0.906 ->
-      0.883 -> 0.893, with 16 0.943 -> 0.938 -> 0.935 [regimes_cluttered].
-    - One element a channel and example (dense layers), batches of two: 0.663
-      -> 0.902 -> 0.953, and group normalization has 0.969
-      [regimes_digits_dense].
-    - Data sorted by class: no help, 0.904 -> 0.900 -> 0.209
-      [regimes_digits]. Shuffle.
-    - Fine-tuning in another domain, batches of two: its statistics are the
-      old domain's, and batch normalization uses none: 0.888 -> 0.862.
-      `recalibrate` first: 0.881 [fine_tuning_digits].
-    - `callbacks.FreezeStatistics()` at the end helps where the gradient is
-      not corrected: one class 0.760, two images 0.784 [regimes_cluttered].
-      Where it is corrected, the layer is better than that without it.
-    - `momentum`: 0.99 is best for 3,000 steps and more, 0.95 for 750
-      [lengths_digits].
+    **When not.** Data sorted by class: shuffle. Batches of one to three
+    examples, or of one class, without spatial axes: group normalization is
+    ahead, 0.969 with two [regimes_digits_dense]. Algorithm 1, where limits are
+    given, takes one class of cluttered digits from batch normalization's 0.239
+    to 0.698, and i.i.d. batches of four from 0.906 to 0.883
+    [regimes_cluttered]. (Means of ten seeds; in brackets, the experiment:
+    `python -m benchmarks.quality --only NAME`.)
 
     Args:
         axis: The channel axis, an integer. Defaults to -1.
         momentum: Share of the old moving statistics kept at each step, in
-            [0, 1]. Defaults to 0.99.
+            [0, 1]. Defaults to 0.99; 0.95 in runs of less than a thousand
+            steps.
         epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
         r_max: Largest correction of the scale, >= 1; the smallest is
-            `1 / r_max`. A number or a `LinearRamp`; `inf` does not clip.
-            "auto" (default) is 1 for 3 n steps and goes to 3 at step 10 n,
-            with n = 1 / (1 - momentum) (`schedules.default_limits`): with
-            momentum 0.99, from step 300 to 1,000. `schedules.ioffe2017()` is
+            `1 / r_max`. "auto" (default): the layer measures how far to
+            correct, up to 3. That opens from step 3 n, when the moving
+            statistics know the data, to step 5 n (200 at least), with n = 1 /
+            (1 - momentum):
+            with momentum 0.99, from 300 to 500. Or a number or a `LinearRamp`,
+            for Algorithm 1; `inf` does not clip; `schedules.ioffe2017()` is
             the paper's. Reading it gives a `LinearRamp`.
-        d_max: Largest correction of the offset, >= 0, in standard
-            deviations. A number or a `LinearRamp`; `inf` does not clip.
-            "auto" (default) is 0 for 3 n steps and goes to 5 at step 10 n.
+        d_max: Largest correction of the offset, >= 0, in standard deviations.
+            As `r_max`, up to 5.
         gradient_momentum: Share of the accumulators kept at each step, in
-            [0, 1); 0.9 is a good value. `None` (default) is the gradient of
-            Algorithm 1. Not together with `virtual_batch_size`.
+            [0, 1). `None` is the gradient of Algorithm 1, and g = 1. "auto"
+            (default) is 0.9 where the limits are "auto" and there is no
+            `virtual_batch_size`, and else `None`. A number is not allowed
+            together with `virtual_batch_size`.
         synchronized, ..., name: The other arguments of `BatchNormalization`.
         **layer_arguments: The others of `keras.layers.Layer`.
 
@@ -155,16 +146,16 @@ class BatchRenormalization(BatchNormalization):
     Raises:
         TypeError, ValueError: As `BatchNormalization`; also if a limit is
             neither a number nor a ramp, or goes below its minimum, or if
-            `gradient_momentum` is out of its range, is given with
-            `virtual_batch_size`, or on a backend other than TensorFlow.
+            `gradient_momentum` is out of its range, or is given with
+            `virtual_batch_size`.
 
     Example:
 
-    >>> layer = BatchRenormalization(r_max=2.0, d_max=LinearRamp(0, 1, 0, 50))
+    >>> layer = BatchRenormalization()
     >>> outputs = layer(np.random.normal(5.0, 2.0, (4, 3)), training=True)
-    >>> layer.d_max = 3.0
-    >>> layer.current_limits()
-    (2.0, 3.0)
+    >>> round(layer.current_correction(), 3), layer.current_limits()
+    (1.0, (1.0, 0.0))
+    >>> layer.d_max = LinearRamp(0.0, 5.0, begin_step=500, end_step=2_000)
 
     References:
         Ioffe 2017, arXiv:1702.03275, Algorithm 1. Chiley et al. 2019,
@@ -179,7 +170,7 @@ class BatchRenormalization(BatchNormalization):
         *,
         r_max: float | LinearRamp | Literal["auto"] = "auto",
         d_max: float | LinearRamp | Literal["auto"] = "auto",
-        gradient_momentum: float | None = None,
+        gradient_momentum: float | Literal["auto"] | None = "auto",
         synchronized: bool = False,
         virtual_batch_size: int | None = None,
         frozen_statistics: bool = False,
@@ -204,8 +195,16 @@ class BatchRenormalization(BatchNormalization):
             else schedules.limit(limit, value)
             for limit, value in (("r_max", r_max), ("d_max", d_max))
         )
-        gradient_momentum = _check_gradient_momentum(gradient_momentum)
-        _check_groups(gradient_momentum, virtual_batch_size)
+        is_given = any(ramp != "auto" for ramp in ramps)
+        corrects_by_limits = gradient_momentum != "auto"
+        if not corrects_by_limits:
+            gradient_momentum = (
+                None
+                if is_given or virtual_batch_size is not None
+                else GRADIENT_MOMENTUM
+            )
+        kept = _check_gradient_momentum(gradient_momentum)
+        _check_groups(kept, virtual_batch_size)
         super().__init__(
             axis,
             momentum,
@@ -228,7 +227,9 @@ class BatchRenormalization(BatchNormalization):
             name=name,
             **layer_arguments,
         )
-        self.gradient_momentum = gradient_momentum
+        self.gradient_momentum = kept
+        self._corrects_by_limits = corrects_by_limits
+        self._is_given = is_given
         # What `build` puts into the weights; they rule from then on.
         defaults = schedules.default_limits(self.momentum)
         self._initial_ramps: tuple[LinearRamp, ...] = tuple(
@@ -241,6 +242,10 @@ class BatchRenormalization(BatchNormalization):
         self.gradient_mean: Any = None
         self.gradient_projection: Any = None
         self.gradient_agreement: Any = None
+        self.last_mean: Any = None
+        self.last_gradient: Any = None
+        self.gate: Any = None
+        self.gated: Any = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Adds the weights `step`, `limit_values` and `limit_steps`.
@@ -259,22 +264,52 @@ class BatchRenormalization(BatchNormalization):
         self.limit_steps = self._add_state("limit_steps", steps, counter)
         if self.gradient_momentum is None:
             return
-        weight = {
-            "shape": self.moving_mean.shape,
-            "dtype": self.moving_mean.dtype,
-            "autocast": False,
-        }
-        self.gradient_mean = self._add_statistic(
-            "gradient_mean", "zeros", **weight
-        )
-        self.gradient_projection = self._add_statistic(
-            "gradient_projection", "zeros", **weight
+        make = (
+            self._add_statistic
+            if backend.keeps_state_backwards()
+            else backend.Accumulator
         )
         # All of the gradient is corrected until there is evidence that the
         # means of batches are good.
-        self.gradient_agreement = self._add_statistic(
-            "gradient_agreement", "ones", **weight
-        )
+        for name, initializer in (
+            ("gradient_mean", "zeros"),
+            ("gradient_projection", "zeros"),
+            ("gradient_agreement", "ones"),
+            ("last_mean", "zeros"),
+            ("last_gradient", "zeros"),
+            ("gate", "zeros"),
+        ):
+            weight = {
+                "name": name,
+                "initializer": initializer,
+                "shape": (4,) if name == "gate" else self.moving_mean.shape,
+                "dtype": dtype,
+                "autocast": False,
+            }
+            setattr(self, name, make(**weight))
+        self.gated = self._add_state("gated", float(not self._is_given), dtype)
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """The weights, in the same order on all backends.
+
+        (On JAX Keras has some among those that train.)
+        """
+        own = [
+            getattr(self, name, None)
+            for name in (
+                *("gamma", "beta", "moving_mean", "moving_variance"),
+                *("step", "limit_values", "limit_steps"),
+                *("gradient_mean", "gradient_projection"),
+                *("gradient_agreement", "last_mean", "last_gradient"),
+                *("gate", "gated"),
+            )
+        ]
+        ordered = [weight for weight in own if weight is not None]
+        known = set(map(id, ordered))
+        return ordered + [
+            weight for weight in super().weights if id(weight) not in known
+        ]
 
     def _add_state(self, name: str, value: Any, dtype: str) -> keras.Variable:
         return self.add_weight(
@@ -313,6 +348,12 @@ class BatchRenormalization(BatchNormalization):
         "gradient_momentum": _check_gradient_momentum,
     }
 
+    def _changed(self, name: str, value: Any) -> Any:
+        if name == "gradient_momentum" and not self.built:
+            # As if the constructor had been given it.
+            self._corrects_by_limits = True
+        return super()._changed(name, value)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in schedules.MINIMA:
             # TensorFlow reads what is there first, which may be no limit.
@@ -324,6 +365,20 @@ class BatchRenormalization(BatchNormalization):
         """The values of r_max and d_max that the next training step uses."""
         step = 0.0 if self.step is None else self._step()
         return self.r_max(step), self.d_max(step)
+
+    def current_correction(self) -> float:
+        """How far the next training step corrects, from 0 to 1.
+
+        What the layer measured: 0 is batch normalization, 1 is all that the
+        limits and the weight of the gradient allow. 1 where limits were given.
+        """
+        if not self.is_gated or self.gate is None:
+            return 1.0
+        agreement, gate = map(
+            backend.to_numpy, (self.gradient_agreement, self.gate)
+        )
+        opening = gradients.openness(agreement, gradients.Gate(*gate))
+        return float(backend.to_numpy(opening))
 
     def current_step(self) -> int:
         """How many training calls the layer has seen."""
@@ -343,6 +398,9 @@ class BatchRenormalization(BatchNormalization):
         )
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
+        self._is_given = True
+        if self.gated is not None:
+            self.gated.assign(0.0)
         if not self.built:
             ramps = list(self._initial_ramps)
             ramps[row] = ramp
@@ -366,25 +424,67 @@ class BatchRenormalization(BatchNormalization):
         )
 
     def _feedback(
-        self, inputs: Tensor, dtype: str
-    ) -> tuple[Tensor, functional.Feedback | None]:
-        if self.gradient_momentum is None:
-            return inputs, None
-        inputs, mean, projection, agreement = backend.with_accumulators(
-            inputs,
-            [
+        self, inputs: Tensor, parameters: functional.Parameters, dtype: str
+    ) -> tuple[Tensor, functional.Parameters, functional.Feedback | None]:
+        # Nothing is remembered of tens of calls in a training step: all begin
+        # with the same memory, and what they add to it would be many times what
+        # there is to add. And a recurrent cell may be the body of a loop.
+        if self.gradient_momentum is None or backend.is_called_step_by_step():
+            return inputs, parameters, None
+        (inputs, gamma, beta), accumulators = backend.with_accumulators(
+            [inputs, parameters.gamma, parameters.beta],
+            added=[
                 self.gradient_mean,
                 self.gradient_projection,
                 self.gradient_agreement,
+                self.gate,
             ],
-            dtype,
+            replaced=[self.last_mean, self.last_gradient],
+            dtype=dtype,
         )
-        return inputs, functional.Feedback(
-            mean, projection, agreement, self.gradient_momentum
+        feedback = functional.Feedback(
+            *(
+                *accumulators,
+                backend.read(self.gated, dtype),
+                self.gradient_momentum,
+                self._corrects_by_limits,
+            )
         )
+        return inputs, parameters._replace(gamma=gamma, beta=beta), feedback
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the gate rules, and not limits that were given."""
+        if self.gradient_momentum is None:
+            return False
+        if self.gated is None:
+            return not self._is_given
+        return bool(backend.to_numpy(self.gated) > 0)
 
     def _end_step(self) -> None:
         self.step.assign_add(1)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Takes the weights of a file, all of them or none.
+
+        What files of earlier versions lack, which had no gate, or neither it
+        nor the corrected gradient, begins as it does in a new layer.
+        """
+        if self.gated is not None:
+            missing = self.weights[len(store.keys()) :]
+            first = missing[0] if missing else None
+            if first is self.gradient_mean or first is self.last_mean:
+                values = [store[f"{i}"] for i in range(len(store.keys()))]
+                values += map(self._built_value, missing)
+                store = {f"{i}": value for i, value in enumerate(values)}
+        super().load_own_variables(store)
+
+    def _built_value(self, weight: Any) -> np.ndarray:
+        """What a weight of the gradient's memory holds in a new layer."""
+        if weight is self.gated:
+            return np.array(float(not self._is_given))
+        is_one = weight is self.gradient_agreement
+        return np.full(weight.shape, float(is_one))
 
     def _check_state(self, weights: Any) -> list[np.ndarray]:
         arrays = super()._check_state(weights)
@@ -411,12 +511,21 @@ class BatchRenormalization(BatchNormalization):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, with the present limits."""
         config = super().get_config()
-        config["gradient_momentum"] = self.gradient_momentum
+        config["gradient_momentum"] = (
+            self.gradient_momentum
+            if self._corrects_by_limits
+            or self.gradient_momentum != GRADIENT_MOMENTUM
+            else "auto"
+        )
         for name, ramp in (("r_max", self.r_max), ("d_max", self.d_max)):
             config[name] = (
-                ramp.initial_value
-                if ramp.is_flat
-                else keras.saving.serialize_keras_object(ramp)
+                "auto"
+                if self.is_gated
+                else (
+                    ramp.initial_value
+                    if ramp.is_flat
+                    else keras.saving.serialize_keras_object(ramp)
+                )
             )
         return config
 
@@ -424,12 +533,20 @@ class BatchRenormalization(BatchNormalization):
     def from_config(cls, config: dict[str, Any]) -> "BatchRenormalization":
         """The layer of a `get_config()`."""
         config = dict(config)
+        limits = {}
         for name in ("r_max", "d_max"):
             if isinstance(config.get(name), dict):
                 config[name] = keras.saving.deserialize_keras_object(
                     config[name]
                 )
-        return super().from_config(config)
+            if config.get("gradient_momentum") == "auto":
+                # Given to a layer that was made without, and has its weights.
+                limits[name] = config.pop(name, "auto")
+        layer = super().from_config(config)
+        for name, limit in limits.items():
+            if limit != "auto":
+                setattr(layer, name, limit)
+        return layer
 
 
 def _check_groups(

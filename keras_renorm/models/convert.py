@@ -112,10 +112,10 @@ def convert(
             Without them a new layer has what the old one has: a Keras layer
             with `renorm=True` gives its `renorm_clipping` as limits; a layer of
             `to` gives everything, with the step counter. Limits that none gives
-            are open at once (r_max 3, d_max 5) where the statistics are
-            trained, and the ramp of a new layer where they are not. No `name`,
-            no `trainable`; with `in_place`, no `axis`, `center`, `scale`,
-            `dtype`.
+            are those of a new layer; with `gradient_momentum=None` they are
+            open at once (r_max 3, d_max 5) where the statistics are trained.
+            No `name`, no `trainable`; with `in_place`, no `axis`, `center`,
+            `scale`, `dtype`.
 
     Returns:
         A new model; `model` where `in_place`.
@@ -312,9 +312,14 @@ def _with_layers(
 def _open_limits(layer: Any, given: dict[str, Any]) -> None:
     """Opens limits that nobody gave, where the statistics know the data.
 
-    The ramp of a new layer waits for that.
+    The ramp of a new layer waits for that. Where a gate rules it stays: the
+    data may be another domain's, which a gate does not tell from a sample's.
     """
-    if not isinstance(layer, BatchRenormalization) or is_untrained(layer):
+    if (
+        not isinstance(layer, BatchRenormalization)
+        or layer.is_gated
+        or is_untrained(layer)
+    ):
         return
     ramps = schedules.default_limits(layer.momentum)
     for name, ramp in zip(("r_max", "d_max"), ramps, strict=True):

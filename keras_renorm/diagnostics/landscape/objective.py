@@ -38,14 +38,10 @@ class Objective:
         checked_loss = _checked_loss(loss)
         self._batch = _checked_batch(batch)
         check_inputs(self.model, self._batch[0], "batch")
-        self._state = [
-            backend.read(variable, variable.dtype)
-            for variable in model.non_trainable_variables
-        ]
-        self.weights = [
-            backend.read(variable, variable.dtype)
-            for variable in model.trainable_variables
-        ]
+        self.weights, self._state = (
+            [backend.read(variable, variable.dtype) for variable in variables]
+            for variables in _variables(model)
+        )
         self._value, self._with_gradients = _graphs(
             model, checked_loss, training, self._batch[0]
         )
@@ -92,12 +88,26 @@ class Objective:
                 owners.setdefault(id(variable), layer)
         layers: dict[int, Any] = {}
         places: dict[int, list[int]] = {}
-        for at, variable in enumerate(self.model.trainable_variables):
+        learned, _ = _variables(self.model)
+        for at, variable in enumerate(learned):
             owner = owners[id(variable)]
             layers[id(owner)] = owner
             places.setdefault(id(owner), []).append(at)
         names = names_of(self.model, layers.values())
         return list(zip(names, places.values(), strict=True))
+
+
+def _variables(model: keras.Model) -> tuple[list[Any], list[Any]]:
+    """Those that learn, and all others of a model.
+
+    What a variable that is overwritten with it gets is no gradient.
+    """
+    learned: list[Any] = []
+    others = list(model.non_trainable_variables)
+    for variable in model.trainable_variables:
+        is_state = getattr(variable, "overwrite_with_gradient", False)
+        (others if is_state else learned).append(variable)
+    return learned, others
 
 
 def _graphs(
@@ -126,7 +136,8 @@ def _function(model: keras.Model, loss: Any, training: bool) -> Any:
     ) -> Tensor:
         x, y, sample_weight = batch
         model: Any = reference()
-        variables = model.trainable_variables + model.non_trainable_variables
+        learned, others = _variables(model)
+        variables = learned + others
         values = list(weights) + list(state)
         with keras.StatelessScope(
             state_mapping=zip(variables, values, strict=True),
@@ -238,7 +249,7 @@ def _checked_model(model: Any) -> keras.Model:
             "`model` must be built: call it on data, or give it an `Input`. "
             f"Received: model={model.name}."
         )
-    if not model.trainable_variables:
+    if not _variables(model)[0]:
         raise ValueError(
             "`model` must have trainable weights. Received: "
             f"model={model.name}, which has none."

@@ -47,6 +47,10 @@ class Measurement(NamedTuple):
         is_frozen: Whether training mode, too, uses the moving statistics.
         is_untrained: Whether these are as they were made, 0 and 1.
         is_broken: Whether they are not finite, or a variance is negative.
+        correction: How far a training step corrects by r and d, from 0 to 1:
+            0 is batch normalization, 1 all that the limits allow.
+        is_gated: Whether the layer measures that itself, no limits being
+            given.
         r_max, d_max: The limits that the shares below are counted by.
         r: Lowest, 5 %, median, 95 % and highest of r = σ_B / σ.
         d: The same of d = (μ_B − μ) / σ.
@@ -92,6 +96,8 @@ class Measurement(NamedTuple):
     is_frozen: bool
     is_untrained: bool
     is_broken: bool
+    correction: float
+    is_gated: bool
     r_max: float
     d_max: float
     r: tuple[float, ...]

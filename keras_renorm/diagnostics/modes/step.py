@@ -22,6 +22,7 @@ class LayerState(NamedTuple):
         beta: The offset, or 0.
         step: The step counter, or `None` where the layer has none.
         limits: r_max and d_max of the next step, or `None`.
+        correction: How far the next step corrects within them, from 0 to 1.
     """
 
     moving_mean: np.ndarray
@@ -30,6 +31,7 @@ class LayerState(NamedTuple):
     beta: np.ndarray | float
     step: int | None
     limits: tuple[float, float] | None
+    correction: float
 
 
 class Probe(NamedTuple):
@@ -73,13 +75,15 @@ def probe(
     gamma: np.ndarray | float = 1.0,
     beta: np.ndarray | float = 0.0,
     normalizing: tuple[float, float] = CLOSED,
+    correction: float = 1.0,
     counted: tuple[float, float] = CLOSED,
 ) -> Probe:
     """A step of a layer, from the statistics of its batch.
 
     The training output is γ (x̂ r' + d') + β and the inference output of the
     same input γ (x̂ r + d) + β, where x̂ has mean 0 and mean square v_B / σ_B²
-    and r', d' are clipped. So their difference has the mean square
+    and r', d' are clipped, then r'^g and g d' with the correction g. So their
+    difference has the mean square
 
         γ² ((r' − r)² v_B / σ_B² + (d' − d)²)
 
@@ -95,6 +99,8 @@ def probe(
         beta: The layer's offset.
         normalizing: r_max and d_max of the step; (1, 0) is batch
             normalization.
+        correction: How far the step corrects within them; 0 is batch
+            normalization.
         counted: r_max and d_max that values are counted by.
     """
     variance = np.maximum(variance, 0.0)  # of a rounding error
@@ -102,8 +108,8 @@ def probe(
     sigma = np.sqrt(moving_variance + epsilon)
     r, d = np.sqrt(squared) / sigma, (mean - moving_mean) / sigma
     r_max, d_max = normalizing
-    r_used = np.clip(r, 1 / r_max, r_max)
-    d_used = np.clip(d, -d_max, d_max)
+    r_used = np.clip(r, 1 / r_max, r_max) ** correction
+    d_used = np.clip(d, -d_max, d_max) * correction
     size = variance / squared
     difference = gamma**2 * ((r_used - r) ** 2 * size + (d_used - d) ** 2)
     output = gamma**2 * r_used**2 * size + (gamma * d_used + beta) ** 2
@@ -121,9 +127,10 @@ def probe(
 
 def read_state(layer: Any) -> LayerState:
     """The state of a layer before a step."""
-    limits = None
+    limits, correction = None, 0.0
     if isinstance(layer, BatchRenormalization):
         limits = layer.current_limits()
+        correction = layer.current_correction()
     return read_moved(
         layer,
         LayerState(
@@ -133,6 +140,7 @@ def read_state(layer: Any) -> LayerState:
             0.0 if layer.beta is None else _value(layer.beta),
             None,
             limits,
+            correction,
         ),
     )
 
@@ -168,7 +176,8 @@ def figures_of(
 
     `r` is the 95 % quantile over channels of max(r, 1/r), `d` that of |d|;
     `clipped` the share of channels beyond the layer's limits, or 3 and 5
-    where it has none; `jeffreys` a mean over channels.
+    where it has none; `jeffreys` a mean over channels; `correction` of
+    renormalization only.
     """
     mean, variance = (
         batch_statistic(old, new, layer.momentum, steps)
@@ -183,6 +192,7 @@ def figures_of(
         before.gamma,
         before.beta,
         normalizing=before.limits or CLOSED,
+        correction=before.correction,
         counted=before.limits or (R_MAX, D_MAX),
     )
     figures = {
@@ -196,16 +206,21 @@ def figures_of(
     }
     if before.limits is not None:
         figures["r_max"], figures["d_max"] = before.limits
+        figures["correction"] = before.correction
     return figures
 
 
-_LOGGED = ("r", "d", "clipped", "gap", "r_max", "d_max")
+# The first of any layer, the others of renormalization.
+_LOGGED = ("r", "d", "clipped", "gap")
+_LOGGED_OF_RENORM = ("r_max", "d_max", "correction")
 
 
 def logged_names(layers: Sequence[Any]) -> list[str]:
     """What `means_of` names of all these layers, where all was measured."""
-    has_limits = any(isinstance(each, BatchRenormalization) for each in layers)
-    return [f"renorm_{name}" for name in _LOGGED[: 6 if has_limits else 4]]
+    names: tuple[str, ...] = _LOGGED
+    if any(isinstance(each, BatchRenormalization) for each in layers):
+        names += _LOGGED_OF_RENORM
+    return [f"renorm_{name}" for name in names]
 
 
 def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
@@ -218,7 +233,7 @@ def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
     """
     largest: dict[str, float] = {}
     of_layers: dict[str, float] = {}
-    for figure in _LOGGED:
+    for figure in _LOGGED + _LOGGED_OF_RENORM:
         for name in dict.fromkeys(row["layer"] for row in rows):
             mean = mean_of(figure, name, rows)
             if mean is not None:
@@ -240,24 +255,30 @@ def mean_of(figure: str, name: str, rows: list[dict[str, Any]]) -> float | None:
 def draw_steps(rows: Sequence[dict[str, Any]]) -> Any:
     """Draws what `RenormMonitor` wrote down; returns the figure.
 
-    A line a layer: the gap, r and d over the steps. Limits are dotted.
+    A line a layer: the gap, r and d over the steps, and how far layers of
+    renormalization correct. Limits are dotted.
     """
+    labels = {
+        "gap": "gap",
+        "r": "max(r, 1/r), 95 % quantile",
+        "d": "|d|, 95 % quantile",
+    }
+    if any("correction" in row for row in rows):
+        labels["correction"] = "correction"
     figure, panels = pyplot().subplots(
-        3, 1, figsize=(8, 8), sharex=True, layout="constrained"
+        len(labels), 1, figsize=(8, 8), sharex=True, layout="constrained"
     )
     names = list(dict.fromkeys(row["layer"] for row in rows))
     for name in names:
         probes = [row for row in rows if row["layer"] == name]
         steps = [row["step"] for row in probes]
-        for ax, key in zip(panels, ("gap", "r", "d"), strict=True):
-            (line,) = ax.plot(
-                steps, [row[key] for row in probes], marker=".", label=name
-            )
+        for ax, key in zip(panels, labels, strict=True):
+            values = [row.get(key, np.nan) for row in probes]
+            (line,) = ax.plot(steps, values, marker=".", label=name)
             limits = [row.get(f"{key}_max") for row in probes]
             if None not in limits:
                 ax.plot(steps, limits, ":", color=line.get_color())
-    labels = ("gap", "max(r, 1/r), 95 % quantile", "|d|, 95 % quantile")
-    for ax, label in zip(panels, labels, strict=True):
+    for ax, label in zip(panels, labels.values(), strict=True):
         ax.set_ylabel(label)
     panels[-1].set_xlabel("step")
     handles, _ = panels[0].get_legend_handles_labels()

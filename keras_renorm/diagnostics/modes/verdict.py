@@ -47,9 +47,9 @@ SHARES = 0.05
 # Limits that cut more than this share of the values, when they have relaxed
 # to their end, leave training and inference apart.
 SATURATED = 0.25
-# Batches of as many random draws, and no fewer, are best served by batch
-# normalization, as the benchmark found: `advice.FOUR_AND_MORE`.
-ENOUGH = 4
+# A layer that corrects less than this is batch normalization more than not;
+# what its limits cut does not matter.
+CORRECTS = 0.5
 # A moving average that is closer than this to its end has arrived.
 ARRIVED = 0.95
 
@@ -125,9 +125,9 @@ def verdicts_of(
         each
         for each in layers
         if is_too_small(each, noise)
-        # Where batch normalization is best, only if it matters.
+        # Where no layer is better than batch normalization, only if it matters.
         and (
-            each.examples < ENOUGH
+            each.examples < advice.FEW
             or (scores[0] and differs and not is_explained)
         )
         # It has learned in spite of the noise.
@@ -147,7 +147,9 @@ def verdicts_of(
     if small:
         found.append(_too_small(small, layers, is_convertible))
     if not found and differs:
-        found.append(_different(layers, references, gap, scores))
+        found.append(
+            _different(layers, references, gap, scores, is_convertible)
+        )
     if constant:
         found.append(_constant(constant, layers))
     return found
@@ -270,6 +272,7 @@ def _grouped(
     is_convertible: bool,
 ) -> Verdict:
     worst = max(found, key=lambda each: each.f)
+    row = advice.advice_for(worst.examples, worst.elements, is_grouped=True)
     return Verdict(
         NOT_IID,
         f"{_where(found, layers)} examples of a batch are more alike than "
@@ -277,7 +280,7 @@ def _grouped(
         f"draws make them ({worst.name}; by chance below {worst.f_limit:.1f}), "
         f"by {worst.scatter:.2f} standard deviations.",
         "Shuffle the data before it is cut into batches; where that cannot "
-        "be: " + _advised(advice.GROUPED, found, is_convertible),
+        "be: " + _advised(row, found, is_convertible),
         _names(found),
     )
 
@@ -310,9 +313,9 @@ def _too_small(
 def _instead_of_larger_batches(
     worst: Measurement, found: Sequence[Measurement], is_convertible: bool
 ) -> str:
+    if worst.examples >= advice.FEW:  # no layer learns better there
+        return f"; or {_as_served(found, is_convertible)}."
     row = advice.advice_for(worst.examples, worst.elements)
-    if row is advice.FOUR_AND_MORE and not _renormalized(found):
-        return f"; or {_SERVED}."  # no layer is better there
     return f"; or else: {_advised(row, found, is_convertible)}"
 
 
@@ -324,20 +327,50 @@ def _advised(
     row: advice.Advice, found: Sequence[Measurement], is_convertible: bool
 ) -> str:
     """A row of the table, and the way from these layers to there."""
-    for each in _renormalized(found):  # which have what rows advise
-        how = "with `RenormScheduler()`"
-        if each.r_max >= R_MAX and each.d_max >= D_MAX:
-            how = "further (`layer.r_max`, `layer.d_max`)"
+    how = ""
+    if row is not advice.ANY:
+        how = f"for {row.where}, {row.take}. "
+    gated = [each for each in found if each.is_gated]
+    if gated:  # which have what rows advise
+        return how + _of_gated(gated)
+    renormalized = _renormalized(found)
+    if renormalized:
+        each = renormalized[0]
+        call = _convert(is_convertible, *(f'{name}="auto"' for name in _AUTO))
         return (
-            f"relax the limits, now r_max={each.r_max:.3g} and "
-            f"d_max={each.d_max:.3g}, {how}, and give the layers a "
-            "`gradient_momentum` if they have none."
+            f"{how}Let `BatchRenormalization` measure how far to correct, in "
+            f"the place of r_max={each.r_max:.3g} and d_max={each.d_max:.3g} "
+            f"as they are now: {call}."
         )
-    copied = "" if is_convertible else ", in_place=True"
     return (
-        f"for {row.where}, {row.take}. `keras_renorm.convert(model{copied})` "
-        "puts that layer in; its arguments follow."
+        f"{how}{_convert(is_convertible)} puts `BatchRenormalization()` in the "
+        "place of these layers."
     )
+
+
+def _of_gated(found: Sequence[Measurement]) -> str:
+    """What is left to do for layers that measure how far to correct."""
+    for each in found:
+        if each.r_max < R_MAX or each.d_max < D_MAX:
+            return (
+                f"Train for longer: limits, now r_max={each.r_max:.3g} and "
+                f"d_max={each.d_max:.3g}, are not yet open."
+            )
+    least, most = (
+        limit(each.correction for each in found) for limit in (min, max)
+    )
+    share = f"{least:.2f}" if least == most else f"{least:.2f} to {most:.2f}"
+    return (
+        "No setting: these layers measure how far to correct, and do it "
+        f"({share} of the way)."
+    )
+
+
+def _convert(is_convertible: bool, *arguments: str) -> str:
+    """The call that changes these layers."""
+    if not is_convertible:
+        arguments = ("in_place=True", *arguments)
+    return f"`keras_renorm.convert({', '.join(('model', *arguments))})`"
 
 
 def _different(
@@ -345,6 +378,7 @@ def _different(
     references: Sequence[Measurement] | None,
     gap: float,
     scores: Scores,
+    is_convertible: bool,
 ) -> Verdict:
     names = _different_scores(scores)
     said = [f"Outputs of the model differ by {gap:.2f} of their size"] + [
@@ -365,11 +399,12 @@ def _different(
             _names(other),
         )
     trained = layers if references is None else references
-    remedy = f"Larger batches, or {_SERVED}."
+    served = _as_served(layers, is_convertible)
+    remedy = f"Larger batches, or {served}."
     if any(each.shift > FAINT for each in trained):
         remedy = (
             "`keras_renorm.recalibrate(model, training_data)` and compare "
-            f"anew. If it stays, larger batches, or {_SERVED}."
+            f"anew. If it stays, larger batches, or {served}."
         )
     if references is None:
         remedy += (
@@ -470,11 +505,17 @@ def _convention(momentum: float) -> str:
     return f"{said}; PyTorch's {momentum:.3g} is {1 - momentum:.3g} here"
 
 
-# Where larger batches and other layers are no way.
-_SERVED = (
-    "train the last part as the model serves: `callbacks.FreezeStatistics()`, "
-    "with a learning rate that decays"
-)
+_AUTO = ("r_max", "d_max", "gradient_momentum")
+
+
+def _as_served(found: Sequence[Measurement], is_convertible: bool) -> str:
+    """Where larger batches are no way, nor a layer that measures."""
+    call = _convert(is_convertible, "gradient_momentum=None")
+    if any(not each.is_gated for each in _renormalized(found)):
+        call = "open limits (`layer.r_max`, `layer.d_max`)"
+    return f"go on training with outputs as the model serves them: {call}"
+
+
 _ADAPT = (
     "`keras_renorm.recalibrate` on this data, with `prior_examples` where "
     "there is little of it; `get_statistics` keeps the bank of the old domain."
@@ -579,6 +620,8 @@ class LimitsAtEnd(NamedTuple):
         is_closed: Whether they are those of plain batch normalization.
         has_relaxed: Whether both ramps are at their end.
         clipped: Share of channels that they clip, `None` if not measured.
+        correction: How far the layer corrects, likewise.
+        is_gated: Whether it measures that itself.
         begin_step: Step at which the first ramp begins.
     """
 
@@ -586,6 +629,8 @@ class LimitsAtEnd(NamedTuple):
     is_closed: bool
     has_relaxed: bool
     clipped: float | None
+    correction: float | None
+    is_gated: bool
     begin_step: int
 
 
@@ -596,12 +641,14 @@ def said_of_limits(layers: Sequence[LimitsAtEnd]) -> dict[str, str]:
     if closed:
         later = [each.begin_step for each in closed if not each.has_relaxed]
         begin = f" They would from step {min(later):,} on." if later else ""
+        remedy = "`RenormScheduler()` scales the ramps to the run."
+        if any(each.is_gated for each in closed):
+            remedy = "with a lower `momentum` they relax sooner."
         said["closed"] = (
             "Limits of renormalization never relaxed in this run: r_max "
             "is 1 and d_max is 0 still, in layers "
             f"{', '.join(each.name for each in closed)}.{begin} "
-            "That is plain batch normalization; `RenormScheduler()` "
-            "scales the ramps to the run."
+            f"That is plain batch normalization; {remedy}"
         )
     saturated = [
         each
@@ -610,14 +657,17 @@ def said_of_limits(layers: Sequence[LimitsAtEnd]) -> dict[str, str]:
         and not each.is_closed
         and each.clipped is not None
         and each.clipped > SATURATED
+        and (each.correction or 0.0) >= CORRECTS
     ]
     if saturated:
         worst = max(saturated, key=lambda each: each.clipped or 0.0)
+        # Limits that are given end the measuring.
+        remedy = "See" if worst.is_gated else "Raise r_max and d_max, or see"
         said["clipped"] = (
             f"Limits of renormalization clip {worst.clipped:.0%} of the "
             f"channels in {worst.name} (above {SATURATED:.0%} in layers "
             f"{', '.join(each.name for each in saturated)}), though they have "
-            "relaxed: training and inference stay apart. Raise r_max and "
-            "d_max, or see `keras_renorm.diagnostics.discrepancy`."
+            "relaxed: training and inference stay apart. "
+            f"{remedy} `keras_renorm.diagnostics.discrepancy`."
         )
     return said
