@@ -23,11 +23,7 @@ REGIMES = {
     "one_class": "one class",
     "two_classes": "two classes",
     "iid_1": "1 example",
-    "iid_2": "2",
-    "iid_4": "4",
-    "iid_8": "8",
-    "iid_16": "16",
-    "iid_32": "32",
+    **{f"iid_{size}": f"{size}" for size in (2, 3, 4, 8, 16, 32, 64, 128)},
     "sorted": "sorted by class",
 }
 CONTENDERS = {
@@ -38,6 +34,7 @@ CONTENDERS = {
     "renorm": "renorm.",
     "renorm_frozen_late": "renorm., frozen late",
     "renorm_corrected": "renorm., corrected gradient",
+    "gated": "renorm., as it comes",
 }
 COLUMNS = {
     "sgd": "SGD",
@@ -58,12 +55,9 @@ TASKS = {
 DRAWN = {
     "bn": ("batch normalization", "#d55e00", "o"),
     "group": ("group normalization", "#999999", "s"),
-    "renorm": ("BatchRenormalization", "#56b4e9", "^"),
-    "renorm_corrected": (
-        "BatchRenormalization, gradient_momentum=0.9",
-        "#0072b2",
-        "D",
-    ),
+    "renorm": ("Algorithm 1 (Ioffe 2017)", "#56b4e9", "^"),
+    "renorm_corrected": ("Algorithm 1, gradient corrected", "#009e73", "v"),
+    "gated": ("BatchRenormalization()", "#0072b2", "D"),
 }
 DRAWN_REGIMES = {
     "one_class": "16 of one class",
@@ -183,26 +177,14 @@ def lines_of(name, column):
 
 def advice():
     """The rows of `diagnostics/advice.py`."""
-    return table(
-        ["you have", "take"],
-        [[row.where, row.take] for row in _advice()],
-        of_words=True,
-    )
-
-
-def brief_advice():
-    """The same, in few words."""
-    return table(
-        ["you have", "take"],
-        [[row.where, row.brief] for row in _advice()],
-        of_words=True,
-    )
-
-
-def _advice():
     # By path: the package would start TensorFlow.
     path = ROOT / "keras_renorm" / "diagnostics" / "advice.py"
-    return runpy.run_path(str(path))["ROWS"]
+    rows = runpy.run_path(str(path))["ROWS"]
+    return table(
+        ["you have", "take"],
+        [[row.where, row.take] for row in rows],
+        of_words=True,
+    )
 
 
 def speed():
@@ -365,7 +347,6 @@ def monitor():
 
 PARTS = {
     "advice": advice,
-    "advice in brief": brief_advice,
     "digits": regimes("digits"),
     "cluttered": regimes("cluttered"),
     "dense": regimes("digits_dense"),

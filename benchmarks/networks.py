@@ -107,7 +107,7 @@ class Inferring(keras.layers.BatchNormalization):
 def untrainable_steps(name, seconds):
     """Seconds of a training step, all normalization held by `trainable`."""
     model = application(name, NETWORKS[name][1])
-    converted = keras_renorm.convert(model)
+    converted = keras_renorm.convert(model, gradient_momentum=None)
     for network in (model, converted):
         for layer in network.layers:
             if isinstance(layer, keras.layers.BatchNormalization):
@@ -118,7 +118,7 @@ def untrainable_steps(name, seconds):
 def frozen_steps(name, seconds):
     """The same with frozen statistics, while gamma and beta train."""
     model = application(name, NETWORKS[name][1])
-    converted = keras_renorm.convert(model)
+    converted = keras_renorm.convert(model, gradient_momentum=None)
     with warnings.catch_warnings():
         # That they were never trained is no matter here.
         warnings.simplefilter("ignore", UserWarning)
@@ -160,7 +160,10 @@ def in_bfloat16(name, batch_size, seconds):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = application(name, 224)
-        networks = {BASELINE: model, "our renorm": keras_renorm.convert(model)}
+        networks = {
+            BASELINE: model,
+            "our renorm": keras_renorm.convert(model, gradient_momentum=None),
+        }
         return _inference(networks, batch_size, seconds)
     finally:
         keras.config.set_dtype_policy(policy)
@@ -188,7 +191,7 @@ def predictions(name, batch_size, seconds):
     images = images.astype("float32")
     networks = {
         BASELINE: model,
-        "our renorm": keras_renorm.convert(model),
+        "our renorm": keras_renorm.convert(model, gradient_momentum=None),
         FOLDED: keras_renorm.fold(model),
     }
     return timing.interleaved(

@@ -70,7 +70,9 @@ def contenders(name, size, chosen=None):
         "our BN": lambda: keras_renorm.convert(
             model, keras_renorm.BatchNormalization
         ),
-        "our renorm": lambda: keras_renorm.convert(model),
+        "our renorm": lambda: keras_renorm.convert(
+            model, gradient_momentum=None
+        ),
         "our renorm, corrected": lambda: keras_renorm.convert(
             model, gradient_momentum=0.9
         ),

@@ -12,6 +12,7 @@ Prints a table and writes JSON into `--output`.
 """
 
 import argparse
+import functools
 import os
 from pathlib import Path
 
@@ -35,7 +36,9 @@ SHAPES = {
 KINDS = {
     "Keras BN": keras.layers.BatchNormalization,
     "our BN": keras_renorm.BatchNormalization,
-    "our renorm": keras_renorm.BatchRenormalization,
+    "our renorm": functools.partial(
+        keras_renorm.BatchRenormalization, gradient_momentum=None
+    ),
 }
 BASELINE = "Keras BN"
 

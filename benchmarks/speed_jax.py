@@ -54,7 +54,9 @@ def contenders(dtype):
             renorm=True, renorm_clipping=CLIPPING, dtype=policy
         )
     layers["our BN"] = keras_renorm.BatchNormalization(dtype=policy)
-    layers["our renorm"] = keras_renorm.BatchRenormalization(dtype=policy)
+    layers["our renorm"] = keras_renorm.BatchRenormalization(
+        gradient_momentum=None, dtype=policy
+    )
     return layers
 
 

@@ -66,11 +66,34 @@ def main():
         TimeRemainingColumn(),
         console=console,
     ) as progress:
+        if args.no_training:
+            args.experiments = trained(args.experiments, args.plan, results)
         for experiment in args.experiments:
             train_experiment(experiment, args, results, rates, progress)
     report.write(
         args.output, console, args.plan, args.experiments, rates, results
     )
+
+
+def trained(experiments, plan, results):
+    """Experiments with the cells of which nothing is missing."""
+
+    def is_trained(experiment, cell):
+        tuned_cell = experiment.tuned_cell(cell)
+        tuning = plan.tuning(tuned_cell).values()
+        if not all(run in results.by_run for runs in tuning for run in runs):
+            return False
+        rate = results.best_rate(plan, tuned_cell)
+        runs = plan.evaluation(cell, rate)
+        return all(run in results.by_run for run in runs)
+
+    found = [
+        each._replace(
+            cells=tuple(cell for cell in each.cells if is_trained(each, cell))
+        )
+        for each in experiments
+    ]
+    return [each for each in found if each.cells]
 
 
 def train_experiment(experiment, args, results, rates, progress):

@@ -3,7 +3,7 @@
 import numpy as np
 
 REGIMES = {
-    **{f"iid_{size}": size for size in (32, 16, 8, 4, 2, 1)},
+    **{f"iid_{size}": size for size in (128, 64, 32, 16, 8, 4, 3, 2, 1)},
     "one_class": 16,
     "two_classes": 16,
     "sorted": 16,

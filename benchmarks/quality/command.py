@@ -53,6 +53,11 @@ def parse_arguments(values=None, description=None):
         "--output", type=Path, help="a folder (output/quality/full or quick)"
     )
     parser.add_argument(
+        "--no-training",
+        action="store_true",
+        help="report what has been trained, and leave out what has not",
+    )
+    parser.add_argument(
         "--run",
         metavar="RUN",
         help="one training by its name: task/regime/contender/optimizer/"

@@ -57,8 +57,13 @@ def ramp(r_max, d_max, begin, end):
     return limits
 
 
-_renorm = functools.partial(_ignoring_steps, keras_renorm.BatchRenormalization)
-_variant = functools.partial(_ignoring_steps, VariantRenormalization)
+# Algorithm 1, where nothing else is said.
+_renorm = functools.partial(
+    _ignoring_steps, keras_renorm.BatchRenormalization, gradient_momentum=None
+)
+_variant = functools.partial(
+    _ignoring_steps, VariantRenormalization, gradient_momentum=None
+)
 
 # Momentum is 0.99, everybody's default, where nothing else is said.
 CONTENDERS = {
@@ -82,7 +87,11 @@ CONTENDERS = {
         frozen_from=0.0,
         adapted=True,
     ),
-    "renorm": Contender("renorm., all defaults", _renorm(), _paper_shape),
+    "gated": Contender(
+        "renorm., as it comes",
+        _ignoring_steps(keras_renorm.BatchRenormalization),
+    ),
+    "renorm": Contender("renorm., Algorithm 1", _renorm(), _paper_shape),
     "renorm_frozen_late": Contender(
         "renorm., frozen for the last fifth",
         _renorm(),

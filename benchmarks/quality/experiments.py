@@ -19,7 +19,7 @@ RATES = {
 FINE_TUNING_RATES = (0.00015, 0.0005, 0.0015, 0.005)
 _TIMES_TUNED = {
     "one_class": 2,
-    **{f"iid_{size}": 3 for size in (32, 16, 8, 4)},
+    **{f"iid_{size}": 3 for size in (128, 64, 32, 16, 8, 4)},
 }
 _SLOW_TASKS = ("cluttered_residual", "segments")
 
@@ -128,9 +128,9 @@ class Experiment(NamedTuple):
 
 # Regimes and contenders are many, and a training takes seconds: all meet
 # where much is at stake.
-_FEW = ("bn", "renorm", "renorm_corrected", "group")
+_FEW = ("bn", "renorm", "renorm_corrected", "gated", "keras_renorm", "group")
 _SOME = (*_FEW, "renorm_frozen_late")
-_MAIN = (*_SOME, "keras_renorm", "layer")
+_MAIN = (*_SOME, "layer")
 _ALL = (
     *_MAIN,
     "bn_frozen_late",
@@ -143,8 +143,8 @@ _CONTENDERS = {
     **dict.fromkeys(("one_class", "iid_2"), _ALL),
     **dict.fromkeys(("iid_4", "iid_1"), (*_MAIN, "bn_frozen_late")),
     "two_classes": _MAIN,
-    "sorted": (*_FEW, "keras_renorm"),
-    **dict.fromkeys(("iid_8", "iid_16", "iid_32"), _FEW),
+    "sorted": _FEW,
+    **{f"iid_{size}": _FEW for size in (3, 8, 16, 32, 64, 128)},
 }
 _FEWER_CONTENDERS = {
     regime: (*_SOME, "bn_frozen_late")
@@ -252,7 +252,7 @@ def _lengths(task, quick=False):
 
 def _optimizers(task, quick=False):
     contenders = (
-        *("renorm", "renorm_corrected", "group"),
+        *("renorm", "renorm_corrected", "gated", "group"),
         *("renorm_frozen_late", "bn"),
     )
     if quick:
@@ -329,7 +329,7 @@ def experiments(tasks, quick):
             ("fine_tuning_4", "fine_tuning_2"),
             (
                 *("bn", "bn_frozen", "bn_adapted_frozen"),
-                *("renorm", "renorm_corrected", "renorm_adapted"),
+                *("gated", "renorm", "renorm_corrected", "renorm_adapted"),
                 *("renorm_corrected_adapted", "renorm_open"),
                 *("renorm_momentum_0.95", "keras_renorm", "group"),
             ),

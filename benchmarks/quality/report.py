@@ -5,6 +5,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks import timing
+from benchmarks.quality.batches import REGIMES
 from benchmarks.quality.contenders import CONTENDERS
 
 mpl.use("Agg")
@@ -26,7 +27,10 @@ COLUMN_LABELS = {
     "one_class": "one class",
     "two_classes": "two classes",
     "sorted": "sorted",
-    **{f"iid_{size}": f"i.i.d. {size}" for size in (32, 16, 8, 4, 2, 1)},
+    **{
+        f"iid_{size}": f"i.i.d. {size}"
+        for size in (128, 64, 32, 16, 8, 4, 3, 2, 1)
+    },
     **{f"fine_tuning_{size}": f"minibatch {size}" for size in (4, 2)},
 }
 
@@ -57,6 +61,7 @@ def write(output, console, plan, experiments, rates, results):
         for target in _targets(name.removeprefix("regimes_"), figures)
     ]
     targets += _targets_of_the_corrected(figures_of)
+    targets += _targets_as_it_comes(figures_of)
     tables.append(
         (
             "Targets",
@@ -309,52 +314,122 @@ _NEAR = 0.005
 def _targets_of_the_corrected(figures_of):
     """The same for the corrected gradient; and where another is ahead of it."""
     targets = []
+    for name, (task, regime, optimizer), found in _places(figures_of):
+        if "renorm_corrected" not in found:
+            continue
+        entry = found["renorm_corrected"]
+        where = f"{task}, {COLUMN_LABELS[regime]}, {COLUMN_LABELS[optimizer]}"
+        others = {
+            contender: found[contender]["mean"]
+            for contender in ("bn", "renorm", "group")
+            if contender in found
+        }
+        if not others:
+            continue
+        best = max(others, key=others.get)
+        targets.append(
+            {
+                "target": f"{where}: the corrected gradient is not below "
+                f"{CONTENDERS[best].label} by more than its spread",
+                "measured": f"{entry['mean']:.4f} ± "
+                f"{entry['spread']:.4f}, {others[best]:.4f}",
+                "reached": entry["mean"] >= others[best] - entry["spread"],
+            }
+        )
+        bound = _CORRECTED_BOUNDS.get((name, regime, optimizer))
+        if bound is None:
+            continue
+        text = f"reaches {bound}"
+        if bound == "bn":
+            bound = others["bn"] - _NEAR
+            text = f"is at most {_NEAR} below batch normalization"
+        targets.append(
+            {
+                "target": f"{where}: the corrected gradient {text}",
+                "measured": f"{entry['mean']:.4f}, needed {bound:.4f}",
+                "reached": entry["mean"] >= bound,
+            }
+        )
+    return targets
+
+
+def _places(figures_of):
+    """Experiment, (task, regime, optimizer), contender -> figures."""
     for name, figures in figures_of.items():
+        if name.startswith("lengths"):
+            continue
         places = {}
         for cell, entry in figures.items():
-            if cell.metric == "accuracy" and not name.startswith("lengths"):
+            if cell.metric == "accuracy":
                 place = (cell.task, cell.regime, cell.optimizer)
                 places.setdefault(place, {})[cell.contender] = entry
-        for (task, regime, optimizer), found in places.items():
-            if "renorm_corrected" not in found:
-                continue
-            entry = found["renorm_corrected"]
-            where = (
-                f"{task}, {COLUMN_LABELS[regime]}, {COLUMN_LABELS[optimizer]}"
-            )
-            others = {
-                contender: found[contender]["mean"]
-                for contender in ("bn", "renorm", "group")
-                if contender in found
-            }
-            if not others:
-                continue
-            best = max(others, key=others.get)
-            if name == "optimizers_digits" and optimizer == "sgd":
+        for place, found in places.items():
+            if name == "optimizers_digits" and place[-1] == "sgd":
                 continue  # a cell of "regimes_digits"
+            yield name, place, found
+
+
+# What `BatchRenormalization()` was to reach, at least.
+_BOUNDS_AS_IT_COMES = {
+    ("regimes_cluttered", "one_class", "sgd"): 0.875,
+    ("regimes_cluttered", "iid_1", "sgd"): 0.66,
+    ("regimes_cluttered", "iid_2", "sgd"): 0.82,
+    ("regimes_digits", "one_class", "sgd"): 0.985,
+    ("optimizers_digits", "one_class", "adam"): 0.985,
+    ("regimes_digits_dense", "iid_2", "sgd"): 0.95,
+    ("regimes_cluttered_residual", "one_class", "sgd"): 0.90,
+    ("segments", "iid_2", "sgd"): 0.875,
+}
+# How far it may be behind the best of others, i.i.d. minibatches of four and
+# more, and behind batch normalization where data are sorted.
+_BEHIND = 0.004
+_BEHIND_SORTED = 0.01
+
+
+def _targets_as_it_comes(figures_of):
+    """The same for the layer as it comes, in every regime of every task."""
+    targets = []
+    for name, place, found in _places(figures_of):
+        if "gated" not in found:
+            continue
+        task, regime, optimizer = place
+        entry = found["gated"]
+        where = f"{task}, {COLUMN_LABELS[regime]}, {COLUMN_LABELS[optimizer]}"
+
+        def target(text, bound, entry=entry, where=where):
             targets.append(
                 {
-                    "target": f"{where}: the corrected gradient is not below "
-                    f"{CONTENDERS[best].label} by more than its spread",
+                    "target": f"{where}: as it comes, {text}",
                     "measured": f"{entry['mean']:.4f} ± "
-                    f"{entry['spread']:.4f}, {others[best]:.4f}",
-                    "reached": entry["mean"] >= others[best] - entry["spread"],
-                }
-            )
-            bound = _CORRECTED_BOUNDS.get((name, regime, optimizer))
-            if bound is None:
-                continue
-            text = f"reaches {bound}"
-            if bound == "bn":
-                bound = others["bn"] - _NEAR
-                text = f"is at most {_NEAR} below batch normalization"
-            targets.append(
-                {
-                    "target": f"{where}: the corrected gradient {text}",
-                    "measured": f"{entry['mean']:.4f}, needed {bound:.4f}",
+                    f"{entry['spread']:.4f}, needed {bound:.4f}",
                     "reached": entry["mean"] >= bound,
                 }
             )
+
+        others = {
+            contender: found[contender]["mean"]
+            for contender in ("bn", "renorm", "renorm_corrected")
+            if contender in found
+        }
+        if others:
+            best = max(others, key=others.get)
+            label = CONTENDERS[best].label
+            target(
+                f"not below {label} by more than its spread",
+                others[best] - entry["spread"],
+            )
+            if regime.startswith("iid") and REGIMES[regime] >= 4:
+                target(
+                    f"at most {_BEHIND} below {label}", others[best] - _BEHIND
+                )
+        if regime == "sorted" and "bn" in found:
+            target(
+                f"at most {_BEHIND_SORTED} below batch normalization",
+                others["bn"] - _BEHIND_SORTED,
+            )
+        bound = _BOUNDS_AS_IT_COMES.get((name, regime, optimizer))
+        if bound is not None:
+            target(f"reaches {bound}", bound)
     return targets
 
 
