@@ -22,7 +22,6 @@ import numpy as np
 from keras import layers
 
 from keras_renorm import BatchRenormalization
-from keras_renorm.callbacks import RenormScheduler
 
 x_train, y_train, x_val, y_val = lesson.train_and_validation(args.data)
 total_steps = args.steps // EPOCHS * EPOCHS
@@ -42,14 +41,19 @@ def iid_batches(rng):
 # Which layer normalizes is all that differs: renormalization is a drop-in. The
 # run is short, so the moving averages must follow soon: `momentum=0.95`.
 #
-# Renormalization corrects its output by a factor `r` and an offset `d`, within
-# limits. They begin closed (1 and 0: plain batch normalization), since at first
-# the moving averages know nothing, and open as training goes on.
-# `RenormScheduler()` scales the paper's schedule to the run: that one line is
-# all that it asks for. (`lesson.fit` is `compile`, with SGD, and `fit`.)
+# Renormalization corrects its outputs, and its gradients, as far as it measures
+# that the minibatches need it; there is nothing to set. `Corrections` only
+# writes down how far that is. (`lesson.fit` is `compile`, with SGD, and `fit`.)
 
 
 # %%
+class Corrections(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        for number, layer in enumerate(self.model.layers):
+            if isinstance(layer, BatchRenormalization):
+                logs[f"correction, layer {number}"] = layer.current_correction()
+
+
 def train(normalization, callbacks, draw_batches, seed):
     keras.utils.set_random_seed(seed)
     stack = [keras.Input(x_train.shape[1:])]
@@ -70,7 +74,7 @@ def train(normalization, callbacks, draw_batches, seed):
 RENORM, BN = BatchRenormalization, layers.BatchNormalization
 RUNS = {
     "BN, one class": (BN, [], one_class_batches),
-    "Renorm, one class": (RENORM, [RenormScheduler()], one_class_batches),
+    "Renorm, one class": (RENORM, [Corrections()], one_class_batches),
     "BN, i.i.d.": (BN, [], iid_batches),
 }
 models = lesson.of_all_seeds(RUNS, args.seeds, train)
@@ -94,14 +98,15 @@ lesson.tables_by_mode(of_one_class, x_val, y_val, BATCH_SIZE)
 # %% [markdown]
 # ## What renormalization changes
 #
-#     r = batch stddev / moving stddev           within 1 / r_max ... r_max
-#     d = (batch mean - moving mean) / moving stddev   within -d_max ... d_max
+#     r = batch stddev / moving stddev
+#     d = (batch mean - moving mean) / moving stddev
 #     y = (x - batch mean) / batch stddev * r + d
 #
-# Where nothing is clipped, the minibatch cancels and `y` is the output of
-# inference: training sees what is served. Gradients still run through the
-# statistics of the minibatch (`r` and `d` count as constants). The limits are
-# weights: they relax in the graph, are saved, and are in the history.
+# So the minibatch cancels and `y` is the output of inference: training sees
+# what is served. `r` and `d` wait until the moving averages know the data, and
+# count as constants; and most of what the gradient of normalization takes out
+# of one minibatch is replaced by what earlier ones had in common. With i.i.d.
+# minibatches of many examples the correction would be 0: batch normalization.
 
 # %%
 renormalized = models["Renorm, one class"][0]
@@ -112,20 +117,21 @@ lesson.draw_runs(
         "i.i.d.": x_train[iid_batches(np.random.default_rng(0))[0]],
     },
     curves,
-    renormalized.history.history,  # the limits as well
+    renormalized.history.history,  # how far each layer corrects as well
     total_steps,
 )
 
 # %% [markdown]
 # ## Save, load, serve
 #
-# A `.keras` file holds limits and step counter too. A SavedModel needs neither
-# `keras_renorm` nor Keras: a fresh Python process serves it.
+# A `.keras` file holds what the layers have measured too. A SavedModel needs
+# neither `keras_renorm` nor Keras: a fresh Python process serves it.
 
 # %%
 renormalized.save(args.output / "renormalized.keras")
 loaded = keras.models.load_model(args.output / "renormalized.keras")
-assert loaded.layers[1].current_limits() == (3.0, 5.0)
+norm, loaded_norm = renormalized.layers[1], loaded.layers[1]
+assert loaded_norm.current_correction() == norm.current_correction()
 predictions = renormalized.predict(x_val, verbose=0)
 np.testing.assert_array_equal(loaded.predict(x_val, verbose=0), predictions)
 
@@ -146,5 +152,5 @@ if args.is_whole:
     lesson.say("All claims hold")
 
 # %% [markdown]
-# What to try next: limits that are open from the first step
-# (`RenormScheduler(r_max=3, d_max=5)`) or never (1 and 0); `BATCH_SIZE = 2`.
+# What to try next: renormalization with i.i.d. minibatches; `BATCH_SIZE = 2`;
+# Algorithm 1 of the paper, `BatchRenormalization(gradient_momentum=None)`.

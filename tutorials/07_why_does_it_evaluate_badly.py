@@ -119,7 +119,7 @@ def recalibrated(model, images=x_train):
 #    renormalize, as in the quickstart.
 # 3. **Minibatches of two.** A dense layer has two numbers a channel, and
 #    normalizes them to about +1 and -1, whatever they were. Take larger ones,
-#    or `convert` the fresh network, gradient corrected too, and train again.
+#    or `convert` the fresh network, and train again.
 # 4. **Darker, noisy images**: a camera at night. No labels are needed.
 #    `reference=` is training data, where the averages are right.
 # 5. **Trainable weights only.** `model.trainable_variables` lack the moving
@@ -150,8 +150,7 @@ def two_images_a_batch(seed, healthy):
     model = trained(0.99, shuffled, 2, 1_000, seed)
 
     def cure(_):
-        fresh = make_network(0.99, seed)
-        fresh = keras_renorm.convert(fresh, gradient_momentum=0.9)
+        fresh = keras_renorm.convert(make_network(0.99, seed))
         return train(fresh, shuffled, 2, 1_000, seed)
 
     return treat(model, report_on(shuffled, 2, 200), cure)

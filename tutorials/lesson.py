@@ -476,7 +476,7 @@ def table_of_columns(title, columns, head="training", form=".3f"):
 
 
 _RECALIBRATE = "`keras_renorm.recalibrate(model, training_data)`"
-_CORRECT = "`BatchRenormalization(gradient_momentum=0.9)`"
+_CORRECT = "`BatchRenormalization()`"
 _THIS_DATA = "`keras_renorm.recalibrate` on this data"
 _CURES = {  # cause, words of the remedy, gain of accuracy
     "a short run": ("moving averages lag", _RECALIBRATE, 0.1),
@@ -562,21 +562,25 @@ def lines(axes, x, results, colors):
 
 
 def draw_runs(path, strips, curves, history, steps):
-    """Images of minibatches; accuracy of each run, and limits, by step."""
+    """Images of minibatches; accuracies and corrections, by step."""
     picture, (left, right) = figure_with_strips(11, 6.6, strips, (2.4, 1))
-    epochs = len(history["r_max"])
+    corrections = {k: v for k, v in history.items() if k.startswith("corr")}
+    epochs = len(history["loss"])
     x = steps // epochs * np.arange(1, epochs + 1)
     lines(left, x, curves, dict(zip(curves, (ORANGE, BLUE, GREY), strict=True)))
     left.axhline(0.1, color="black", lw=0.8, ls=":", label="chance")
     left.set(title="A line for each seed", ylabel="validation accuracy")
     left.set(ylim=(0, 1.02), xlabel="training step", xlim=(0, steps))
-    for name, color in (("r_max", GREEN), ("d_max", PINK)):
-        right.plot(x, history[name], "o-", color=color, ms=4, label=name)
-    right.set(title="Limits of the correction", ylabel="limit")
-    right.set(ylim=(-0.1, 5.4), xlabel="training step", xlim=(0, steps))
+    for (name, values), color in zip(
+        corrections.items(), (GREEN, PINK, BLUE), strict=True
+    ):
+        label = name.removeprefix("correction, ")
+        right.plot(x, values, "o-", color=color, ms=4, label=label)
+    right.set(title="How far each layer corrects", ylabel="0 to 1")
+    right.set(ylim=(-0.02, 1.25), xlabel="training step", xlim=(0, steps))
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.3)
-        legend(axes, ncols=4)
+        legend(axes, ncols=3)
     save(picture, path)
 
 
