@@ -321,8 +321,9 @@ ROW_MASK = np.array([True, False, True, True])
 MASK = np.arange(12).reshape(4, 3) % 5 != 2
 # With each, how far results may differ, of the largest value of an array.
 SCENARIOS = {
-    "fit": (trained, 1e-5),
-    "fit, 8 examples": (lambda: trained(batch=8), 1e-5),
+    # A steep gate makes more of what rounding makes.
+    "fit": (trained, 1e-4),
+    "fit, 8 examples": (lambda: trained(batch=8), 1e-4),
     "fit, limits": (
         lambda: trained(
             batch=4,
@@ -330,7 +331,7 @@ SCENARIOS = {
         ),
         1e-5,
     ),
-    "fit, decay and clipping and averages": (decayed, 1e-5),
+    "fit, decay and clipping and averages": (decayed, 1e-4),
     # Sums of 16 bits, which backends make each in its order.
     "fit, the loss scaled": (scaled_by_keras, 6e-2),
     "rank 2": (stepped, 1e-5),

@@ -330,7 +330,7 @@ class TestLimits:
         self, momentum, remembered
     ):
         layer = BatchRenormalization(momentum=momentum)
-        ramp = (3 * remembered, 5 * remembered)
+        ramp = (3 * remembered, max(5 * remembered, 200))
         assert layer.r_max == LinearRamp(1.0, 3.0, *ramp)
         assert layer.d_max == LinearRamp(0.0, 5.0, *ramp)
 

@@ -549,7 +549,7 @@ def test_shut_it_is_batch_normalization(shape, wrapper, rng):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("shape", [(5, 4), (32, 30, 30, 4)])
 def test_open_it_is_the_corrected_layer(shape, wrapper, rng):
-    layer, _ = made(shape, rng, step=20, gradient_momentum=0.8)
+    layer, _ = made(shape, rng, step=200, gradient_momentum=0.8)
     # A batch of one class.
     layer.gate.assign([1.0, 0.0, 32.0, 0.0])
     assert layer.current_correction() > 1 - 1e-5

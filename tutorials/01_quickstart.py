@@ -42,18 +42,11 @@ def iid_batches(rng):
 # run is short, so the moving averages must follow soon: `momentum=0.95`.
 #
 # Renormalization corrects its outputs, and its gradients, as far as it measures
-# that the minibatches need it; there is nothing to set. `Corrections` only
+# that the minibatches need it; there is nothing to set. `corrections` only
 # writes down how far that is. (`lesson.fit` is `compile`, with SGD, and `fit`.)
 
 
 # %%
-class Corrections(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        for number, layer in enumerate(self.model.layers):
-            if isinstance(layer, BatchRenormalization):
-                logs[f"correction, layer {number}"] = layer.current_correction()
-
-
 def train(normalization, callbacks, draw_batches, seed):
     keras.utils.set_random_seed(seed)
     stack = [keras.Input(x_train.shape[1:])]
@@ -74,7 +67,7 @@ def train(normalization, callbacks, draw_batches, seed):
 RENORM, BN = BatchRenormalization, layers.BatchNormalization
 RUNS = {
     "BN, one class": (BN, [], one_class_batches),
-    "Renorm, one class": (RENORM, [Corrections()], one_class_batches),
+    "Renorm, one class": (RENORM, [lesson.corrections()], one_class_batches),
     "BN, i.i.d.": (BN, [], iid_batches),
 }
 models = lesson.of_all_seeds(RUNS, args.seeds, train)

@@ -561,6 +561,20 @@ def lines(axes, x, results, colors):
             axes.plot(x, values, color=colors[name], lw=1.5, label=label)
 
 
+def corrections():
+    """A callback that writes down how far each layer corrects."""
+    import keras
+
+    class Corrections(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            for number, layer in enumerate(self.model.layers):
+                if hasattr(layer, "current_correction"):
+                    name = f"correction, layer {number}"
+                    logs[name] = layer.current_correction()
+
+    return Corrections()
+
+
 def draw_runs(path, strips, curves, history, steps):
     """Images of minibatches; accuracies and corrections, by step."""
     picture, (left, right) = figure_with_strips(11, 6.6, strips, (2.4, 1))
