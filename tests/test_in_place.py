@@ -238,7 +238,7 @@ def test_what_was_traced_is_traced_anew(rng):
     model.predict(x, verbose=0)
     model.graph.predict(x, verbose=0)
     model.evaluate(x, x, verbose=0)
-    convert(model, in_place=True)
+    convert(model, in_place=True, gradient_momentum=None)
     # As a layer that stands, the moving mean is seen by all of them.
     for layer in networks.normalizations(model):
         layer.moving_mean.assign(layer.moving_mean + 1.0)

@@ -62,7 +62,9 @@ def convert(
     gamma and beta stay the same variables, so that the optimizer keeps its
     state for them; its other weights are new ones. `fit`, `evaluate` and
     `predict` of all models that hold one of them are traced again. Other
-    functions are not: your own `tf.function` or `jax.jit`.
+    functions are not: your own `tf.function` or `jax.jit`. On JAX, layers that
+    correct the gradient have weights that the optimizer must know: compile a
+    model that was trained anew (a warning says so).
 
     **Save and load** a model that was changed in place: `save_weights`, and
     `load_weights` into one made and converted the same way, always works. Where

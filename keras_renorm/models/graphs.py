@@ -97,9 +97,31 @@ def trace_anew(model: Any, layers: Iterable[Any]) -> None:
         model: The model that the layers were found in.
         layers: Layers that compute otherwise now.
     """
+    for each in models_with(model, layers, _traced):
+        for step in _traced(each):
+            backend.forget_traces(getattr(each, f"{step}_step"))
+            getattr(each, f"make_{step}_function")(force=True)
+
+
+def _traced(model: Any) -> list[str]:
+    """Which steps of a model were traced."""
+    return [
+        step
+        for step in ("train", "test", "predict")
+        if getattr(model, f"{step}_function", None) is not None
+    ]
+
+
+def models_with(
+    model: Any, layers: Iterable[Any], condition: Callable[[Any], Any]
+) -> list[Any]:
+    """Living models that hold one of these layers of a model.
+
+    Only those are searched of which a condition holds.
+    """
     changed = {id(layer) for layer in layers}
     if not changed:
-        return
+        return []
     # `gc.freeze` hides objects: what is known comes first. (No list around the
     # objects, which would hold itself, and with it all of them.)
     models = {id(each): each for each in find_layers(model, keras.Model)}
@@ -107,16 +129,12 @@ def trace_anew(model: Any, layers: Iterable[Any]) -> None:
         # Not `isinstance`, which asks the object: some would import a module.
         if issubclass(type(each), keras.Model):
             models[id(each)] = each
-    for each in models.values():
-        traced = [
-            step
-            for step in ("train", "test", "predict")
-            if getattr(each, f"{step}_function", None) is not None
-        ]
-        if traced and any(
+    return [
+        each
+        for each in models.values()
+        if condition(each)
+        and any(
             id(layer) in changed
             for layer in find_layers(each, keras.layers.Layer)
-        ):
-            for step in traced:
-                backend.forget_traces(getattr(each, f"{step}_step"))
-                getattr(each, f"make_{step}_function")(force=True)
+        )
+    ]

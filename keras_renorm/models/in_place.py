@@ -10,9 +10,10 @@ from typing import Any
 
 import keras
 
+from keras_renorm import arguments, backend
 from keras_renorm.models.configuration import Configurations
 from keras_renorm.models.finding import describe
-from keras_renorm.models.graphs import trace_anew
+from keras_renorm.models.graphs import models_with, trace_anew
 from keras_renorm.models.replacing import as_asked
 
 # From a layer and its configuration to class and configuration of the new one.
@@ -73,6 +74,34 @@ def replace_in_place(
     ):
         _become(layer, new, old_names, new_names, kept)
     trace_anew(model, layers)
+    _warn_of_optimizers(model, layers)
+
+
+def _warn_of_optimizers(model: keras.Model, layers: Sequence[Any]) -> None:
+    """Warns where an optimizer does not know the weights that it must add to.
+
+    Those of `backend.Accumulator`. Keras says then how many there are.
+    """
+    if backend.keeps_state_backwards():
+        return
+    remembering = [
+        layer
+        for layer in layers
+        if getattr(layer, "gradient_momentum", None) is not None
+    ]
+
+    def is_trained(model: Any) -> bool:
+        return getattr(getattr(model, "optimizer", None), "built", False)
+
+    trained = models_with(model, remembering, is_trained)
+    if trained:
+        names = ", ".join(each.name for each in trained)
+        arguments.warn(
+            f"Compile {names} before the next training: on "
+            f"Keras's {backend.name()} backend an optimizer must know the "
+            "weights in which a layer remembers gradients. Or convert with "
+            "gradient_momentum=None."
+        )
 
 
 def _build_alike(layer: Any, new: Any) -> None:
