@@ -19,6 +19,18 @@ LEAST = float(np.finfo("float32").min)
 Tensor = Any
 
 
+# Of float64, Keras's `maximum` and `minimum` give float32 on PyTorch.
+def at_least(value: Any, least: Any) -> Any:
+    """The larger of two, elementwise."""
+    least = least * ops.ones_like(value)
+    return ops.where(value < least, least, value)
+
+
+def at_most_one(value: Any) -> Any:
+    """The smaller of a value and 1, elementwise."""
+    return ops.where(value > 1.0, ops.ones_like(value), value)
+
+
 class Moments(NamedTuple):
     """Statistics of the examples that one training step normalizes together.
 
@@ -281,7 +293,7 @@ class Feedback(NamedTuple):
         projection: Of its product with the normalized inputs, likewise.
         agreement: Moving average of how alike the gradients of a batch's
             examples are, from 0 to 1, likewise.
-        gate: Moving averages of the layer, shape `(4,)`; see `gradients.Gate`.
+        gate: Moving averages of the layer, shape `(4,)`; see `gating.Gate`.
         last_mean: The mean of the last batch, shape `(channels,)`.
         last_gradient: The mean of the last gradient, likewise.
         is_gated: 1 where the gate rules how far r, d and the gradient are

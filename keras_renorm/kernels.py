@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_renorm import backend, functional, gradients, pooling
+from keras_renorm import backend, functional, gating, gradients, pooling
 from keras_renorm.backend import tf
 from keras_renorm.functional import (
     Moments,
@@ -60,7 +60,7 @@ def choose(
     is_moving: bool = False,
     is_forward: bool = False,
 ) -> str:
-    """Which computation: "fused", "affine", "matrix" or "plain".
+    """Which computation: "fused", "affine", "matrix", "plain" or "corrected".
 
     - "fused": TensorFlow's fused operators, near the bandwidth limit.
     - "affine": x a + b, with moving statistics (`is_moving`) in a graph.
@@ -75,6 +75,8 @@ def choose(
       in float64 (which the fused operators do not take), on other backends;
       and in forward mode (`is_forward`), which in a graph passes by the
       gradients that the others have.
+    - "corrected": the same operations, with the corrected gradient written out
+      (`is_corrected`; not in forward mode, where nothing is remembered).
 
     Neither does a GPU take more examples than `LARGEST_BATCH_OF_CUDNN`.
 
@@ -83,22 +85,23 @@ def choose(
     tensors there, too coarse in 16 bits, and the operator for it takes no
     other layout.
     """
+    plain = "corrected" if is_corrected and not is_forward else "plain"
     if not backend.has_fused_operators() or mask is not None:
-        return "plain"
+        return plain
     if pool.virtual_batch_size is not None or is_forward:
-        return "plain"
+        return plain
     if keras.backend.standardize_dtype(inputs.dtype) not in (
         "float32",
         "bfloat16",
         "float16",
     ):
-        return "plain"
+        return plain
     is_last = axis == len(inputs.shape) - 1
     if _is_compiled_by_xla(inputs) or _is_too_large_for_cudnn(inputs, axis):
-        return "matrix" if is_last else "plain"
+        return "matrix" if is_last else plain
     is_sum = is_corrected or pool.spans_replicas
     if is_sum and not (is_last and inputs.dtype == tf.float32):
-        return "matrix" if is_last else "plain"
+        return "matrix" if is_last else plain
     if tf.executing_eagerly() and (
         is_moving or not backend.runs_as_one_graph()
     ):
@@ -109,7 +112,7 @@ def choose(
     sizes = [ASSUMED_BATCH_SIZE if n is None else n for n in inputs.shape]
     if math.prod(sizes) >= SMALL_ELEMENTS:
         return "fused"
-    return "matrix" if is_last else "plain"
+    return "matrix" if is_last else plain
 
 
 def _is_too_large_for_cudnn(inputs: Tensor, axis: int) -> bool:
@@ -178,8 +181,6 @@ def normalize_by_batch(
         is_corrected=state.feedback is not None,
         is_forward=is_forward,
     )
-    if path == "plain" and state.feedback is not None and not is_forward:
-        path = "corrected"
     step = _batch_step if is_forward else _shared_batch_step
     return step(path, inputs, axis, mask, state, pool)
 
@@ -481,7 +482,7 @@ def _taken_out(
         sums = pooling.sum_over_replicas(sums)
     if state.feedback is not None:
         return gradients.correct(
-            moments, state, response, gradients.Observation(*sums), others[-1]
+            moments, state, response, gating.Observation(*sums), others[-1]
         )
     count = tf.cast(moments.count, d_offset.dtype)
     return [value * (1 / tf.maximum(count, 1)) for value in sums], []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import keras_renorm
-from keras_renorm import gradients
+from keras_renorm import gating, gradients
 from tests import helpers
 
 ROOT = Path(__file__).parent.parent
@@ -218,11 +218,11 @@ def test_means_in_docstrings_are_those_of_the_results(documented):
     ids=["design", "docstring"],
 )
 def test_formulas_have_the_numbers_of_the_code(text):
-    assert f"H(worth, {gradients.HALF_OPEN_WORTH:g}))" in text
-    examples = f"H(n worth, {gradients.HALF_OPEN_EXAMPLES:g})"
-    assert f"{examples} H(worth, {gradients.LEAST_WORTH:g})))" in text
-    assert f"H(persistence, {gradients.HALF_SHUT_PERSISTENCE:g}))" in text
-    raised = f"{gradients.STEEPNESS:g}".translate(
+    assert f"H(worth, {gating.HALF_OPEN_WORTH:g}))" in text
+    examples = f"H(n worth, {gating.HALF_OPEN_EXAMPLES:g})"
+    assert f"{examples} H(worth, {gating.LEAST_WORTH:g})))" in text
+    assert f"H(persistence, {gating.HALF_SHUT_PERSISTENCE:g}))" in text
+    raised = f"{gating.STEEPNESS:g}".translate(
         str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
     )
     assert f"H(x, h) = x{raised} / (x{raised} + h{raised})" in text

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
-    gradients,
+    gating,
 )
 from tests import helpers
 from tests.reference import (
@@ -58,13 +58,13 @@ SHAPES = [
 def constants_of(layer):
     """The numbers of the gate, for the reference."""
     return {
-        "worth": gradients.HALF_OPEN_WORTH,
-        "examples": gradients.HALF_OPEN_EXAMPLES,
-        "least": gradients.LEAST_WORTH,
-        "persistence": gradients.HALF_SHUT_PERSISTENCE,
-        "steepness": gradients.STEEPNESS,
-        "scatters": gradients.SCATTER_MOMENTUM,
-        "gradients": gradients.AGREEMENT_MOMENTUM,
+        "worth": gating.HALF_OPEN_WORTH,
+        "examples": gating.HALF_OPEN_EXAMPLES,
+        "least": gating.LEAST_WORTH,
+        "persistence": gating.HALF_SHUT_PERSISTENCE,
+        "steepness": gating.STEEPNESS,
+        "scatters": gating.SCATTER_MOMENTUM,
+        "gradients": gating.AGREEMENT_MOMENTUM,
         "begin": layer.r_max.begin_step,
         "end": layer.r_max.end_step,
     }
@@ -318,7 +318,7 @@ def test_gradients_of_any_size_have_a_direction(size, rng):
     layer.last_gradient.assign(gradient * size)
     inputs = tf.constant(helpers.inputs_of(rng, (5, 4)))
     stepper(layer)(inputs, tf.constant(upstream * size))
-    kept = gradients.AGREEMENT_MOMENTUM
+    kept = gating.AGREEMENT_MOMENTUM
     expected = kept * GATE[3] + (1 - kept)
     assert float(layer.gate[3]) == pytest.approx(expected, abs=1e-6)
 
@@ -570,11 +570,11 @@ def test_open_it_is_the_corrected_layer(shape, wrapper, rng):
 
 
 def openness(agreement, between, within, examples, persistence):
-    gate = gradients.Gate(
+    gate = gating.Gate(
         *map(np.float32, (between, within, examples, persistence))
     )
     agreement = np.full(3, agreement, "float32")
-    return float(gradients.openness(tf.constant(agreement), gate))
+    return float(gating.openness(tf.constant(agreement), gate))
 
 
 NUMBERS = st.sampled_from([0.0, 1e-30, 1e-6, 0.1, 0.35, 1.0, 7.0, 1e6, 1e30])
@@ -639,7 +639,7 @@ def test_where_the_gate_is_open(state, expected):
     ],
 )
 def test_it_is_half_open_at_its_constants(name, state):
-    half = getattr(gradients, name)
+    half = getattr(gating, name)
     assert openness(*state(half)) == pytest.approx(0.5, abs=1e-3)
 
 
@@ -733,7 +733,7 @@ def test_channels_of_other_examples_count_as_their_mean(rng):
     mask = np.arange(6)[:, None] < [6, 6, 3, 5]
     inputs = tf.constant(helpers.inputs_of(rng, (6, 4, 5), 1, "float64"))
     stepper(layer, tf.constant(mask))(inputs, inputs)
-    kept = gradients.AGREEMENT_MOMENTUM
+    kept = gating.AGREEMENT_MOMENTUM
     expected = kept * GATE[2] + (1 - kept) * 5
     assert float(layer.gate[2]) == pytest.approx(expected)
 

@@ -15,8 +15,8 @@ from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
     freeze_statistics,
+    gating,
     get_statistics,
-    gradients,
     unfreeze_statistics,
 )
 from keras_renorm.callbacks import RenormMonitor, RenormScheduler
@@ -138,7 +138,7 @@ def test_the_gap_is_what_discrepancy_measures(kind, rng):
 def shut(layer, correction):
     """As if the layer had measured that batches want so much correction."""
     # Half shut by the persistence of gradients, or wide open.
-    persistence = gradients.HALF_SHUT_PERSISTENCE if correction else 1.0
+    persistence = gating.HALF_SHUT_PERSISTENCE if correction else 1.0
     layer.gate.assign([1.0, 1e-3, 1.0, persistence])
     layer.step.assign(float(layer.r_max.end_step) * 2)
     assert layer.current_correction() == pytest.approx(correction, abs=1e-3)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import arguments, backend, functional, gradients, schedules
+from keras_renorm import arguments, backend, functional, gating, schedules
 from keras_renorm.functional import Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
@@ -377,7 +377,7 @@ class BatchRenormalization(BatchNormalization):
         agreement, gate = map(
             backend.to_numpy, (self.gradient_agreement, self.gate)
         )
-        opening = gradients.openness(agreement, gradients.Gate(*gate))
+        opening = gating.openness(agreement, gating.Gate(*gate))
         return float(backend.to_numpy(opening))
 
     def current_step(self) -> int:
