@@ -15,6 +15,7 @@ from keras_renorm.functional import (
     State,
     Tensor,
     at_least,
+    at_most_one,
 )
 
 AGREEMENT_MOMENTUM = 0.98
@@ -126,6 +127,17 @@ def _mean(values: Any) -> Any:
     return ops.sum(values) / ops.cast(ops.shape(values)[0], values.dtype)
 
 
+def share_of(examples: Tensor, gate: Tensor) -> Tensor:
+    """How much a batch says, beside one of the usual number of examples.
+
+    The last batch of an epoch may hold one example, whose mean gradient is that
+    of none before. 1 for batches of the usual number and more.
+    """
+    _, _, usual, _ = ops.unstack(ops.stop_gradient(gate), 4)
+    examples = _mean(ops.cast(examples, usual.dtype))
+    return at_most_one(examples / at_least(usual, 1e-6))
+
+
 def measure(
     moments: Moments,
     state: State,
@@ -133,6 +145,7 @@ def measure(
     observation: Observation,
     gradient: Tensor,
     valid: Tensor,
+    share: Tensor,
 ) -> list[tuple[Tensor, Tensor]]:
     """Changes of what the gate goes by, and where they are valid."""
     feedback: Any = state.feedback
@@ -160,21 +173,23 @@ def measure(
     )
     change = ops.stack(
         [
-            (1.0 - momentum) * (new - old)
-            for momentum, new, old in zip(
+            (1.0 - momentum) * (new - old) * weight
+            for momentum, new, old, weight in zip(
                 (SCATTER_MOMENTUM,) * 2 + (AGREEMENT_MOMENTUM,) * 2,
                 seen,
                 averages,
+                # Another number of examples is seen at once.
+                (share, share, 1.0, share),
                 strict=True,
             )
         ]
     )
     return [
         (ops.logical_and(ops.all(known), ops.isfinite(change)), change),
-        (known, mean - last_mean),
+        (known, share * (mean - last_mean)),
         (
             ops.logical_and(valid, ops.any(gradient != 0)),
-            gradient - last_gradient,
+            share * (gradient - last_gradient),
         ),
     ]
 

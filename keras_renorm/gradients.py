@@ -142,9 +142,10 @@ def correct(
     this is the first formula with other means, and its scale times
     `response.held + response.rest`.
 
-    The accumulators do not change where the gradient that arrives is not finite
-    or the batch has no element; agreement and persistence, also where no
-    gradient arrives.
+    A batch of fewer examples than usual changes the accumulators by less
+    (`gating.share_of`). They do not change where the gradient that arrives is
+    not finite or the batch has no element; agreement and persistence, also
+    where no gradient arrives.
 
     Args:
         moments: Those of the batch.
@@ -194,12 +195,13 @@ def correct(
         / whole,
         scaling * (held * projection * r + rest * scale_mean) / whole,
     ]
+    share = gating.share_of(observation.examples, feedback.gate)
     changes = [
-        (valid, error),
-        (valid, arrived - forgotten),
-        (informed, learned),
+        (valid, share * error),
+        (valid, share * (arrived - forgotten)),
+        (informed, share * learned),
         *gating.measure(
-            moments, state, response, observation, offset_mean, valid
+            moments, state, response, observation, offset_mean, valid, share
         ),
     ]
     return means, [

@@ -121,13 +121,23 @@ class CorrectedReference(Reference):
         self.gradient_projection = np.zeros(channels)
         self.gradient_agreement = np.ones(channels)
 
-    def step(self, rows, upstream, r_max, d_max, examples=None, opening=None):
+    def step(
+        self,
+        rows,
+        upstream,
+        r_max,
+        d_max,
+        examples=None,
+        opening=None,
+        share=1.0,
+    ):
         """`(outputs, d_rows, d_gamma, d_beta)`; all state moves.
 
         `examples` is the number of the example that each row belongs to; by
         default, each is one. It is a vector, or has the shape of `rows`, where
         channels have masks of their own. `opening` is how far a gate has all
         that is corrected here; without one, limits say it of the gradient.
+        `share` is how much of its change the memory takes.
         """
         sigma_batch = np.sqrt(rows.var(axis=0) + self.epsilon)
         sigma = np.sqrt(self.moving_variance + self.epsilon)
@@ -137,7 +147,10 @@ class CorrectedReference(Reference):
         opening = 1.0 if opening is None else opening
         self.gradient_agreement = np.array(
             [
-                0.98 * old + 0.02 * alike([each.sum() for each in gradients])
+                old
+                + share
+                * 0.02
+                * (alike([each.sum() for each in gradients]) - old)
                 if np.any(upstream[:, channel])
                 else old
                 for channel, (old, gradients) in enumerate(
@@ -154,11 +167,12 @@ class CorrectedReference(Reference):
         projected = upstream - self.gain * self.gradient_projection * (
             z / np.maximum(gained, 1)
         )
-        self.gradient_projection = self.gradient_projection * (
-            1 - np.minimum(gained, 1)
-        ) + np.mean(upstream * z, axis=0)
+        self.gradient_projection = self.gradient_projection + share * (
+            np.mean(upstream * z, axis=0)
+            - self.gradient_projection * np.minimum(gained, 1)
+        )
         centered = projected - self.gain * self.gradient_mean
-        self.gradient_mean = self.gradient_mean + centered.mean(axis=0)
+        self.gradient_mean = self.gradient_mean + share * centered.mean(axis=0)
         d_rows, d_gamma, d_beta = self.gradients(rows, upstream, r, d)
         scale = np.minimum(1 / sigma, r / sigma_batch)
         d_rows = weight * self.gamma * scale * centered + (1 - weight) * d_rows
@@ -218,13 +232,15 @@ class GatedReference(CorrectedReference):
 
     def gated_step(self, rows, upstream, examples=None):
         """As `step`, by the gate and the default limits."""
+        groups = of_examples(rows, examples)
+        usual, count = self.gate[2], np.mean([len(group) for group in groups])
+        share = min(count / usual, 1) if usual else 1.0
         results = self.step(
-            rows, upstream, *self.limits(), examples, self.opening()
+            rows, upstream, *self.limits(), examples, self.opening(), share
         )
         mean, gradient = rows.mean(axis=0), upstream.mean(axis=0)
         variance = np.maximum(rows.var(axis=0), self.moving_variance)
         variance = variance + self.epsilon
-        groups = of_examples(rows, examples)
         within = [
             np.mean([(each.mean() - centre) ** 2 for each in group])
             for group, centre in zip(groups, mean, strict=True)
@@ -237,15 +253,17 @@ class GatedReference(CorrectedReference):
             if old[2]
             else old[0],
             np.mean(within / variance),
-            np.mean([len(group) for group in groups]),
+            count,
             gradient @ self.last_gradient / norms if norms else old[3],
         ]
         kept = np.repeat(
             [self.constants["scatters"], self.constants["gradients"]], 2
         )
-        self.gate = kept * old + (1 - kept) * new
-        self.last_mean = mean
+        shares = np.array([share, share, 1.0, share])
+        self.gate = old + shares * (1 - kept) * (new - old)
+        self.last_mean = self.last_mean + share * (mean - self.last_mean)
         if np.any(gradient):
-            self.last_gradient = gradient
+            change = gradient - self.last_gradient
+            self.last_gradient = self.last_gradient + share * change
         self.current_step += 1
         return results

@@ -160,6 +160,24 @@ def test_steps_equal_the_reference(shape, axis, wrapper, dtype, tolerance, rng):
     assert len(set(openings)) == len(openings)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_batch_of_fewer_examples_says_less(wrapper, rng):
+    """The last batch of an epoch: its gradient is the mean of few."""
+    layer, reference = made((None, 3, 4), rng, step=12, dtype="float64")
+    step = stepper(layer, wrapper=wrapper)
+    for count in (4, 4, 1, 4, 2, 9, 4, 1):
+        inputs = helpers.inputs_of(rng, (count, 3, 4), dtype="float64")
+        upstream = upstream_of(rng, (count, 3, 4), "float64")
+        actual = step(tf.constant(inputs), tf.constant(upstream))
+        expected = reference.gated_step(
+            to_rows(inputs, -1),
+            to_rows(upstream, -1),
+            examples_of((count, 3, 4), -1),
+        )
+        compare(actual, expected, -1, 1e-10)
+        assert_same_state(layer, reference, 1e-10)
+
+
 @pytest.mark.parametrize("arguments", [{"scale": False}, {"center": False}])
 def test_without_gamma_or_beta(arguments, rng):
     layer, reference = made((5, 4), rng, step=12, dtype="float64", **arguments)
