@@ -84,14 +84,20 @@ def table(head, rows, of_words=False):
 def machine_of(results):
     """On what results were measured, as a sentence."""
     machine = results["machine"]
-    if "device" in machine:
-        return (
-            f"Measured on an {machine['device']}, JAX {machine['jax']}, "
-            f"Keras {machine['keras']}, {machine['date']}."
+    where = f"an {machine.get('device')}"
+    if "device" not in machine:
+        where = f"{machine['cores']} cores of an {machine['processor']}"
+    backend = next(
+        f"{name} {machine[key]}"
+        for key, name in (
+            ("jax", "JAX"),
+            ("torch", "PyTorch"),
+            ("tensorflow", "TensorFlow"),
         )
+        if key in machine
+    )
     return (
-        f"Measured on {machine['cores']} cores of an {machine['processor']}, "
-        f"TensorFlow {machine['tensorflow']}, Keras {machine['keras']}, "
+        f"Measured on {where}, {backend}, Keras {machine['keras']}, "
         f"{machine['date']}."
     )
 
@@ -318,6 +324,27 @@ def gpu_layer():
     return [*table(head, rows), "", machine_of(results)]
 
 
+def pytorch():
+    """Layers and networks on PyTorch."""
+    results = read("speed_torch_cpu.json")
+    names = list(results["cases"][0]["ratios"])[1:]
+    rows = [
+        [
+            f"{case['what']}, {case['dtype']}, {case['label']}",
+            f"{case['ratios']['Keras 3 BN']['milliseconds']:.2f}",
+            *(
+                f"{case['ratios'][name]['median']:.2f}"
+                if name in case["ratios"]
+                else ""
+                for name in names
+            ),
+        ]
+        for case in results["cases"]
+    ]
+    head = ["what", "Keras 3 BN, ms", *names]
+    return [*table(head, rows), "", machine_of(results)]
+
+
 def gpu_networks():
     """Whole networks on a GPU."""
     results = read("networks_jax_gpu.json")
@@ -360,6 +387,7 @@ PARTS = {
     "fold": fold,
     "networks": networks,
     "GPU": gpu_layer,
+    "PyTorch": pytorch,
     "networks on a GPU": gpu_networks,
     "monitor": monitor,
 }

@@ -95,7 +95,10 @@ def machine():
         "system": platform.platform(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        **_versions("keras", "tensorflow", "jax", "tf_keras", "keras_renorm"),
+        **_versions(
+            *("keras", "tensorflow", "jax", "torch"),
+            *("tf_keras", "keras_renorm"),
+        ),
     }
 
 

@@ -5,6 +5,7 @@ a backend can do at all, as questions. Kernels for TensorFlow take `tf` from
 here; it is `None` where the backend is another.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -14,9 +15,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import Variable, ops, tree
+from keras import Variable, tree
 
-from keras_renorm.functional import Tensor
+from keras_renorm.operations import Tensor, ops
 
 
 def name() -> str:
@@ -29,6 +30,7 @@ def _is(backend: str) -> bool:
 
 
 tf: Any = None
+torch: Any = None
 if _is("tensorflow"):
     import tensorflow
 
@@ -52,10 +54,18 @@ elif _is("jax"):
 
     _REMAT_FILE = inspect.unwrap(jax.checkpoint).__code__.co_filename
 elif _is("torch"):
-    import torch
+    import torch as torch_module
     from torch import distributed
+    from torch.autograd import forward_ad
     from torch.utils import checkpoint
 
+    torch = torch_module
+    functorch: Any = None
+    with contextlib.suppress(ImportError):
+        # Private: see CONTRIBUTING.
+        from torch._C import _functorch
+
+        functorch = _functorch
     _REMAT_FILE = checkpoint.__file__
 
     class _Differentiated(torch.autograd.Function):
@@ -68,7 +78,9 @@ elif _is("torch"):
             if any(ctx.needs_input_grad):
                 ctx.save_for_backward(*tensors)
                 ctx.function, ctx.gradient = function, gradient
-            return outputs
+            # Others than the gradient may hold: what is returned holds this
+            # node, and the node holds the gradient.
+            return tuple(output.detach() for output in outputs)
 
         @staticmethod
         def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
@@ -82,6 +94,9 @@ elif _is("torch"):
             _, gradient = ctx.function(*ctx.saved_tensors)
             return None, *gradient(*upstream)
 
+    # Its compiler would look into the function, and fail.
+    _differentiated = torch.compiler.disable(_Differentiated.apply)
+
 
 # Of layers that call another once for each step of a sequence.
 _SEQUENCE_FILES = frozenset(
@@ -90,8 +105,27 @@ _SEQUENCE_FILES = frozenset(
 
 
 def has_fused_operators() -> bool:
-    """Whether there is more than the operations of `keras.ops`."""
+    """Whether there are TensorFlow's."""
     return _is("tensorflow")
+
+
+def has_aten(inputs: Tensor) -> bool:
+    """Whether PyTorch's operators take these inputs, and are the fast way.
+
+    On a CPU. A compiler joins plain operations itself.
+    """
+    return (
+        _is("torch")
+        and inputs.device.type == "cpu"
+        and inputs.is_floating_point()
+        and inputs.numel() > 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def records_operations() -> bool:
+    """Whether PyTorch records what is computed, to take its gradient."""
+    return _is("torch") and torch.is_grad_enabled()
 
 
 def remat_calls(inputs: Tensor) -> tuple[list[Any], Any]:
@@ -327,10 +361,12 @@ def as_one_node(function: Any) -> Any:
     each layer. The node is a call of a graph that all layers share;
     TensorFlow's optimizer puts its operations in the place of the node. No
     gradient passes through it. Eagerly, under a distribution strategy, and on
-    other backends, it is the function itself.
+    JAX, it is the function itself, on PyTorch what `by_numpy` makes.
 
     Its outputs have no known size: set it.
     """
+    if _is("torch"):
+        return by_numpy(function)
     graphs = _Graphs(function)
 
     @functools.wraps(function)
@@ -352,17 +388,73 @@ def as_one_node(function: Any) -> Any:
     return called
 
 
-def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a `tf.autodiff.ForwardAccumulator` is at work on any of these.
+def by_numpy(function: Any) -> Any:
+    """A function of moments and more, which NumPy computes where it is faster.
 
-    In a graph it takes no notice of `tf.custom_gradient`, but of the operations
-    inside; and eagerly it calls a gradient with ones. TensorFlow has no public
-    way to ask.
+    That is on PyTorch, on a CPU, where nothing is recorded: an operation on a
+    vector takes a third of the time. Arguments and results are tensors of one
+    device, numbers and `None`, in tuples and lists; floats have the type of the
+    moments. `operations.ops` take arrays, too.
     """
+    if not _is("torch"):
+        return function
+
+    @functools.wraps(function)
+    def called(moments: Any, *arguments: Any) -> Any:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or _is_transformed()
+            or moments.variance.device.type != "cpu"
+        ):
+            return function(moments, *arguments)
+        with np.errstate(all="ignore"):
+            results = function(*_to_arrays((moments, *arguments)))
+        return _to_tensors(results, moments.variance.dtype)
+
+    return called
+
+
+def _to_arrays(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().numpy()
+    if not isinstance(value, tuple | list):
+        return value
+    values = map(_to_arrays, value)
+    return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
+
+
+def _to_tensors(value: Any, dtype: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        tensor = torch.from_numpy(np.asarray(value))
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if not isinstance(value, tuple | list):
+        return value
+    values = (_to_tensors(each, dtype) for each in value)
+    return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
+
+
+def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a derivative in forward mode is being taken of any of these.
+
+    Or one of `torch.func`. In a graph a `tf.autodiff.ForwardAccumulator` takes
+    no notice of `tf.custom_gradient`, but of the operations inside; and eagerly
+    it calls a gradient with ones. PyTorch needs a derivative of its own for
+    each kind. There is no public way to ask.
+    """
+    known = [each for each in tensors if each is not None]
+    if _is("torch"):
+        return _is_transformed() or any(
+            forward_ad.unpack_dual(each).tangent is not None for each in known
+        )
     if not _is("tensorflow") or forwardprop_util is None:
         return False
-    known = [each for each in tensors if each is not None]
     return bool(forwardprop_util.pack_tangents(known).tangents)
+
+
+def _is_transformed() -> bool:
+    """Whether a function of `torch.func` is at work."""
+    return functorch is not None and bool(functorch.peek_interpreter_stack())
 
 
 def as_tensor(inputs: Any) -> Tensor:
@@ -387,10 +479,7 @@ def custom_gradient(function: Any) -> Any:
             their gradients to those of its arguments.
     """
     if _is("torch"):
-        # Its compiler would look into the function, and fail.
-        return torch.compiler.disable(
-            functools.partial(_Differentiated.apply, function)
-        )
+        return functools.partial(_differentiated, function)
     if _is("jax"):
         return _custom_gradient_of_jax(function)
     return _custom_gradient_of_tensorflow(function)
@@ -792,17 +881,22 @@ def read(variable: Any, dtype: str) -> Tensor:
 
 
 def kept_for_gradient(state: Any) -> Any:
-    """State that a backward pass may read.
+    """State of which a backward pass may read what is no parameter.
 
     On PyTorch a copy: there an assignment writes over the values.
     """
     if not _is("torch"):
         return state
-    return tree.map_structure(
-        lambda value: (
-            value.detach().clone() if isinstance(value, torch.Tensor) else value
-        ),
-        state,
+    moving_mean, moving_variance, limits = (
+        state.moving_mean,
+        state.moving_variance,
+        state.limits,
+    )
+    return state._replace(
+        moving_mean=moving_mean.detach().clone(),
+        moving_variance=moving_variance.detach().clone(),
+        limits=limits
+        and type(limits)(*(each.detach().clone() for each in limits)),
     )
 
 
@@ -907,7 +1001,7 @@ def with_accumulators(
     if _is("torch"):
         # The variables are written over before the gradient is taken.
         values = [value.clone() for value in values]
-    targets = [_target(variable) for variable in (*added, *replaced)]
+    targets = _targets([*added, *replaced])
     given = [each for each in tensors if each is not None]
 
     @custom_gradient
@@ -918,28 +1012,35 @@ def with_accumulators(
             of_tensors = _after_adding(
                 targets, changes, read_values, of_tensors
             )
-            return *of_tensors, *(ops.zeros_like(change) for change in changes)
+            # PyTorch makes no zeros that nobody asks for.
+            rest = (
+                None if _is("torch") else ops.zeros_like(each)
+                for each in changes
+            )
+            return *of_tensors, *rest
 
-        return tuple(map(_identity, arguments)), gradient
+        if _is("torch"):
+            return arguments, gradient
+        return tuple(map(tf.identity, arguments)), gradient
 
     results = iter(begin(*given, *values))
     tensors = [None if each is None else next(results) for each in tensors]
     return tensors, list(results)
 
 
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor.view_as(tensor) if _is("torch") else tf.identity(tensor)
-
-
-def _target(variable: Any) -> Any:
+def _targets(variables: Sequence[Any]) -> list[Any]:
     """What a backward pass adds to; `None` in a `keras.StatelessScope`."""
-    target = variable.value
+    targets = [variable.value for variable in variables]
     if _is("tensorflow"):
-        return target if isinstance(target, tf.Variable) else None
+        return [
+            each if isinstance(each, tf.Variable) else None for each in targets
+        ]
     # In a scope an assigned tensor is the value; outside it is copied.
-    value = target.detach().clone()
-    variable.assign(value)
-    return None if variable.value is value else target
+    value = targets[0].detach().clone()
+    variables[0].assign(value)
+    if variables[0].value is value:
+        return [None] * len(targets)
+    return targets
 
 
 def _after_adding(
@@ -961,7 +1062,7 @@ def _after_adding(
         change = ops.cast(change, target.dtype)
         if old is not None:
             new = ops.cast(old, target.dtype) + change - target
-            change = ops.where(change == 0, ops.zeros_like(change), new)
+            change = ops.where(change == 0, 0.0, new)
         if _is("torch"):
             with torch.no_grad():
                 target.add_(change)

@@ -6,29 +6,16 @@ channel axis, or a group axis and the channel axis. Parameters (scales,
 offsets) are vectors of one value a channel, or have that shape too.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import ops
+
+from keras_renorm.operations import Tensor, ops
 
 # Below what counts, where it stands for no element: not infinite, or
 # `tf.debugging.enable_check_numerics` would stop at it.
 LEAST = float(np.finfo("float32").min)
-
-# Of any backend; there is no type that fits all of them.
-Tensor = Any
-
-
-# Of float64, Keras's `maximum` and `minimum` give float32 on PyTorch.
-def at_least(value: Any, least: Any) -> Any:
-    """The larger of two, elementwise."""
-    least = least * ops.ones_like(value)
-    return ops.where(value < least, least, value)
-
-
-def at_most_one(value: Any) -> Any:
-    """The smaller of a value and 1, elementwise."""
-    return ops.where(value > 1.0, ops.ones_like(value), value)
 
 
 class Moments(NamedTuple):
@@ -259,12 +246,11 @@ def renorm_correction(
     stddev = ops.sqrt(moving_variance + epsilon)
     r = ops.sqrt(variance + epsilon) / stddev
     d = (mean - moving_mean) / stddev
-    # Not `minimum` and `maximum`: of float64 they give float32 on PyTorch.
     r = ops.clip(r, 1 / r_max, r_max)
     d = ops.clip(d, -d_max, d_max)
     if has_elements is not True:
-        r = ops.where(has_elements, r, ops.ones_like(r))
-        d = ops.where(has_elements, d, ops.zeros_like(d))
+        r = ops.where(has_elements, r, 1.0)
+        d = ops.where(has_elements, d, 0.0)
     return ops.stop_gradient(r), ops.stop_gradient(d)
 
 
@@ -317,6 +303,11 @@ class Feedback(NamedTuple):
     def accumulators(self) -> tuple[Tensor, ...]:
         """What a step adds to."""
         return self[:6]
+
+    def with_accumulators(self, values: Iterable[Tensor]) -> "Feedback":
+        """The same with these in the place of its accumulators."""
+        fields: list[Any] = [*values, *self[6:]]
+        return Feedback(*fields)
 
 
 class Parameters(NamedTuple):
@@ -420,9 +411,6 @@ def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
     # Each slice would be four nodes of a graph, in each layer.
     begin_steps, end_steps = ops.unstack(limits.steps, num=2, axis=1)
     values = ops.cast(limits.values, dtype)
-    lowest = ops.convert_to_tensor([[1.0], [0.0]], dtype=dtype)
-    # Not `maximum`: of float64 it gives float32 on PyTorch.
-    values = ops.where(values < lowest, lowest, values)
     initial_values, final_values = ops.unstack(values, num=2, axis=1)
     r_max, d_max = ops.unstack(
         interpolate(
@@ -434,25 +422,27 @@ def current_limits(limits: Limits, dtype: str) -> tuple[Tensor, Tensor]:
         ),
         num=2,
     )
-    return r_max, d_max
+    return ops.maximum(r_max, 1.0), ops.maximum(d_max, 0.0)
 
 
 def respond(
-    moments: Moments, state: State, total: Moments | None = None
+    moments: Moments,
+    state: State,
+    limits: tuple[Tensor, Tensor] | None,
+    total: Moments | None = None,
 ) -> Response:
     """The correction by the moving statistics before a step, and the new ones.
 
     Both use the one value that is passed in: a graph may order a second read
     of a variable after its assignment. `moments` are what a step normalizes
-    with; `total`, where the batch has several groups of them, are those of
-    the whole. A channel where the latter are not finite, or are of no element,
-    keeps its moving statistics: one NaN would stay in them always.
+    with; `limits` are r_max and d_max of the step, or `None`; `total`, where
+    the batch has several groups of them, are those of the whole. A channel
+    where the latter are not finite, or are of no element, keeps its moving
+    statistics: one NaN would stay in them always.
     """
     moving_mean, moving_variance = state.moving_mean, state.moving_variance
-    limits = state.limits
     r = d = None
     if limits is not None:
-        r_max, d_max = current_limits(limits, moving_mean.dtype)
         r, d = renorm_correction(
             moments.mean,
             moments.variance,
@@ -460,8 +450,7 @@ def respond(
             moving_mean,
             moving_variance,
             state.epsilon,
-            r_max,
-            d_max,
+            *limits,
         )
     total = moments if total is None else total
     mean, variance, has_elements = total.mean, total.variance, total.count > 0

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_renorm import backend, operators
 from keras_renorm.backend import tf
-from keras_renorm.functional import Tensor
+from keras_renorm.operations import Tensor
 from keras_renorm.operators import FusedOperators
 
 # The fused operators sum in float32 over the whole tensor; where |mean| is

@@ -7,16 +7,11 @@ steps have seen.
 
 from typing import Any, NamedTuple
 
-from keras import ops
-
 from keras_renorm.functional import (
+    Feedback,
     Moments,
-    Response,
-    State,
-    Tensor,
-    at_least,
-    at_most_one,
 )
+from keras_renorm.operations import Tensor, ops
 
 AGREEMENT_MOMENTUM = 0.98
 # Means of batches scatter more from step to step than gradients do.
@@ -64,10 +59,9 @@ def openness(agreement: Any, gate: Gate) -> Any:
     where successive gradients point the same way, as where data are sorted.
     """
     whole = gate.between + gate.within
-    known = whole > 0
-    share = gate.between / ops.where(known, whole, ops.ones_like(whole))
-    share = ops.where(known, share, ops.zeros_like(share))
-    inverse = at_least(_mean(agreement), share)
+    # None of it is 0, not a number.
+    share = gate.between / ops.where(whole > 0, whole, 1.0)
+    inverse = ops.maximum(_mean(agreement), share)
     excess = _switch(gate.examples * inverse, HALF_OPEN_EXAMPLES) * _switch(
         inverse, LEAST_WORTH
     )
@@ -78,7 +72,7 @@ def openness(agreement: Any, gate: Gate) -> Any:
 
 def _switch(value: Any, half: float) -> Any:
     """H above, of what is negative 0."""
-    ratio = at_least(value / half, 1e-6)
+    ratio = ops.maximum(value / half, 1e-6)
     return ops.sigmoid(STEEPNESS * ops.log(ratio))
 
 
@@ -117,7 +111,7 @@ def observe_agreement(observation: Observation, otherwise: Tensor) -> Tensor:
         observation.examples, observation.square.dtype
     )
     arrives = square > 0
-    divisor = ops.where(arrives, square, ops.ones_like(square))
+    divisor = ops.where(arrives, square, 1.0)
     agreement = ops.square(observation.offset) / divisor
     return ops.where(arrives, agreement, otherwise)
 
@@ -133,37 +127,32 @@ def share_of(examples: Tensor, gate: Tensor) -> Tensor:
     The last batch of an epoch may hold one example, whose mean gradient is that
     of none before. 1 for batches of the usual number and more.
     """
-    _, _, usual, _ = ops.unstack(ops.stop_gradient(gate), 4)
+    _, _, usual, _ = ops.unstack(gate, 4)
     examples = _mean(ops.cast(examples, usual.dtype))
-    return at_most_one(examples / at_least(usual, 1e-6))
+    return ops.minimum(examples / ops.maximum(usual, 1e-6), 1.0)
 
 
 def measure(
     moments: Moments,
-    state: State,
-    response: Response,
+    feedback: Feedback,
+    variance: Tensor,
     observation: Observation,
     gradient: Tensor,
     valid: Tensor,
     share: Tensor,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Changes of what the gate goes by, and where they are valid."""
-    feedback: Any = state.feedback
-    *_, gate, last_mean, last_gradient = map(
-        ops.stop_gradient, feedback.accumulators
-    )
-    averages = Gate(*ops.unstack(gate, 4))
-    mean, variance = moments.mean, moments.variance
-    known = ops.where(moments.count > 0, ops.isfinite(mean + variance), False)
-    # At first the moving variance may be far below that of the data.
-    variance = at_least(variance, response.moving_variance) + state.epsilon
+    """Changes of what the gate goes by, and where they are valid.
+
+    `variance` is what scatter is measured in, σ_B² + ε; or σ² + ε where that
+    is more: at first the moving variance may be far below that of the data.
+    """
+    averages = Gate(*ops.unstack(feedback.gate, 4))
+    mean = moments.mean
+    known = ops.logical_and(ops.isfinite(mean + variance), moments.count > 0)
     examples = ops.cast(observation.examples, mean.dtype)
-    within = observation.scatter / at_least(examples, 1.0)
-    between = 0.5 * ops.square(mean - last_mean)
-    direction, arrives = _direction(gradient)
-    last_direction, arrived = _direction(last_gradient)
-    arrives = ops.logical_and(arrives, arrived)
-    cosine = ops.sum(direction * last_direction)
+    within = observation.scatter / ops.maximum(examples, 1.0)
+    between = 0.5 * ops.square(mean - feedback.last_mean)
+    cosine, arrives = _cosine(gradient, feedback.last_gradient)
     is_first = averages.examples == 0
     seen = Gate(
         ops.where(is_first, averages.between, _mean(between / variance)),
@@ -171,36 +160,32 @@ def measure(
         _mean(examples),
         ops.where(arrives, cosine, averages.persistence),
     )
-    change = ops.stack(
-        [
-            (1.0 - momentum) * (new - old) * weight
-            for momentum, new, old, weight in zip(
-                (SCATTER_MOMENTUM,) * 2 + (AGREEMENT_MOMENTUM,) * 2,
-                seen,
-                averages,
-                # Another number of examples is seen at once.
-                (share, share, 1.0, share),
-                strict=True,
-            )
-        ]
+    slow = (1.0 - SCATTER_MOMENTUM) * share
+    fast = (1.0 - AGREEMENT_MOMENTUM) * share
+    # Another number of examples is seen at once.
+    at_once = ops.ones_like(share) * (1.0 - AGREEMENT_MOMENTUM)
+    change = ops.stack([slow, slow, at_once, fast]) * (
+        ops.stack(list(seen)) - feedback.gate
     )
     return [
         (ops.logical_and(ops.all(known), ops.isfinite(change)), change),
-        (known, share * (mean - last_mean)),
+        (known, share * (mean - feedback.last_mean)),
         (
             ops.logical_and(valid, ops.any(gradient != 0)),
-            share * (gradient - last_gradient),
+            share * (gradient - feedback.last_gradient),
         ),
     ]
 
 
-def _direction(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """A vector of length 1, and whether there is one: of 0 there is none."""
+def _cosine(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """That of two vectors, and whether there is one: of 0 there is none."""
+    pair = ops.stack([one, other])
     # Before it is squared: that of 1e-20 is 0 in float32.
-    size = ops.max(ops.abs(gradient))
-    arrives = size > 0
-    scaled = gradient / ops.where(arrives, size, ops.ones_like(size))
-    square = ops.sum(ops.square(scaled))
-    return scaled * ops.rsqrt(
-        ops.where(arrives, square, ops.ones_like(square))
-    ), arrives
+    sizes = ops.max(ops.abs(pair), axis=1, keepdims=True)
+    exists = sizes > 0
+    pair = pair / ops.where(exists, sizes, 1.0)
+    one, other = ops.unstack(pair, 2)
+    # Of what is not 0, 1 at least.
+    squares = ops.maximum(ops.sum(ops.square(pair), axis=1), 1.0)
+    first, second = ops.unstack(ops.rsqrt(squares), 2)
+    return ops.sum(one * other) * first * second, ops.all(exists)

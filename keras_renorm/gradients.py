@@ -13,17 +13,14 @@ also the idea of Yan et al. 2020, arXiv:2001.06838.
 
 from typing import Any
 
-from keras import ops
-
 from keras_renorm import backend, functional, gating, schedules
 from keras_renorm.functional import (
+    Feedback,
     Moments,
     Response,
     State,
-    Tensor,
-    at_least,
-    at_most_one,
 )
+from keras_renorm.operations import Tensor, ops
 
 # How much of the gradient is corrected at most. With all of it, the
 # statistics being held then, a U-Net trained with a constant rate diverged.
@@ -67,7 +64,11 @@ def _of_presence(moments: Moments) -> Moments:
 
 @backend.as_one_node
 def _respond(moments: Moments, state: State, total: Moments | None) -> Response:
-    response = functional.respond(moments, state, total)
+    limits: Any = None
+    if state.limits is not None:
+        dtype = state.moving_mean.dtype
+        limits = functional.current_limits(state.limits, dtype)
+    response = functional.respond(moments, state, limits, total)
     feedback = state.feedback
     if feedback is None:
         return response
@@ -81,14 +82,14 @@ def _respond(moments: Moments, state: State, total: Moments | None) -> Response:
     opening = ops.stop_gradient(opening)
     r = ops.where(is_gated, ops.power(r, opening), r)
     d = ops.where(is_gated, opening * d, d)
-    by_limits = float(feedback.corrects_by_limits) * _opening_of_limits(state)
+    by_limits = _opening_of(limits[0]) if feedback.corrects_by_limits else 0.0
     weight = weigh(feedback.agreement) * ops.where(is_gated, opening, by_limits)
     # σ_B / (σ r) is 1 where r is not clipped.
     ratio = ops.sqrt(
         (moments.variance + state.epsilon)
         / (state.moving_variance + state.epsilon)
     )
-    bound = at_most_one(ratio / r)
+    bound = ops.minimum(ratio / r, 1.0)
     return response._replace(
         r=r,
         d=d,
@@ -97,11 +98,9 @@ def _respond(moments: Moments, state: State, total: Moments | None) -> Response:
     )
 
 
-def _opening_of_limits(state: State) -> Tensor:
+def _opening_of(r_max: Tensor) -> Tensor:
     """min((r_max − 1) / 2, 1): how far limits that were given are open."""
-    limits: Any = state.limits
-    r_max, _ = functional.current_limits(limits, state.moving_mean.dtype)
-    return at_most_one((r_max - 1.0) / (OPEN_R_MAX - 1.0))
+    return ops.minimum((r_max - 1.0) / (OPEN_R_MAX - 1.0), 1.0)
 
 
 def weigh(agreement: Tensor) -> Tensor:
@@ -118,12 +117,14 @@ def weigh(agreement: Tensor) -> Tensor:
     return ops.stop_gradient(weight)
 
 
+@backend.by_numpy
 def correct(
     moments: Moments,
-    state: State,
+    feedback: Feedback,
     response: Response,
     observation: gating.Observation,
     scaling: Tensor,
+    epsilon: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The corrected gradient, in the terms of the uncorrected one.
 
@@ -149,36 +150,38 @@ def correct(
 
     Args:
         moments: Those of the batch.
-        state: Of the layer, with `feedback`.
+        feedback: What the layer remembers.
         response: What the forward pass made of both.
         observation: Of all elements that share `moments`.
         scaling: What the loss is multiplied by. Accumulators hold gradients
             of the loss itself, for a loss scale doubles and halves. 0 where
             it is not known, which counts as 1.
+        epsilon: Added to variances under the root.
 
     Returns:
         What takes the place of the two means, and the changes of
         `Feedback.accumulators`.
     """
-    feedback: Any = state.feedback
     # Constants of a second derivative.
-    accumulators = list(map(ops.stop_gradient, feedback.accumulators))
-    mean, earlier, agreement, *_ = accumulators
+    feedback = feedback.with_accumulators(
+        map(ops.stop_gradient, feedback.accumulators)
+    )
+    mean, earlier, agreement, *_ = feedback.accumulators
     gain = 1.0 - feedback.momentum
-    scaling = ops.where(scaling == 0, ops.ones_like(scaling), scaling)
+    scaling = ops.where(scaling == 0, 1.0, scaling)
     count = ops.cast(moments.count, observation.offset.dtype)
-    divisor = scaling * at_least(count, 1.0)
+    divisor = scaling * ops.maximum(count, 1.0)
     offset_mean = observation.offset / divisor
     scale_mean = observation.scale / divisor
     r: Any = response.r
     d: Any = response.d
-    stddev = ops.sqrt(moments.variance + state.epsilon)
+    stddev = ops.sqrt(moments.variance + epsilon)
     square = ops.square(r / stddev) * moments.variance + ops.square(d)  # q
     gained = gain * square
-    projection = gain * earlier / at_least(gained, 1.0)
+    projection = gain * earlier / ops.maximum(gained, 1.0)
     error = offset_mean - projection * d - gain * mean  # mean(u)
     arrived = r * scale_mean + d * offset_mean  # mean(dy z)
-    forgotten = earlier * at_most_one(gained)
+    forgotten = earlier * ops.minimum(gained, 1.0)
     valid = ops.isfinite(error + arrived + square)
     valid = ops.logical_and(valid, moments.count > 0)
     learned = (1.0 - gating.AGREEMENT_MOMENTUM) * (
@@ -201,10 +204,15 @@ def correct(
         (valid, share * (arrived - forgotten)),
         (informed, share * learned),
         *gating.measure(
-            moments, state, response, observation, offset_mean, valid, share
+            moments,
+            feedback,
+            ops.maximum(moments.variance, response.moving_variance) + epsilon,
+            observation,
+            offset_mean,
+            valid,
+            share,
         ),
     ]
     return means, [
-        ops.where(condition, change, ops.zeros_like(change))
-        for condition, change in changes
+        ops.where(condition, change, 0.0) for condition, change in changes
     ]

@@ -10,19 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
-from keras_renorm import backend, functional, gating, gradients, pooling
+from keras_renorm import aten, backend, functional, gating, gradients, pooling
 from keras_renorm.backend import tf
 from keras_renorm.functional import (
     Moments,
     Parameters,
     Response,
     State,
-    Tensor,
     Update,
 )
 from keras_renorm.fused import FusedView
+from keras_renorm.operations import Tensor, ops
 from keras_renorm.pooling import ALONE, Pool
 
 # A tensor of fewer elements is normalized with plain operations in a graph:
@@ -60,7 +59,7 @@ def choose(
     is_moving: bool = False,
     is_forward: bool = False,
 ) -> str:
-    """Which computation: "fused", "affine", "matrix", "plain" or "corrected".
+    """Which computation, by its name.
 
     - "fused": TensorFlow's fused operators, near the bandwidth limit.
     - "affine": x a + b, with moving statistics (`is_moving`) in a graph.
@@ -77,6 +76,7 @@ def choose(
       gradients that the others have.
     - "corrected": the same operations, with the corrected gradient written out
       (`is_corrected`; not in forward mode, where nothing is remembered).
+    - "aten": PyTorch's operators, on a CPU.
 
     Neither does a GPU take more examples than `LARGEST_BATCH_OF_CUDNN`.
 
@@ -86,10 +86,10 @@ def choose(
     other layout.
     """
     plain = "corrected" if is_corrected and not is_forward else "plain"
-    if not backend.has_fused_operators() or mask is not None:
+    if mask is not None or pool.virtual_batch_size is not None or is_forward:
         return plain
-    if pool.virtual_batch_size is not None or is_forward:
-        return plain
+    if not backend.has_fused_operators():
+        return "aten" if backend.has_aten(inputs) else plain
     if keras.backend.standardize_dtype(inputs.dtype) not in (
         "float32",
         "bfloat16",
@@ -197,8 +197,8 @@ def _batch_step(
         return _fused_batch(inputs, axis, state, pool)
     if path == "matrix":
         return _matrix_batch(inputs, state, pool)
-    if path == "corrected":
-        return _corrected_batch(inputs, axis, mask, state, pool)
+    if path in ("corrected", "aten"):
+        return _written_out_batch(path, inputs, axis, mask, state, pool)
     return _plain_batch(inputs, axis, mask, state, pool)
 
 
@@ -242,6 +242,8 @@ def _moving_step(
         return _written_out(path, inputs, axis, parameters, is_apart)
     if path == "fused":
         return _fused_moving(inputs, axis, parameters)
+    if path == "aten":
+        return aten.normalize_by(inputs, axis, parameters)
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
     rank = len(inputs.shape)
     centered = inputs - functional.spread(parameters.moving_mean, rank, (axis,))
@@ -443,7 +445,7 @@ def _parameter_gradients(
             gradients.append(response.r * d_scale + response.d * d_offset)
     if state.beta is not None:
         gradients.append(d_offset)
-    return gradients + changes
+    return [*gradients, *changes]
 
 
 def _taken_out(
@@ -482,10 +484,16 @@ def _taken_out(
         sums = pooling.sum_over_replicas(sums)
     if state.feedback is not None:
         return gradients.correct(
-            moments, state, response, gating.Observation(*sums), others[-1]
+            moments,
+            state.feedback,
+            response,
+            gating.Observation(*sums),
+            others[-1],
+            state.epsilon,
         )
-    count = tf.cast(moments.count, d_offset.dtype)
-    return [value * (1 / tf.maximum(count, 1)) for value in sums], []
+    count = ops.cast(moments.count, d_offset.dtype)
+    divisor = ops.maximum(count, ops.ones_like(count))
+    return [value * (1 / divisor) for value in sums], []
 
 
 def _by_example(
@@ -541,67 +549,155 @@ def _update(moved: list[Tensor]) -> Update:
     return Update(ops.stop_gradient(mean), ops.stop_gradient(variance), *probe)
 
 
-def _corrected_batch(
-    inputs: Tensor, axis: int, mask: Tensor | None, state: State, pool: Pool
-) -> tuple[Tensor, Update]:
-    """`_plain_batch` with the corrected gradient, written out.
+class PlainStep:
+    """What a training step asks of its inputs, on any axis, with a mask.
 
-    On every backend. No group has statistics of its own here; the layer sees to
-    that.
+    Attributes:
+        moments: Of the pool.
     """
-    rank = len(inputs.shape)
-    kept = (axis,)
-    axes = functional.reduction_axes(rank, kept)
-    given = _parameters(state)
-    state = backend.kept_for_gradient(state)
 
-    def selected(values: Tensor) -> Tensor:
-        if mask is None:
+    def __init__(
+        self,
+        inputs: Tensor,
+        axis: int,
+        mask: Tensor | None,
+        state: State,
+        pool: Pool,
+    ) -> None:
+        self._axis, self._mask = axis, mask
+        self._rank = len(inputs.shape)
+        self._axes = functional.reduction_axes(self._rank, (axis,))
+        self._centered, self.moments = pooling.batch_moments(
+            inputs, (axis,), mask, state.moving_mean, pool
+        )
+        self._rsigma = ops.rsqrt(self.moments.variance + state.epsilon)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return functional.spread(values, self._rank, (self._axis,))
+
+    def _selected(self, values: Tensor) -> Tensor:
+        if self._mask is None:
             return values
-        return ops.where(mask, values, ops.zeros_like(values))
+        return ops.where(self._mask, values, ops.zeros_like(values))
 
-    def spread(values: Tensor) -> Tensor:
-        return functional.spread(values, rank, kept)
+    def _scaled(self, scale: Tensor | None) -> Tensor:
+        return self._rsigma if scale is None else self._rsigma * scale
+
+    def outputs(self, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+        """x̂ times scale plus offset."""
+        return functional.scale_and_offset(
+            self._centered, (self._axis,), self._scaled(scale), offset
+        )
+
+    def sums(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ dy x̂ and Σ dy."""
+        upstream = self._selected(upstream)
+        normalized = self._selected(self._centered) * self._spread(self._rsigma)
+        return (
+            ops.sum(upstream * normalized, self._axes),
+            ops.sum(upstream, self._axes),
+        )
+
+    def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient's sums of each example, and more; see `_taken_out`."""
+        return _by_example_of_any(
+            self._selected(upstream),
+            self._selected(self._centered),
+            self._axis,
+            self._mask,
+        )
+
+    def inputs_gradient(
+        self,
+        upstream: Tensor,
+        scale: Tensor | None,
+        offset_mean: Tensor,
+        scale_mean: Tensor,
+    ) -> Tensor:
+        """Scale / σ_B (dy − offset_mean − x̂ scale_mean)."""
+        normalized = self._selected(self._centered) * self._spread(self._rsigma)
+        return self._selected(
+            self._spread(self._scaled(scale))
+            * (
+                self._selected(upstream)
+                - self._spread(offset_mean)
+                - normalized * self._spread(scale_mean)
+            )
+        )
+
+
+def _step_of(
+    path: str,
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    state: State,
+    pool: Pool,
+) -> Any:
+    """Plain operations where these are differentiated, or a mean is large."""
+    if path == "aten" and not backend.records_operations():
+        step = aten.AtenStep(inputs, axis, state, pool)
+        if step.is_accurate:
+            return step
+    inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
+    return PlainStep(inputs, axis, mask, state, pool)
+
+
+def _written_out_batch(
+    path: str,
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    state: State,
+    pool: Pool,
+) -> tuple[Tensor, Update]:
+    """`_plain_batch` with its gradient, or the corrected one, written out.
+
+    No group has statistics of its own here; the layer sees to that.
+    """
+    given = _parameters(state)
+    kept = backend.kept_for_gradient(state)
+    if state.feedback is not None:
+        # The gradient is a sum then, too coarse in 16 bits.
+        inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
 
     @backend.custom_gradient
     def step(x: Tensor, *parameters: Tensor) -> Any:
-        own = _with_parameters(state, parameters)
-        centered, moments = pooling.batch_moments(
-            x, kept, mask, own.moving_mean, pool
-        )
+        own = _with_parameters(kept, parameters)
+        run = _step_of(path, x, axis, mask, own, pool)
+        moments = run.moments
         response = gradients.respond(moments, own)
-        rsigma = ops.rsqrt(moments.variance + own.epsilon)
-        factor, offset = _renormalized(own, response)
-        scale = rsigma * factor
-        outputs = functional.scale_and_offset(centered, kept, scale, offset)
+        scale, offset = _renormalized(own, response)
 
         def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            upstream, values = selected(upstream), selected(centered)
-            normalized = values * spread(rsigma)
-            d_offset = ops.sum(upstream, axes)
-            d_scale = ops.sum(upstream * normalized, axes)
-            (offset_mean, scale_mean), changes = _taken_out(
-                d_offset,
-                d_scale,
-                lambda: _by_example_of_any(upstream, values, axis, mask),
-                others,
-                moments,
-                own,
-                response,
-                pool,
-            )
-            d_x = spread(_backward_scale(scale, response)) * (
-                upstream - spread(offset_mean) - normalized * spread(scale_mean)
-            )
-            return selected(d_x), *_parameter_gradients(
+            changes: list[Tensor] = []
+            if state.feedback is None and isinstance(run, aten.AtenStep):
+                d_x, d_scale, d_offset = run.gradients(upstream, scale)
+            else:
+                d_scale, d_offset = run.sums(upstream)
+                (offset_mean, scale_mean), changes = _taken_out(
+                    d_offset,
+                    d_scale,
+                    lambda: run.by_example(upstream),
+                    others,
+                    moments,
+                    own,
+                    response,
+                    pool,
+                )
+                d_x = run.inputs_gradient(
+                    upstream,
+                    _backward_scale(scale, response),
+                    offset_mean,
+                    scale_mean,
+                )
+            return d_x, *_parameter_gradients(
                 own, response, d_scale, d_offset, changes
             )
 
-        return (outputs, *_moved(response)), gradient
+        return (run.outputs(scale, offset), *_moved(response)), gradient
 
-    outputs, *moved = step(
-        ops.cast(inputs, statistics_dtype(inputs.dtype)), *given
-    )
+    outputs, *moved = step(inputs, *given)
     return outputs, _update(moved)
 
 
@@ -614,11 +710,7 @@ def _with_parameters(state: State, values: Sequence[Tensor]) -> State:
     )
     feedback = state.feedback
     if feedback is not None:
-        feedback = functional.Feedback(
-            # Whatever is differentiated, they are constants.
-            *map(ops.stop_gradient, rest),
-            *feedback[len(feedback.accumulators) :],
-        )
+        feedback = feedback.with_accumulators(rest)
     return state._replace(gamma=gamma, beta=beta, feedback=feedback)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras_renorm import backend
 from keras_renorm.backend import tf
-from keras_renorm.functional import Tensor
+from keras_renorm.operations import Tensor
 
 
 class FusedOperators:

@@ -9,11 +9,10 @@ sums over everything that they were pooled over.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from keras import ops
-
 from keras_renorm import backend, functional
 from keras_renorm.backend import tf
-from keras_renorm.functional import Moments, Tensor
+from keras_renorm.functional import Moments
+from keras_renorm.operations import Tensor, ops
 
 # A pooled variance is a difference of float64 numbers of the size of the
 # squared distance between the replicas' means and the moving mean. Below

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
-from keras_renorm.functional import State, Tensor
+from keras_renorm.functional import State
+from keras_renorm.operations import Tensor, ops
 
 # So many calls of `keras.remat`, the last ones, are remembered by a layer.
 MOST_CALLS = 64

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_renorm import arguments, kernels
-from keras_renorm.functional import Tensor
+from keras_renorm.operations import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_renorm import (
     arguments,
@@ -17,7 +16,7 @@ from keras_renorm import (
     pooling,
     recomputation,
 )
-from keras_renorm.functional import Tensor
+from keras_renorm.operations import Tensor, ops
 from keras_renorm.pooling import Pool
 
 

@@ -5,11 +5,10 @@ from typing import Any, ClassVar, Literal
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_renorm import arguments, backend, functional, gating, schedules
-from keras_renorm.functional import Tensor
 from keras_renorm.layers.batch_normalization import BatchNormalization
+from keras_renorm.operations import Tensor, ops
 from keras_renorm.schedules import LinearRamp
 
 # Of the accumulators; see `functional.Feedback`.
@@ -374,10 +373,11 @@ class BatchRenormalization(BatchNormalization):
         """
         if not self.is_gated or self.gate is None:
             return 1.0
-        agreement, gate = map(
-            backend.to_numpy, (self.gradient_agreement, self.gate)
+        agreement, gate = (
+            backend.read(weight, weight.dtype)
+            for weight in (self.gradient_agreement, self.gate)
         )
-        opening = gating.openness(agreement, gating.Gate(*gate))
+        opening = gating.openness(agreement, gating.Gate(*ops.unstack(gate, 4)))
         return float(backend.to_numpy(opening))
 
     def current_step(self) -> int:

@@ -12,10 +12,10 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import backend, functional, kernels
-from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.feeding import Feed, Feeder
 from keras_renorm.models.finding import describe
+from keras_renorm.operations import Tensor
 
 # Batch means that scatter by this much of the standard deviation of all data,
 # where batches are no random draws. A smaller scatter harms there: what the

@@ -12,7 +12,6 @@ import numpy as np
 from keras import ops
 
 from keras_renorm import arguments, backend, functional
-from keras_renorm.functional import Tensor
 from keras_renorm.models.arrays import examples_of
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.feeding import Feed
@@ -35,6 +34,7 @@ from keras_renorm.models.passes import (
     f_of_batches,
     reached_layers,
 )
+from keras_renorm.operations import Tensor
 
 
 def recalibrate(

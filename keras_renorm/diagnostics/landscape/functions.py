@@ -18,7 +18,7 @@ from keras_renorm.diagnostics.landscape.objective import (
     Objective,
     checked_step_sizes,
 )
-from keras_renorm.functional import Tensor
+from keras_renorm.operations import Tensor
 
 Arrays = list[np.ndarray]
 

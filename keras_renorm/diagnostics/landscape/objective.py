@@ -10,10 +10,10 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm import arguments, backend, kernels
-from keras_renorm.functional import Tensor
 from keras_renorm.models.arrays import check_inputs
 from keras_renorm.models.finding import find_layers, names_of, own_variables
 from keras_renorm.models.graphs import kept
+from keras_renorm.operations import Tensor
 
 
 class Objective:

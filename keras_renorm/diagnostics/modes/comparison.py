@@ -12,7 +12,6 @@ from keras_renorm import functional, kernels, pooling
 from keras_renorm.diagnostics.modes.measurement import Gap, Measurement
 from keras_renorm.diagnostics.modes.record import Record
 from keras_renorm.diagnostics.modes.scores import Scores
-from keras_renorm.functional import Tensor
 from keras_renorm.models.batches import Batches
 from keras_renorm.models.feeding import Feed
 from keras_renorm.models.finding import Choice, built_layers, names_of
@@ -25,6 +24,7 @@ from keras_renorm.models.passes import (
     example_moments,
     reached_layers,
 )
+from keras_renorm.operations import Tensor
 
 
 class Result(NamedTuple):
