@@ -84,18 +84,12 @@ def table(head, rows, of_words=False):
 def machine_of(results):
     """On what results were measured, as a sentence."""
     machine = results["machine"]
-    where = f"an {machine.get('device')}"
+    where, key = f"an {machine.get('device')}", "jax"
     if "device" not in machine:
         where = f"{machine['cores']} cores of an {machine['processor']}"
-    backend = next(
-        f"{name} {machine[key]}"
-        for key, name in (
-            ("jax", "JAX"),
-            ("torch", "PyTorch"),
-            ("tensorflow", "TensorFlow"),
-        )
-        if key in machine
-    )
+        key = machine.get("backend", "tensorflow")
+    name = {"jax": "JAX", "torch": "PyTorch", "tensorflow": "TensorFlow"}[key]
+    backend = f"{name} {machine[key]}"
     return (
         f"Measured on {where}, {backend}, Keras {machine['keras']}, "
         f"{machine['date']}."

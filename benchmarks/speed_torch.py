@@ -189,7 +189,7 @@ def main():
     timing.write(
         path,
         {
-            "machine": timing.machine(),
+            "machine": {**timing.machine(), "backend": "torch"},
             "cases": rows,
         },
     )
