@@ -33,7 +33,8 @@ def private_names(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
             is_self = ast.unparse(node.value) in ("self", "cls")
-            is_public = node.attr.endswith("__") or node.attr == "_replace"
+            of_tuples = node.attr in ("_asdict", "_replace")
+            is_public = node.attr.endswith("__") or of_tuples
             if not (is_self or is_public or node.attr in own):
                 yield node.attr
 

@@ -8,7 +8,8 @@
 # correct outputs and gradient, and with group normalization, which knows no
 # batch; what `diagnostics.discrepancy` says of each. Then a pretrained encoder,
 # a *subclassed* model with Keras's layers, tuned in batches of two: as it is,
-# and after `convert(model, in_place=True)`.
+# and after `convert(model, in_place=True)`. Last, images too large for the
+# network, in tiles: who leaves seams?
 #
 # Images are made on the spot: disks and diamonds in front of noise, each image
 # in a light of its own. `--data pets` takes photographs of cats and dogs with
@@ -33,7 +34,7 @@ import segmentation
 from keras import layers
 
 import keras_renorm
-from keras_renorm.diagnostics import discrepancy
+from keras_renorm.diagnostics import discrepancy, tile_mismatch
 
 CLASSES = segmentation.CLASSES
 PICTURES = 3
@@ -81,7 +82,7 @@ class Encoder(keras.Model):
 
 
 def unet(encoder, normalization):
-    inputs = keras.Input(x.shape[1:])
+    inputs = keras.Input((None, None, x.shape[-1]))
     *across, up = encoder(inputs)
     for filters in FILTERS[-2::-1]:
         up = layers.Concatenate()([layers.UpSampling2D()(up), across.pop()])
@@ -97,7 +98,7 @@ def unet(encoder, normalization):
 # on batches as training uses them. Of group normalization it knows nothing.
 
 # %%
-scores, reports, pictures = {}, {}, {}
+scores, reports, pictures, networks = {}, {}, {}, {}
 
 
 def fit(model, x, y, rate, batch_size=2):
@@ -131,6 +132,7 @@ for seed in range(args.seeds):
         model = unet(Encoder(normalization), normalization)
         fit(model, x, y, 3e-3)
         judge(name, model, x, x_val, y_val)
+        networks[name] = model
 
 # %% [markdown]
 # ## A pretrained encoder
@@ -165,6 +167,29 @@ for seed in range(args.seeds):
     keras_renorm.revert(model, in_place=True)
     served = segment(model, x_val)
     assert abs(segmentation.mean_iou(served, y_val) - scores[name][-1]) < 1e-3
+
+# %% [markdown]
+# ## Large images, in tiles
+#
+# Sixteen images side by side are predicted in tiles of 32 with a halo of 24,
+# twice, the second time shifted by half a tile; `tile_mismatch` compares. It
+# also measures how far the network sees, and so how large the halo must be.
+# Group normalization takes its statistics from the tile.
+
+# %%
+large = np.concatenate(
+    [np.concatenate(list(row), axis=1) for row in np.split(x_val[:16], 4)]
+)[None]
+mismatches = {
+    name: tile_mismatch(model, large, tile=32, halo=24, verbose=False)
+    for name, model in networks.items()
+}
+lesson.table(
+    "In two tilings, of logits",
+    ("normalization", "mean difference", "largest", "what tile_mismatch says"),
+    segmentation.tile_rows(mismatches),
+)
+print(mismatches["group norm"])
 
 # %% [markdown]
 # ## Results: ranges over the seeds; the gap is that of the model's outputs
@@ -207,4 +232,5 @@ segmentation.draw(
 # %%
 if args.is_whole and args.seeds >= SEEDS:
     segmentation.check(scores, reports)
+    segmentation.check_tiles(mismatches)
     lesson.say("All claims hold")

@@ -69,6 +69,29 @@ def rows(scores, reports):
         )
 
 
+def tile_rows(mismatches):
+    """A row for each normalization: what tiles do to its predictions."""
+    for name, report in mismatches.items():
+        (output,) = report.outputs
+        yield (
+            name,
+            f"{output.tilings.mean:.2g}",
+            f"{output.tilings.largest:.2g}",
+            ", ".join(each.cause for each in report.verdicts) or "nothing",
+        )
+
+
+def check_tiles(mismatches):
+    """Seams are of group normalization alone."""
+    for name, report in mismatches.items():
+        causes = [each.cause for each in report.verdicts]
+        if name == "group norm":
+            assert causes == ["normalization by tile"], causes
+            assert report.largest > 0.1, report
+        else:
+            assert causes == [], (name, report)
+
+
 def _causes(reports):
     return {each.cause for report in reports for each in report.verdicts}
 

@@ -3,8 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -13,6 +12,7 @@ from keras import ops, tree
 
 from keras_renorm import backend, functional, kernels
 from keras_renorm.models.batches import Batches
+from keras_renorm.models.calls import replaced_calls
 from keras_renorm.models.feeding import Feed, Feeder
 from keras_renorm.models.finding import describe
 from keras_renorm.operations import Tensor
@@ -139,24 +139,6 @@ class Told:
         tensors = [ops.convert_to_tensor(each) for each in tree.flatten(found)]
         return backend.tell(receive, tensors, outputs)
 
-    @contextmanager
-    def _watching(self, layers: Sequence[Any], hook: Hook) -> Iterator[None]:
-        """Puts `hook` in the place of each layer's `call` while batches run.
-
-        At the end each `call` is what it was before, also after an exception.
-        """
-        before = {id(layer): vars(layer).get("call") for layer in layers}
-        try:
-            for layer in layers:
-                layer.call = self._hooked(layer, layer.call, hook)
-            yield
-        finally:
-            for layer in layers:
-                if before[id(layer)] is not None:
-                    layer.call = before[id(layer)]
-                elif "call" in vars(layer):
-                    del layer.call  # what the class has is there again
-
     def _hooked(
         self, layer: Any, call: Callable[..., Any], hook: Hook
     ) -> Callable[..., Any]:
@@ -240,7 +222,10 @@ class Told:
             feed = feeder(batch)
             count(feed, *self._run(function, feed))
 
-        with self._watching(layers, hook):
+        def hooked(layer: Any, call: Callable[..., Any]) -> Any:
+            return self._hooked(layer, call, hook)
+
+        with replaced_calls(layers, hooked):
             return data.read(receive, verbose)
 
 
