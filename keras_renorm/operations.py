@@ -48,10 +48,15 @@ if keras.backend.backend() == "torch":
         """
 
         abs = _either(torch.abs, np.abs)
-        all = _either(torch.all, np.all)
-        any = _either(torch.any, np.any)
+        # Methods: NumPy's functions of these names ask first, what takes as
+        # long as they do.
+        all = staticmethod(lambda x: x.all())
+        any = staticmethod(lambda x: x.any())
         cast = staticmethod(_cast)
-        clip = _either(torch.clamp, np.clip)
+        clip = _either(
+            torch.clamp,
+            lambda x, low, high: np.minimum(np.maximum(x, low), high),
+        )
         isfinite = _either(torch.isfinite, np.isfinite)
         log = _either(torch.log, np.log)
         logical_and = staticmethod(operator.and_)
@@ -65,23 +70,23 @@ if keras.backend.backend() == "torch":
         sqrt = _either(torch.sqrt, np.sqrt)
         square = _either(torch.square, np.square)
         stop_gradient = _either(torch.Tensor.detach, lambda x: x)
-        sum = _either(_sum, np.sum)
+        sum = _either(_sum, lambda x, axis=None: x.sum(axis))
         unstack = _either(
             lambda x, num=None, axis=0: torch.unbind(x, axis),
-            lambda x, num=None, axis=0: tuple(np.moveaxis(x, axis, 0)),
+            lambda x, num=None, axis=0: tuple(x.T if axis else x),
         )
         zeros_like = _either(torch.zeros_like, np.zeros_like)
 
         @staticmethod
         def max(x: Any, axis: Any = None, **named: Any) -> Any:
             if isinstance(x, np.ndarray):
-                return np.max(x, axis, **named)
+                return x.max(axis, **named)
             return keras_ops.max(x, axis, **named)
 
         @staticmethod
         def stack(values: Any) -> Any:
             is_tensor = isinstance(values[0], torch.Tensor)
-            return (torch.stack if is_tensor else np.stack)(values)
+            return (torch.stack if is_tensor else np.array)(values)
 
         @staticmethod
         def where(condition: Any, x1: Any, x2: Any) -> Any:

@@ -228,7 +228,9 @@ class GatedReference(CorrectedReference):
         excess = self.switch(examples * worth, "examples")
         excess *= self.switch(worth, "least")
         measured = 1 - (1 - self.switch(worth, "worth")) * (1 - excess)
-        return measured * (1 - self.switch(persistence, "persistence"))
+        few = self.switch(1 / max(examples, 1), "worth")
+        persists = self.switch(persistence, "persistence") * (1 - few)
+        return measured * (1 - persists)
 
     def gated_step(self, rows, upstream, examples=None):
         """As `step`, by the gate and the default limits."""

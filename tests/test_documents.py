@@ -221,7 +221,10 @@ def test_formulas_have_the_numbers_of_the_code(text):
     assert f"H(worth, {gating.HALF_OPEN_WORTH:g}))" in text
     examples = f"H(n worth, {gating.HALF_OPEN_EXAMPLES:g})"
     assert f"{examples} H(worth, {gating.LEAST_WORTH:g})))" in text
-    assert f"H(persistence, {gating.HALF_SHUT_PERSISTENCE:g}))" in text
+    persists = f"H(persistence, {gating.HALF_SHUT_PERSISTENCE:g})"
+    assert f"{persists} (1 - H(1 / n, {gating.HALF_OPEN_WORTH:g})))" in (
+        text.replace("−", "-")
+    )
     raised = f"{gating.STEEPNESS:g}".translate(
         str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
     )

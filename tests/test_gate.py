@@ -635,6 +635,9 @@ def test_any_state_opens_the_gate_somewhere_from_0_to_1(
         ((0.01, 0.0, 1.0, 256.0, 0.0), 0.0),
         # Sorted.
         ((1.0, 1.0, 0.0, 16.0, 0.9), 0.0),
+        # One or two examples are few in whatever order they come.
+        ((0.7, 0.5, 0.5, 2.0, 0.9), 1.0),
+        ((1.0, 1.0, 0.0, 1.0, 0.9), 1.0),
         # Opposite gradients are none that persist.
         ((1.0, 1.0, 0.0, 16.0, -0.9), 1.0),
         # Nothing is known, and nothing scatters.
@@ -653,7 +656,7 @@ def test_where_the_gate_is_open(state, expected):
         ("HALF_OPEN_WORTH", lambda half: (0.0, half, 1 - half, 0.01, 0.0)),
         ("HALF_OPEN_EXAMPLES", lambda half: (0.1, 0.0, 1.0, half * 10, 0.0)),
         ("LEAST_WORTH", lambda half: (half, 0.0, 1.0, 1000.0, 0.0)),
-        ("HALF_SHUT_PERSISTENCE", lambda half: (1.0, 0.0, 1.0, 1.0, half)),
+        ("HALF_SHUT_PERSISTENCE", lambda half: (1.0, 0.0, 1.0, 16.0, half)),
     ],
 )
 def test_it_is_half_open_at_its_constants(name, state):

@@ -43,7 +43,7 @@ class FreezeStatistics(keras.callbacks.Callback):
 
     **`BatchRenormalization()` does not need it.** The layer alone is within a
     standard deviation of it on digits of one class, and ahead on cluttered
-    ones, 0.760 -> 0.880 with one class and 0.414 -> 0.702 with one image
+    ones, 0.760 -> 0.880 with one class and 0.414 -> 0.691 with one image
     (`--only regimes_cluttered`).
 
     At the first epoch of that part the training step is traced again, once

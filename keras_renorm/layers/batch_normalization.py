@@ -76,7 +76,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     **When.** For i.i.d. batches of four examples and more.
     `BatchRenormalization` is the same there, and corrects where batches are of
-    fewer, or of one class: with two, 0.780 -> 0.840 on cluttered digits, means
+    fewer, or of one class: with two, 0.780 -> 0.844 on cluttered digits, means
     of ten seeds (`python -m benchmarks.quality --only regimes_cluttered`).
 
     **Virtual batches.** With a `virtual_batch_size`, training normalizes each

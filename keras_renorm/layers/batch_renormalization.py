@@ -53,7 +53,7 @@ class BatchRenormalization(BatchNormalization):
     **How far** is one number of the layer, `layer.current_correction()`:
 
         g = (1 - (1 - H(worth, 0.35)) (1 - H(n worth, 1.7) H(worth, 0.05)))
-            * (1 - H(persistence, 0.4))
+            * (1 - H(persistence, 0.4) (1 - H(1 / n, 0.35)))
         H(x, h) = x¹² / (x¹² + h¹²)
         worth = max(mean_c agreement, between / (between + within))
         between = mean_c ½ (batch_mean - the last batch_mean)² / sigma²
