@@ -200,18 +200,18 @@ print(mismatches["group norm"])
 # | --- | --- | --- |
 # | Keras BN | 0.34 to 0.40 | 0.71 to 0.85 |
 # | Algorithm 1 | 0.50 to 0.53 | 0.01 |
-# | renorm | 0.49 to 0.54 | up to 0.01 |
+# | renorm | 0.46 to 0.51 | 0.01 to 0.03 |
 # | group norm | 0.52 to 0.55 | - |
 # | tuned: Keras BN | 0.55 to 0.78 | 0.30 to 0.62 |
 # | tuned: Algorithm 1 | 0.77 to 0.82 | up to 0.01 |
-# | tuned: renorm | 0.78 to 0.83 | below 0.01 |
+# | tuned: renorm | 0.76 to 0.82 | 0.01 to 0.02 |
 #
 # From the start, group normalization is a little ahead of renormalization. A
 # pretrained encoder has no choice: it keeps the normalization that it was
 # trained with, and tuning it under renormalization serves it best. Of Keras's
 # networks `discrepancy` says that batches are too small. Of the others it says
 # that moving averages lag: with a momentum of 0.95 they know about forty
-# images. What that costs is the gap, and that is a hundredth.
+# images. What that costs is the gap, of one to three hundredths.
 
 # %%
 lesson.table(
