@@ -46,11 +46,16 @@ def elsewhere(tmp_path_factory):
     return of
 
 
+def results(folder):
+    with np.load(folder / "results.npz") as file:
+        return dict(file)
+
+
 @pytest.mark.parametrize("name", gated_steps.SCENARIOS)
 @pytest.mark.parametrize("backend", OTHERS)
 def test_ten_steps_are_those_of_another_backend(backend, name, elsewhere):
     function, tolerance = gated_steps.SCENARIOS[name]
-    expected = np.load(elsewhere(backend) / "results.npz")
+    expected = results(elsewhere(backend))
     for key, value in function().items():
         other = expected[f"{name}: {key}"]
         known = np.isfinite(other)
@@ -67,7 +72,7 @@ def test_ten_steps_are_those_of_another_backend(backend, name, elsewhere):
 
 @pytest.mark.parametrize("backend", OTHERS)
 def test_a_file_of_another_backend_loads(backend, elsewhere, tmp_path):
-    expected = np.load(elsewhere(backend) / "results.npz")
+    expected = results(elsewhere(backend))
     model = keras.saving.load_model(elsewhere(backend) / "model.keras")
     names = []
     for key, value in gated_steps.weights_of(model).items():

@@ -137,14 +137,18 @@ def test_the_gap_is_what_discrepancy_measures(kind, rng):
 
 def shut(layer, correction):
     """As if the layer had measured that batches want so much correction."""
-    # Half shut by the persistence of gradients, or wide open.
-    persistence = gating.HALF_SHUT_PERSISTENCE if correction else 1.0
-    layer.gate.assign([1.0, 1e-3, 1.0, persistence])
+    # So far shut by the persistence of gradients.
+    persistence = 1.0
+    if correction:
+        odds = (1 - correction) / correction
+        persistence = gating.HALF_SHUT_PERSISTENCE
+        persistence *= odds ** (1 / gating.STEEPNESS)
+    layer.gate.assign([1.0, 1e-3, 8.0, persistence])
     layer.step.assign(float(layer.r_max.end_step) * 2)
     assert layer.current_correction() == pytest.approx(correction, abs=1e-3)
 
 
-@pytest.mark.parametrize("correction", [0.0, 0.5])
+@pytest.mark.parametrize("correction", [0.0, 0.4])
 def test_a_layer_that_measures_corrects_as_far_as_it_does(correction, rng):
     """What it applies is r**g and g d, not what its limits allow."""
     model = networks.randomize(network(BatchRenormalization), rng)
