@@ -32,6 +32,30 @@ class GroupNormalization(keras.layers.GroupNormalization):
         return super().call(inputs)
 
 
+def layers_of(dtype):
+    """Name to layer alone, each with its own state."""
+    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
+    kinds = {
+        "Keras 3 BN": (keras.layers.BatchNormalization, {}),
+        "Keras 3 renorm": (
+            keras.layers.BatchNormalization,
+            {"renorm": True, "renorm_clipping": CLIPPING},
+        ),
+        "our BN": (keras_renorm.BatchNormalization, {}),
+        "our renorm": (
+            keras_renorm.BatchRenormalization,
+            {"gradient_momentum": None},
+        ),
+        "our renorm, corrected": (keras_renorm.BatchRenormalization, {}),
+    }
+    if not HAS_RIVAL:
+        del kinds["Keras 3 renorm"]
+    return {
+        name: kind(dtype=policy, **arguments)
+        for name, (kind, arguments) in kinds.items()
+    }
+
+
 def application(name, size):
     """A network of `keras.applications`, untrained."""
     return getattr(keras.applications, name)(

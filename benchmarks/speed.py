@@ -15,7 +15,6 @@ Prints tables; writes JSON and a picture into `--output`.
 """
 
 import argparse
-import contextlib
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import timing
-from networks_made import CLIPPING
+from networks_made import CLIPPING, layers_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -56,20 +55,9 @@ OURS = ("our BN", "our renorm", "our renorm, corrected")
 
 def contenders(dtype):
     """Name to layer; each with its own state."""
-    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
-    layers = {BASELINE: keras.layers.BatchNormalization(dtype=policy)}
-    with contextlib.suppress(ValueError):  # before Keras 3.14
-        layers["Keras 3 renorm"] = keras.layers.BatchNormalization(
-            renorm=True, renorm_clipping=CLIPPING, dtype=policy
-        )
-    layers["our BN"] = keras_renorm.BatchNormalization(dtype=policy)
-    layers["our renorm"] = keras_renorm.BatchRenormalization(
-        gradient_momentum=None, dtype=policy
-    )
-    layers["our renorm, corrected"] = keras_renorm.BatchRenormalization(
-        dtype=policy
-    )
+    layers = layers_of(dtype)
     if tf_keras is not None:
+        policy = layers[BASELINE].dtype_policy.name
         layers["Keras 2 BN"] = tf_keras.layers.BatchNormalization(dtype=policy)
         layers["Keras 2 renorm"] = tf_keras.layers.BatchNormalization(
             renorm=True, renorm_clipping=CLIPPING, dtype=policy

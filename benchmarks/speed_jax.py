@@ -15,22 +15,18 @@ Prints a table and writes JSON into `--output`.
 """
 
 import argparse
-import contextlib
 import os
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax
-import keras
 import timing
 from chains import chain, compiled
-from networks_made import CLIPPING
+from networks_made import layers_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-
-import keras_renorm
 
 SHAPES = {
     "conv 256x56x56x64": (256, 56, 56, 64),
@@ -47,16 +43,9 @@ TENSORS = {"train": 9, "inference": 2}
 
 
 def contenders(dtype):
-    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
-    layers = {BASELINE: keras.layers.BatchNormalization(dtype=policy)}
-    with contextlib.suppress(ValueError):  # before Keras 3.14
-        layers["Keras 3 renorm"] = keras.layers.BatchNormalization(
-            renorm=True, renorm_clipping=CLIPPING, dtype=policy
-        )
-    layers["our BN"] = keras_renorm.BatchNormalization(dtype=policy)
-    layers["our renorm"] = keras_renorm.BatchRenormalization(
-        gradient_momentum=None, dtype=policy
-    )
+    layers = layers_of(dtype)
+    # A loop of its own would have to add what that remembers.
+    del layers["our renorm, corrected"]
     return layers
 
 

@@ -12,22 +12,18 @@ Prints tables and writes JSON into `--output`.
 """
 
 import argparse
-import contextlib
 import os
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-import keras
 import numpy as np
 import timing
 import torch
-from networks_made import CLIPPING
+from networks_made import contenders, layers_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-
-import keras_renorm
 
 SHAPES = {
     "conv 32x56x56x64": (32, 56, 56, 64),
@@ -40,23 +36,14 @@ SHAPES = {
 }
 NETWORKS = {"ResNet50": 64, "MobileNetV2": 96}
 BASELINE = "Keras 3 BN"
-
-
-def contenders(dtype):
-    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
-    layers = {BASELINE: keras.layers.BatchNormalization(dtype=policy)}
-    with contextlib.suppress(ValueError):  # before Keras 3.14
-        layers["Keras 3 renorm"] = keras.layers.BatchNormalization(
-            renorm=True, renorm_clipping=CLIPPING, dtype=policy
-        )
-    layers["our BN"] = keras_renorm.BatchNormalization(dtype=policy)
-    layers["our renorm"] = keras_renorm.BatchRenormalization(
-        gradient_momentum=None, dtype=policy
-    )
-    layers["our renorm, default"] = keras_renorm.BatchRenormalization(
-        dtype=policy
-    )
-    return layers
+# By their names in networks.py.
+NETWORK_CONTENDERS = (
+    "Keras BN",
+    "Keras renorm",
+    "our BN",
+    "our renorm",
+    "our renorm, corrected",
+)
 
 
 class OwnOfTorch(torch.nn.Module):
@@ -93,7 +80,7 @@ def run_case(shape, dtype, what, seconds):
         torch.randn(shape, generator=generator).to(getattr(torch, dtype))
         for _ in range(2)
     )
-    layers = {**contenders(dtype), "torch": OwnOfTorch(shape[-1])}
+    layers = {**layers_of(dtype), "torch": OwnOfTorch(shape[-1])}
     functions = {
         name: step_of(layer, what, inputs, upstream)
         for name, layer in layers.items()
@@ -107,25 +94,11 @@ def run_network(name, what, seconds):
     images = np.random.default_rng(0).normal(size=(16, size, size, 3))
     images = images.astype("float32")
     labels = np.arange(16) % 10
+    networks = contenders(name, size, NETWORK_CONTENDERS)
     functions = {}
-    for contender, layer in contenders("float32").items():
-        model = getattr(keras.applications, name)(
-            weights=None, classes=10, input_shape=(size, size, 3)
-        )
-        if isinstance(layer, keras_renorm.BatchNormalization):
-            model = keras_renorm.convert(
-                model,
-                type(layer),
-                **(
-                    {"gradient_momentum": layer.gradient_momentum}
-                    if contender == "our renorm"
-                    else {}
-                ),
-            )
-        elif contender != BASELINE:
-            continue
+    for contender, model in networks.items():
         model.compile("sgd", "sparse_categorical_crossentropy")
-        functions[contender] = (
+        functions[contender.replace("Keras", "Keras 3")] = (
             (lambda model=model: model.train_on_batch(images, labels))
             if what == "train"
             else (lambda model=model: model.predict_on_batch(images))

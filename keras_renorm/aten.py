@@ -90,7 +90,7 @@ class AtenStep:
         )
 
     def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `kernels.PlainStep.by_example`."""
+        """As `plain.PlainStep.by_example`."""
         first, *others = reduction_axes(self._inputs.dim(), (self._axis,))
 
         def sum_of(values: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from keras_renorm.functional import (
 )
 from keras_renorm.fused import FusedView
 from keras_renorm.operations import Tensor, ops
+from keras_renorm.plain import PlainStep, by_example_of_rows
 from keras_renorm.pooling import ALONE, Pool
 
 # A tensor of fewer elements is normalized with plain operations in a graph:
@@ -195,9 +196,7 @@ def _batch_step(
 ) -> tuple[Tensor, Update]:
     if path == "fused":
         return _fused_batch(inputs, axis, state, pool)
-    if path == "matrix":
-        return _matrix_batch(inputs, state, pool)
-    if path in ("corrected", "aten"):
+    if path != "plain":
         return _written_out_batch(path, inputs, axis, mask, state, pool)
     return _plain_batch(inputs, axis, mask, state, pool)
 
@@ -371,53 +370,6 @@ def _plain_batch(
     return outputs if len(kept) == 1 else restore(outputs), update
 
 
-def _matrix_batch(
-    inputs: Tensor, state: State, pool: Pool
-) -> tuple[Tensor, Update]:
-    """`_plain_batch` with channels last, with fewer operations each way."""
-    shape = ops.shape(inputs)
-    rows = tf.reshape(inputs, [-1, shape[-1]])
-    rows = tf.cast(rows, statistics_dtype(inputs.dtype))
-
-    @backend.custom_gradient
-    def step(x: Tensor, *_: Tensor) -> Any:
-        centered, moments = pooling.batch_moments(
-            x, (1,), None, state.moving_mean, pool
-        )
-        response = gradients.respond(moments, state)
-        rsigma = tf.math.rsqrt(moments.variance + state.epsilon)
-        factor, offset = _renormalized(state, response)
-        scale = rsigma if factor is None else rsigma * factor
-        outputs = centered * scale
-        if offset is not None:
-            outputs = outputs + offset
-
-        def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            d_offset = tf.reduce_sum(upstream, axis=0)
-            d_scale = tf.reduce_sum(upstream * centered, axis=0) * rsigma
-            (offset_mean, scale_mean), changes = _taken_out(
-                d_offset,
-                d_scale,
-                _by_example(upstream, centered, None, shape),
-                others,
-                moments,
-                state,
-                response,
-                pool,
-            )
-            d_x = _backward_scale(scale, response) * (
-                upstream - offset_mean - centered * (scale_mean * rsigma)
-            )
-            return d_x, *_parameter_gradients(
-                state, response, d_scale, d_offset, changes
-            )
-
-        return (outputs, *_moved(response)), gradient
-
-    outputs, *moved = step(rows, *_parameters(state))
-    return tf.reshape(outputs, tf.shape(inputs)), _update(moved)
-
-
 def _parameters(state: State) -> list[Tensor]:
     """What a step gives gradients of, besides the inputs."""
     values = [state.gamma, state.beta]
@@ -496,38 +448,6 @@ def _taken_out(
     return [value * (1 / divisor) for value in sums], []
 
 
-def _by_example(
-    upstream: Tensor, values: Tensor, mean: Tensor | None, shape: Sequence[Any]
-) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """What `_taken_out` asks for, of inputs that were of `shape` once.
-
-    Channels last, in the order of the inputs, none masked. `values` are inputs
-    that have this mean; `None` is 0.
-    """
-
-    def sums() -> tuple[Tensor, Tensor, Tensor]:
-        count, *others, channels = shape
-        # Not -1 elements an example: a batch may be empty.
-        elements = math.prod(others)
-
-        def sum_of(values: Tensor) -> Tensor:
-            view = tf.reshape(values, [count, elements, channels])
-            if not others:
-                return view[:, 0]
-            # A product with ones reads at the speed of a copy, `reduce_sum`
-            # over an axis in the middle at 0.6 of it on a CPU.
-            ones = tf.ones([count, 1, elements], values.dtype)
-            return tf.matmul(ones, view)[:, 0]
-
-        divisor = tf.maximum(tf.cast(elements, values.dtype), 1.0)
-        distances = sum_of(values) / divisor
-        if mean is not None:
-            distances -= mean
-        return sum_of(upstream), distances, tf.reshape(count, [1])
-
-    return sums
-
-
 def _backward_scale(scale: Tensor | None, response: Response) -> Any:
     """The scale of the gradient of the inputs, from that of the outputs."""
     if response.held is None:
@@ -549,83 +469,6 @@ def _update(moved: list[Tensor]) -> Update:
     return Update(ops.stop_gradient(mean), ops.stop_gradient(variance), *probe)
 
 
-class PlainStep:
-    """What a training step asks of its inputs, on any axis, with a mask.
-
-    Attributes:
-        moments: Of the pool.
-    """
-
-    def __init__(
-        self,
-        inputs: Tensor,
-        axis: int,
-        mask: Tensor | None,
-        state: State,
-        pool: Pool,
-    ) -> None:
-        self._axis, self._mask = axis, mask
-        self._rank = len(inputs.shape)
-        self._axes = functional.reduction_axes(self._rank, (axis,))
-        self._centered, self.moments = pooling.batch_moments(
-            inputs, (axis,), mask, state.moving_mean, pool
-        )
-        self._rsigma = ops.rsqrt(self.moments.variance + state.epsilon)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        return functional.spread(values, self._rank, (self._axis,))
-
-    def _selected(self, values: Tensor) -> Tensor:
-        if self._mask is None:
-            return values
-        return ops.where(self._mask, values, ops.zeros_like(values))
-
-    def _scaled(self, scale: Tensor | None) -> Tensor:
-        return self._rsigma if scale is None else self._rsigma * scale
-
-    def outputs(self, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-        """x̂ times scale plus offset."""
-        return functional.scale_and_offset(
-            self._centered, (self._axis,), self._scaled(scale), offset
-        )
-
-    def sums(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ dy x̂ and Σ dy."""
-        upstream = self._selected(upstream)
-        normalized = self._selected(self._centered) * self._spread(self._rsigma)
-        return (
-            ops.sum(upstream * normalized, self._axes),
-            ops.sum(upstream, self._axes),
-        )
-
-    def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient's sums of each example, and more; see `_taken_out`."""
-        return _by_example_of_any(
-            self._selected(upstream),
-            self._selected(self._centered),
-            self._axis,
-            self._mask,
-        )
-
-    def inputs_gradient(
-        self,
-        upstream: Tensor,
-        scale: Tensor | None,
-        offset_mean: Tensor,
-        scale_mean: Tensor,
-    ) -> Tensor:
-        """Scale / σ_B (dy − offset_mean − x̂ scale_mean)."""
-        normalized = self._selected(self._centered) * self._spread(self._rsigma)
-        return self._selected(
-            self._spread(self._scaled(scale))
-            * (
-                self._selected(upstream)
-                - self._spread(offset_mean)
-                - normalized * self._spread(scale_mean)
-            )
-        )
-
-
 def _step_of(
     path: str,
     inputs: Tensor,
@@ -633,14 +476,15 @@ def _step_of(
     mask: Tensor | None,
     state: State,
     pool: Pool,
+    shape: Sequence[Any] | None,
 ) -> Any:
     """Plain operations where these are differentiated, or a mean is large."""
     if path == "aten" and not backend.records_operations():
         step = aten.AtenStep(inputs, axis, state, pool)
         if step.is_accurate:
             return step
-    inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
-    return PlainStep(inputs, axis, mask, state, pool)
+        inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
+    return PlainStep(inputs, axis, mask, state, pool, shape)
 
 
 def _written_out_batch(
@@ -657,14 +501,18 @@ def _written_out_batch(
     """
     given = _parameters(state)
     kept = backend.kept_for_gradient(state)
-    if state.feedback is not None:
-        # The gradient is a sum then, too coarse in 16 bits.
+    if path != "aten" or state.feedback is not None:
+        # The corrected gradient is a sum, too coarse in 16 bits.
         inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
+    shape = None
+    if path == "matrix":
+        shape, axis = ops.shape(inputs), 1
+        inputs = tf.reshape(inputs, [-1, shape[-1]])
 
     @backend.custom_gradient
     def step(x: Tensor, *parameters: Tensor) -> Any:
         own = _with_parameters(kept, parameters)
-        run = _step_of(path, x, axis, mask, own, pool)
+        run = _step_of(path, x, axis, mask, own, pool, shape)
         moments = run.moments
         response = gradients.respond(moments, own)
         scale, offset = _renormalized(own, response)
@@ -698,6 +546,8 @@ def _written_out_batch(
         return (run.outputs(scale, offset), *_moved(response)), gradient
 
     outputs, *moved = step(inputs, *given)
+    if shape is not None:
+        outputs = tf.reshape(outputs, shape)
     return outputs, _update(moved)
 
 
@@ -712,38 +562,6 @@ def _with_parameters(state: State, values: Sequence[Tensor]) -> State:
     if feedback is not None:
         feedback = feedback.with_accumulators(rest)
     return state._replace(gamma=gamma, beta=beta, feedback=feedback)
-
-
-def _by_example_of_any(
-    upstream: Tensor, values: Tensor, axis: int, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_by_example` gives, on any axis; what is masked is 0.
-
-    Examples lie on the first axis that is not the channels'.
-    """
-    first, *others = functional.reduction_axes(len(values.shape), (axis,))
-    is_turned = first > axis
-
-    def sum_of(values: Tensor) -> Tensor:
-        sums = ops.sum(values, others)
-        return ops.transpose(sums) if is_turned else sums
-
-    sums = sum_of(upstream)
-    elements = functional.element_count(
-        values, tuple(sorted((first, axis))), mask
-    )
-    if len(elements.shape) == 2 and is_turned:
-        elements = ops.transpose(elements)
-    distances = sum_of(values) / ops.maximum(elements, ops.ones_like(elements))
-    if mask is None:
-        count = ops.cast(ops.shape(sums)[0], sums.dtype)
-        return sums, distances, ops.reshape(count, (1,))
-    # A mask of size 1 is for every example.
-    present = ops.broadcast_to(
-        elements > 0, (ops.shape(sums)[0], ops.shape(elements)[1])
-    )
-    examples = ops.sum(ops.cast(present, sums.dtype), axis=0)
-    return sums, distances, examples
 
 
 def _fused_batch(
@@ -791,7 +609,7 @@ def _fused_batch(
                 (offset_mean, scale_mean), changes = _taken_out(
                     d_offset,
                     d_scale,
-                    _by_example(upstream, x, mean, view.shape),
+                    lambda: by_example_of_rows(upstream, x, mean, view.shape),
                     others,
                     moments,
                     state,

@@ -2,7 +2,8 @@
 
 Before each operation Keras looks for symbols among the arguments and asks for
 types and devices. Where nothing makes a graph of it once and for all, that
-takes twice as long as an operation on a vector, and a step has hundreds.
+takes longer than an operation on a vector (a root of 64 numbers: 5.8 us by
+Keras, 1.5 by PyTorch, 0.7 by NumPy), and a step has hundreds.
 """
 
 import operator

@@ -9,6 +9,7 @@ import pytest
 
 from keras_renorm import BatchNormalization, BatchRenormalization, kernels
 from keras_renorm.aten import AtenStep
+from keras_renorm.plain import PlainStep
 from tests import helpers
 from tests.reference import Reference, from_rows, to_rows
 from tests.test_corrected_gradient import examples_of
@@ -167,7 +168,7 @@ def test_large_means(layer, rng, steps):
         rows.mean(0),
         1e-7,
     )
-    assert steps == [kernels.PlainStep]
+    assert steps == [PlainStep]
 
 
 def test_which_inputs_the_operators_take():

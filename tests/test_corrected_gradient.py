@@ -85,6 +85,23 @@ def stepper(layer, mask=None, wrapper="eager"):
     return WRAPPERS[wrapper](step)
 
 
+def second_derivative(layer, along, of="upstream"):
+    """That of the gradient of the inputs, of inputs or upstream."""
+
+    def second(inputs, upstream):
+        wanted = inputs if of == "inputs" else upstream
+        with tf.GradientTape() as outer:
+            outer.watch(wanted)
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                outputs = layer(inputs, training=True)
+            d_x = tape.gradient(outputs, inputs, output_gradients=upstream)
+            total = tf.reduce_sum(d_x * along)
+        return outer.gradient(total, wanted)
+
+    return second
+
+
 def accumulators(layer):
     return [helpers.to_numpy(getattr(layer, name)) for name in ACCUMULATORS]
 
@@ -504,23 +521,14 @@ def test_second_derivatives_hold_the_accumulators(wrapper, rng):
     state = {name: np.copy(getattr(reference, name)) for name in ACCUMULATORS}
     along = rng.normal(size=shape)
 
-    def second(upstream):
-        x = tf.constant(inputs)
-        with tf.GradientTape() as outer:
-            outer.watch(upstream)
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                outputs = layer(x, training=True)
-            d_x = tape.gradient(outputs, x, output_gradients=upstream)
-            total = tf.reduce_sum(d_x * along)
-        return outer.gradient(total, upstream)
-
     def first(upstream):
         for name, value in state.items():
             setattr(reference, name, value)
         return np.sum(reference.step(inputs, upstream, 2.2, 1.5)[1] * along)
 
-    actual = WRAPPERS[wrapper](second)(tf.constant(upstream))
+    actual = WRAPPERS[wrapper](second_derivative(layer, along))(
+        tf.constant(inputs), tf.constant(upstream)
+    )
     helpers.assert_close(actual, central_difference(first, upstream), 1e-6)
 
 

@@ -21,6 +21,7 @@ from tests.reference import (
 from tests.test_corrected_gradient import (
     WRAPPERS,
     examples_of,
+    second_derivative,
     stepper,
     upstream_of,
 )
@@ -451,25 +452,13 @@ def test_second_derivatives_hold_the_gate(of, wrapper, rng):
     upstream = upstream_of(rng, shape, "float64")
     along = rng.normal(size=shape)
 
-    def second(inputs, upstream):
-        wanted = inputs if of == "inputs" else upstream
-        with tf.GradientTape() as outer:
-            outer.watch(wanted)
-            with tf.GradientTape() as tape:
-                tape.watch(inputs)
-                outputs = layer(inputs, training=True)
-            d_x = tape.gradient(outputs, inputs, output_gradients=upstream)
-            total = tf.reduce_sum(d_x * along)
-        return outer.gradient(total, wanted)
-
     def first(upstream):
         vars(reference).update(held)
         return np.sum(reference.gated_step(inputs, upstream)[1] * along)
 
-    actual = WRAPPERS[wrapper](second)(
-        tf.constant(inputs), tf.constant(upstream)
-    )
-    if of == "upstream":
+    second = WRAPPERS[wrapper](second_derivative(layer, along, of))
+    actual = second(tf.constant(inputs), tf.constant(upstream))
+    if of == "upstream":  # a difference of inputs moves r and d, too
         expected = central_difference(first, upstream)
         helpers.assert_close(actual, expected, 1e-6)
     first(upstream)
@@ -538,6 +527,20 @@ def test_recomputed_steps_are_remembered_once(wrapper, rng):
         assert_same_state(layer, reference, 1e-3)
 
 
+def assert_same_step(layer, other, shape, wrapper, rng, tolerance):
+    """Outputs and gradients of a step are those of another layer."""
+    inputs = tf.constant(helpers.inputs_of(rng, shape))
+    upstream = tf.constant(upstream_of(rng, shape))
+    for actual, expected in zip(
+        *(
+            stepper(each, wrapper=wrapper)(inputs, upstream)
+            for each in (layer, other)
+        ),
+        strict=True,
+    ):
+        helpers.assert_close(actual, expected, tolerance)
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("shape", [(5, 4), (32, 30, 30, 4)])
 def test_shut_it_is_batch_normalization(shape, wrapper, rng):
@@ -550,14 +553,7 @@ def test_shut_it_is_batch_normalization(shape, wrapper, rng):
     plain.build(shape)
     for name in ("gamma", "beta", "moving_mean", "moving_variance"):
         getattr(plain, name).assign(getattr(layer, name))
-    inputs = tf.constant(helpers.inputs_of(rng, shape))
-    upstream = tf.constant(upstream_of(rng, shape))
-    for one, other in zip(
-        stepper(layer, wrapper=wrapper)(inputs, upstream),
-        stepper(plain, wrapper=wrapper)(inputs, upstream),
-        strict=True,
-    ):
-        helpers.assert_close(one, other, 1e-5)
+    assert_same_step(layer, plain, shape, wrapper, rng, 1e-5)
     for one, other in zip(
         helpers.statistics(layer), helpers.statistics(plain), strict=True
     ):
@@ -577,14 +573,7 @@ def test_open_it_is_the_corrected_layer(shape, wrapper, rng):
     corrected.build(shape)
     for name in ("gamma", "beta", *STATE):
         getattr(corrected, name).assign(getattr(layer, name))
-    inputs = tf.constant(helpers.inputs_of(rng, shape))
-    upstream = tf.constant(upstream_of(rng, shape))
-    for one, other in zip(
-        stepper(layer, wrapper=wrapper)(inputs, upstream),
-        stepper(corrected, wrapper=wrapper)(inputs, upstream),
-        strict=True,
-    ):
-        helpers.assert_close(one, other, 1e-4)
+    assert_same_step(layer, corrected, shape, wrapper, rng, 1e-4)
 
 
 def openness(agreement, between, within, examples, persistence):

@@ -9,6 +9,7 @@ import keras
 
 from keras_renorm import backend
 from keras_renorm.models.arrays import check_inputs, unpacked
+from keras_renorm.models.calls import replaced_calls
 
 # In this order: what serves first, and what trains last.
 _STEPS = ("predict_step", "test_step", "train_step")
@@ -123,7 +124,6 @@ def _first_call(model: Any, name: str, batch: Any) -> _Called | None:
 @contextmanager
 def _stopped(model: Any) -> Iterator[None]:
     """Ends a step where it calls the model, or an optimizer, which assigns."""
-    before = vars(model).get("call")
     apply = keras.optimizers.Optimizer.apply
 
     def call(x: Any, *others: Any, **named: Any) -> Any:
@@ -134,13 +134,9 @@ def _stopped(model: Any) -> Iterator[None]:
     def stop(*_: Any, **__: Any) -> None:
         raise _TrainsOthersError
 
-    model.call = call
     keras.optimizers.Optimizer.apply = stop
     try:
-        yield
+        with replaced_calls([model], lambda *_: call):
+            yield
     finally:
         keras.optimizers.Optimizer.apply = apply
-        if before is not None:
-            model.call = before
-        else:
-            del model.call
