@@ -893,10 +893,19 @@ def kept_for_gradient(state: Any) -> Any:
     """
     if not _is("torch"):
         return state
-    names = ("moving_mean", "moving_variance", "limits")
-    found = [getattr(state, name) for name in names]
-    copies = _mapped(lambda each: each.detach().clone(), torch.Tensor, found)
-    return state._replace(**dict(zip(names, copies, strict=True)))
+
+    def copied(value: Any) -> Any:
+        return _mapped(lambda x: x.detach().clone(), torch.Tensor, value)
+
+    feedback = state.feedback
+    if feedback is not None:
+        feedback = feedback._replace(is_gated=copied(feedback.is_gated))
+    return state._replace(
+        moving_mean=copied(state.moving_mean),
+        moving_variance=copied(state.moving_variance),
+        limits=copied(state.limits),
+        feedback=feedback,
+    )
 
 
 def keeps_state_backwards() -> bool:
