@@ -36,13 +36,13 @@ if _is("tensorflow"):
 
     tf = tensorflow
     try:
-        # Private: see CONTRIBUTING.
+        # Private: see tests/test_private.py.
         from tensorflow.python.eager import forwardprop_util  # noqa: TID251
     except ImportError:
         forwardprop_util = None
     _REMAT_FILE = inspect.unwrap(tf.recompute_grad).__code__.co_filename
     try:
-        # Private: see CONTRIBUTING.
+        # Private: see tests/test_private.py.
         from tensorflow.python.framework.config import (  # noqa: TID251
             is_op_determinism_enabled,
         )
@@ -62,7 +62,7 @@ elif _is("torch"):
     torch = torch_module
     functorch: Any = None
     with contextlib.suppress(ImportError):
-        # Private: see CONTRIBUTING.
+        # Private: see tests/test_private.py.
         from torch._C import _functorch
 
         functorch = _functorch
