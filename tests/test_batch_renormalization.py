@@ -372,7 +372,7 @@ class TestLimits:
             found.append(losses.history["loss"])
         ours, theirs = found
         assert np.isfinite(ours).all()
-        # It is behind where epsilon is most of the variance: docs/limits.md.
+        # It is behind where epsilon is most of the variance: docs/design.md.
         if scale >= 1:
             assert not ours[-1] > 1.2 * theirs[-1] + 0.05
 
