@@ -11,7 +11,7 @@ write dx), two for inference, at the speed at which this process copies a
 tensor of that size. The Keras 2 columns need tf_keras, and are left out
 without it.
 
-Prints tables; writes JSON and a picture into `--output`.
+Prints tables; writes JSON into `--output`.
 """
 
 import argparse
@@ -350,98 +350,6 @@ def print_tables(console, results):
         console.print(table)
 
 
-COLORS = {
-    BASELINE: "#999999",
-    "Keras 3 renorm": "#cccccc",
-    "our BN": "#56b4e9",
-    "our renorm": "#0072b2",
-    "our renorm, corrected": "#009e73",
-    "Keras 2 BN": "#e69f00",
-    "Keras 2 renorm": "#f5d48b",
-}
-
-
-def draw(results, path):
-    """Training steps in a graph: bars by shape, lines by size."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    groups = {}
-    for row in results["cases"]:
-        if (row["mode"], row["dtype"]) == ("graph", "float32"):
-            groups.setdefault(row["group"], []).append(row)
-    figure, axes = plt.subplot_mosaic(
-        [["bars", "bars"], ["growth: batch", "growth: channels"]],
-        figsize=(11, 8.5),
-        layout="constrained",
-        height_ratios=(1.2, 1),
-    )
-    draw_bars(axes.pop("bars"), groups["training step"])
-    for group, place in axes.items():
-        draw_growth(place, group, groups.get(group, []))
-    figure.savefig(path, dpi=110)
-
-
-def draw_bars(axes, rows):
-    names = [name for name in COLORS if name in rows[0]["ratios"]]
-    width = 0.85 / len(names)
-    for at, name in enumerate(names):
-        low, middle, high = (
-            np.array([row["ratios"][name][key] for row in rows])
-            for key in ("min", "median", "max")
-        )
-        axes.bar(
-            np.arange(len(rows)) + at * width,
-            middle,
-            width,
-            yerr=(middle - low, high - middle),
-            color=COLORS[name],
-            error_kw={"lw": 0.7, "ecolor": "#444444"},
-            label=name,
-        )
-    for at, row in enumerate(rows):
-        axes.plot(
-            [at - width / 2, at + 0.85 - width / 2],
-            [row["ratios"]["floor"]["median"]] * 2,
-            color="black",
-            lw=1.2,
-            label="bandwidth floor" if at == 0 else None,
-        )
-    axes.set_xticks(
-        np.arange(len(rows)) + 0.4, [row["label"] for row in rows], fontsize=9
-    )
-    axes.set(
-        ylabel="time, Keras 3 BN = 1",
-        ylim=(0, 2),
-        title="A training step in a graph, float32: median, lowest, highest",
-    )
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(ncols=4, loc="upper center", fontsize=9)
-
-
-def draw_growth(axes, group, rows):
-    what = group.split(": ")[1]
-    for name, color in COLORS.items():
-        if rows and name in rows[0]["ratios"]:
-            axes.plot(
-                [int(row["label"]) for row in rows],
-                [row["ratios"][name]["milliseconds"] for row in rows],
-                "o-",
-                color=color,
-            )
-    shape = {"batch": "(batch, 28, 28, 64)", "channels": "(32, 14, 14, c)"}
-    axes.set(
-        xlabel=what,
-        ylabel="milliseconds",
-        xscale="log",
-        yscale="log",
-        title=f"How it grows: {shape[what]}",
-    )
-    axes.grid(alpha=0.3)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
@@ -500,8 +408,7 @@ def main():
             progress.advance(task)
     print_tables(console, results)
     timing.write(options.output / "speed.json", results)
-    draw(results, options.output / "speed.png")
-    console.print(f"wrote {options.output}/speed.json and speed.png")
+    console.print(f"wrote {options.output}/speed.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Whether renormalization helps, and with which settings.
 
 Trains the same networks over many seeds, in regimes and with normalizations
-that `experiments.py` lists, and writes tables, JSON and pictures.
+that `experiments.py` lists, and writes tables and JSON.
 
     python -m benchmarks.quality --quick    # about three minutes on two cores
     python -m benchmarks.quality            # hours; results/ has what came out

@@ -18,7 +18,7 @@ rates, beside the accuracy that came of them:
   nothing: the share of its norm that is left, for minibatches of one class
   and for i.i.d. ones.
 
-Prints tables; writes `optimizers.json` and `optimizers.png` into `--output`.
+Prints tables; writes `optimizers.json` into `--output`.
 """
 
 import argparse
@@ -33,7 +33,6 @@ os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 
 import keras
-import matplotlib as mpl
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
@@ -56,9 +55,6 @@ from benchmarks.quality.training import (
     minibatches,
     task_of,
 )
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 WINDOW = 100  # steps: 1 / (1 - momentum)
 CONTENDERS = ("renorm", "group")
@@ -279,7 +275,6 @@ def main():
             }
         )
     print_table(rows)
-    draw_rows(rows, args.output / "optimizers.png")
     timing.write(
         args.output / "optimizers.json",
         {
@@ -326,42 +321,6 @@ def print_table(rows):
             ),
         )
     Console().print(table)
-
-
-def draw_rows(rows, path):
-    """Accuracy by movement, a line for each optimizer, a point a rate."""
-    titles = {"renorm": "renormalization", "group": "group normalization"}
-    panels = (
-        ("renorm", "kernels", f"kernels move in {WINDOW} steps, share"),
-        ("renorm", "statistics", f"means move in {WINDOW} steps, σ"),
-        ("renorm", "gradient_one_class", "share of the gradient kept"),
-        ("group", "kernels", f"kernels move in {WINDOW} steps, share"),
-    )
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(14, 3.6), sharey=True, layout="constrained"
-    )
-    for axis, (contender, what, label) in zip(axes, panels, strict=True):
-        for optimizer, title in (("sgd", "SGD"), ("adam", "Adam")):
-            axis.plot(
-                *zip(
-                    *(
-                        (np.mean(row[what]), np.mean(row["accuracy"]))
-                        for row in rows
-                        if (row["contender"], row["optimizer"])
-                        == (contender, optimizer)
-                    ),
-                    strict=True,
-                ),
-                "o-",
-                label=title,
-            )
-        axis.set_xlabel(label)
-        axis.set_title(titles[contender])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy")
-    axes[0].legend(title="rate by rate")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Tables, JSON and pictures of what was trained."""
+"""Tables and JSON of what was trained."""
 
-import matplotlib as mpl
 import numpy as np
 from rich.table import Table
 
@@ -8,14 +7,9 @@ from benchmarks import timing
 from benchmarks.quality.batches import REGIMES
 from benchmarks.quality.contenders import CONTENDERS
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
 # A difference counts from this many standard errors on: with some forty
 # differences in the tables, one in twenty of chance is not enough.
 STANDARD_ERRORS = 3.0
-# Where the colours of a table change.
-POINTS_BELOW = (0, 0.5, 1, 2, 5, 10, 20)
 
 COLUMN_LABELS = {
     "sgd": "SGD",
@@ -36,7 +30,7 @@ COLUMN_LABELS = {
 
 
 def write(output, console, plan, experiments, rates, results):
-    """Prints the tables; writes `tables.md`, `summary.json` and pictures."""
+    """Prints the tables; writes `tables.md` and `summary.json`."""
     # By experiment: a cell may stand in two, with different rates.
     figures_of = {
         experiment.name: {
@@ -49,11 +43,6 @@ def write(output, console, plan, experiments, rates, results):
     for experiment in experiments:
         figures = figures_of[experiment.name]
         tables += _tables(experiment, figures, plan)
-        draw = _draw_values if experiment.tuned_as is None else _draw_changes
-        draw(experiment, figures, plan, output / f"{experiment.name}.png")
-    for experiment in experiments:
-        if experiment.columns == "optimizer":
-            _draw_rates(experiment, plan, results, output / "rates.png")
     targets = [
         target
         for name, figures in figures_of.items()
@@ -100,7 +89,7 @@ def write(output, console, plan, experiments, rates, results):
         },
     }
     timing.write(output / "summary.json", content)
-    console.print(f"Tables, JSON and pictures: {output}")
+    console.print(f"Tables and JSON: {output}")
 
 
 def _figures(plan, cell, rate, results):
@@ -447,148 +436,3 @@ def _markdown(plan, tables):
         lines.append("| --- " + "| ---: " * (len(head) - 1) + "|")
         lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def _panels(count, rows):
-    columns = min(count, 4)
-    lines = -(-count // columns)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        figsize=(3 + 2.7 * columns, lines * (0.8 + 0.3 * rows)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis in axes.flat[count:]:
-        axis.set_visible(False)
-    return figure, axes.flat
-
-
-def _label_rows(axis, labels):
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(len(labels) - 0.5, -0.5)
-    axis.grid(axis="x", alpha=0.3)
-
-
-def _draw_values(experiment, figures, plan, path):
-    """A table in colours: how far each is below the best of its column."""
-    columns, grid = _columns(experiment, plan), _grid(experiment)
-    means = np.array(
-        [
-            [
-                figures[cells[name]]["mean"] if name in cells else np.nan
-                for name in columns
-            ]
-            for cells in grid.values()
-        ]
-    )
-    points_below = 100 * (np.nanmax(means, axis=0) - means)
-    figure, axis = plt.subplots(
-        figsize=(4.2 + 0.95 * len(columns), 1.6 + 0.42 * len(grid)),
-        layout="constrained",
-    )
-    colors = plt.get_cmap("Blues_r", len(POINTS_BELOW))
-    image = axis.pcolormesh(
-        np.ma.masked_invalid(points_below),
-        cmap=colors,
-        norm=mpl.colors.BoundaryNorm(POINTS_BELOW, colors.N, extend="max"),
-        edgecolors="white",
-        linewidth=1.5,
-    )
-    for row, cells in enumerate(grid.values()):
-        for column, name in enumerate(columns):
-            if name not in cells:
-                continue
-            entry, below = figures[cells[name]], points_below[row, column]
-            is_best = below == 0
-            axis.text(
-                column + 0.5,
-                row + 0.5,
-                f"{entry['mean']:.3f}\n± {entry['spread']:.3f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                linespacing=1.0,
-                color="white" if below < POINTS_BELOW[3] else "black",
-                weight="bold" if is_best else "normal",
-            )
-            if is_best:
-                axis.add_patch(
-                    mpl.patches.Rectangle(
-                        (column, row), 1, 1, fill=False, ec="C1", lw=2.5
-                    )
-                )
-    axis.set_yticks(np.arange(len(grid)) + 0.5, list(grid))
-    axis.set_xticks(np.arange(len(columns)) + 0.5, columns.values())
-    axis.xaxis.tick_top()
-    if max(map(len, columns.values())) > 11:
-        axis.tick_params(axis="x", labelrotation=20)
-    axis.tick_params(length=0)
-    axis.set_facecolor("#eeeeee")
-    axis.spines[:].set_visible(False)
-    axis.set_ylim(len(grid) + 0.05, -0.05)
-    axis.set_xlim(-0.03, len(columns) + 0.03)
-    figure.colorbar(
-        image,
-        label="points below the best of the column",
-        aspect=25,
-        format="%g",
-    )
-    figure.suptitle(
-        f"{experiment.question}\nAccuracy, mean ± standard deviation of "
-        "seeds;\nframed: the best of the column; grey: not run",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_changes(experiment, figures, plan, path):
-    """A panel a regime: what each change does, with its uncertainty."""
-    columns, grid = _columns(experiment, plan), _grid(experiment)
-    labels = list(grid)[1:]
-    figure, axes = _panels(len(columns), len(labels))
-    for axis, (name, title) in zip(axes, columns.items(), strict=False):
-        for row, label in enumerate(labels):
-            mean, error = _changes(grid[label][name], figures)
-            axis.errorbar(
-                mean, row, xerr=STANDARD_ERRORS * error, fmt="o", color="C0"
-            )
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(title)
-        axis.set_xlabel("points of accuracy")
-        _label_rows(axis, labels)
-    figure.suptitle(
-        f"{experiment.question}\nChange from {next(iter(grid))}; bars: "
-        f"{STANDARD_ERRORS:g} standard errors"
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_rates(experiment, plan, results, path):
-    """Accuracy by rate: how much a contender depends on it."""
-    columns = _columns(experiment, plan)
-    figure, axes = plt.subplots(
-        1,
-        len(columns),
-        figsize=(1.5 + 3.2 * len(columns), 3.4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, (name, title) in zip(axes.flat, columns.items(), strict=True):
-        for cell in experiment.cells:
-            if cell.optimizer == name:
-                means = results.rates(plan, cell)
-                axis.semilogx(
-                    means.keys(), means.values(), "o-", label=cell.label
-                )
-        axis.set_title(title)
-        axis.set_xlabel("learning rate")
-        axis.grid(alpha=0.3)
-    axes.flat[0].set_ylabel("accuracy (seeds of the tuning)")
-    axes.flat[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
