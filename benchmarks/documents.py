@@ -74,10 +74,9 @@ def read(name):
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def table(head, rows, of_words=False):
-    """The lines of a table, whose first column is of words at least."""
-    others = "---" if of_words else "---:"
-    lines = [head, ["---", *[others] * (len(head) - 1)], *rows]
+def table(head, rows):
+    """The lines of a table, whose first column alone is of words."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -176,15 +175,19 @@ def lines_of(name, column):
 
 
 def advice():
-    """The rows of `diagnostics/advice.py`."""
+    """The rows of `diagnostics/advice.py`, as sentences."""
     # By path: the package would start TensorFlow.
     path = ROOT / "keras_renorm" / "diagnostics" / "advice.py"
     rows = runpy.run_path(str(path))["ROWS"]
-    return table(
-        ["you have", "take"],
-        [[row.where, row.take] for row in rows],
-        of_words=True,
-    )
+    first, *others = rows
+    return [
+        f"**Take {first.take}**, for {first.where}. Two exceptions:",
+        "",
+        *(
+            f"- {row.where.capitalize()}: {row.take.replace(': ', '; ')}."
+            for row in others
+        ),
+    ]
 
 
 def speed():

@@ -1,8 +1,8 @@
 """Which normalization for which minibatches: one layer, and where it is behind.
 
 Remedies of reports are rows of it. `benchmarks/documents.py` writes them into
-README and docs/which_layer.md. What they rest on is `evidence`; a test holds
-each row to the results of `benchmarks/quality`.
+README. What they rest on is `evidence`; a test holds each row to the results of
+`benchmarks/quality`.
 """
 
 from typing import NamedTuple
@@ -51,7 +51,7 @@ WITHOUT_AXES = Advice(
 )
 SORTED = Advice(
     "data sorted by class",
-    "shuffle: no normalization mends that",
+    "shuffle: no normalization fixes that",
 )
 ROWS = (ANY, WITHOUT_AXES, SORTED)
 
