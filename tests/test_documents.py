@@ -186,6 +186,14 @@ def test_pictures_are_those_of_the_results(documents):
         assert shown == values(), "run benchmarks/documents.py"
 
 
+def test_the_picture_is_of_ten_seeds(documents):
+    assert "the mean over ten seeds" in PAGES[0].read_text()
+    for task in documents.DRAWN_TASKS:
+        for cell in experiments()[f"regimes_{task}"]["cells"]:
+            if cell["contender"] in documents.DRAWN:
+                assert len(cell["values"]) == 10
+
+
 def experiments():
     path = ROOT / "benchmarks/results/quality/summary.json"
     return json.loads(path.read_text())["experiments"]
