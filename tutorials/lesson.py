@@ -224,14 +224,6 @@ def compiled(model, steps):
     return model
 
 
-def histories(models, name):
-    """`{name: an array, a row for each seed}` of what `fit` noted."""
-    return {
-        key: np.array([model.history.history[name] for model in of_seeds])
-        for key, of_seeds in models.items()
-    }
-
-
 def of_all_seeds(runs, seeds, train):
     """What `train(*run, seed)` gives: `{name: a result for each seed}`.
 
@@ -286,36 +278,6 @@ def fit(model, batches, steps, rate, epochs=1, validation=None, callbacks=()):
         shuffle=False,  # the batches are drawn already
         verbose=0,
     ).history
-
-
-def tables_by_mode(models, x, y, size):
-    """Prints accuracies on minibatches of one class, as `training` is set.
-
-    Args:
-        models: `{name: a model for each seed}`.
-        x, y: Images and labels.
-        size: Of a minibatch; there is one for each class.
-    """
-    for training in (True, False):
-        table_of_seeds(
-            f"One class at a time, training={training}",
-            {
-                name: [_on_one_class(each, x, y, size, training) for each in of]
-                for name, of in models.items()
-            },
-        )
-
-
-def _on_one_class(model, x, y, size, training):
-    import keras
-
-    copy = keras.models.clone_model(model)  # training mode changes it
-    copy.set_weights(model.get_weights())
-    hits = []
-    for label in np.unique(y):
-        logits = copy(x[y == label][:size], training=training)
-        hits.append(np.argmax(logits, axis=-1) == label)
-    return np.concatenate(hits).mean()
 
 
 def state_of(model):
@@ -559,43 +521,6 @@ def lines(axes, x, results, colors):
         for at, values in enumerate(runs):
             label = None if at else name
             axes.plot(x, values, color=colors[name], lw=1.5, label=label)
-
-
-def corrections():
-    """A callback that writes down how far each layer corrects."""
-    import keras
-
-    class Corrections(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            for number, layer in enumerate(self.model.layers):
-                if hasattr(layer, "current_correction"):
-                    name = f"correction, layer {number}"
-                    logs[name] = layer.current_correction()
-
-    return Corrections()
-
-
-def draw_runs(path, strips, curves, history, steps):
-    """Images of minibatches; accuracies and corrections, by step."""
-    picture, (left, right) = figure_with_strips(11, 6.6, strips, (2.4, 1))
-    corrections = {k: v for k, v in history.items() if k.startswith("corr")}
-    epochs = len(history["loss"])
-    x = steps // epochs * np.arange(1, epochs + 1)
-    lines(left, x, curves, dict(zip(curves, (ORANGE, BLUE, GREY), strict=True)))
-    left.axhline(0.1, color="black", lw=0.8, ls=":", label="chance")
-    left.set(title="A line for each seed", ylabel="validation accuracy")
-    left.set(ylim=(0, 1.02), xlabel="training step", xlim=(0, steps))
-    for (name, values), color in zip(
-        corrections.items(), (GREEN, PINK, BLUE), strict=True
-    ):
-        label = name.removeprefix("correction, ")
-        right.plot(x, values, "o-", color=color, ms=4, label=label)
-    right.set(title="How far each layer corrects", ylabel="0 to 1")
-    right.set(ylim=(-0.02, 1.25), xlabel="training step", xlim=(0, steps))
-    for axes in (left, right):
-        axes.grid(axis="y", alpha=0.3)
-        legend(axes, ncols=3)
-    save(picture, path)
 
 
 def band(axes, x, values, color, label):
