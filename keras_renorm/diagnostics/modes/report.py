@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keras_renorm.diagnostics.modes.conditions import VISIBLE
 from keras_renorm.diagnostics.modes.measurement import Measurement
-from keras_renorm.diagnostics.modes.verdict import VISIBLE, Verdict
+from keras_renorm.diagnostics.modes.verdict import Verdict
 
 HEALTHY = "No discrepancy worth acting on."
 # Of what is printed: columns, and layers in its table.
