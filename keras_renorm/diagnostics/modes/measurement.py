@@ -142,3 +142,43 @@ def jeffreys(r: np.ndarray, d: np.ndarray) -> np.ndarray:
     ½ (r² + 1/r² − 2 + d² (1 + 1/r²)).
     """
     return 0.5 * (r**2 + r**-2 - 2 + d**2 * (1 + r**-2))
+
+
+class BatchFigures(NamedTuple):
+    """A batch against the moving statistics, a value a channel.
+
+    Attributes:
+        r: σ_B / σ, not clipped.
+        d: (μ_B − μ) / σ, not clipped.
+        is_beyond_r: Whether r is outside [1 / r_max, r_max].
+        is_beyond_d: Whether d is outside [-d_max, d_max].
+        jeffreys: The Jeffreys divergence of the two Gaussians.
+    """
+
+    r: np.ndarray
+    d: np.ndarray
+    is_beyond_r: np.ndarray
+    is_beyond_d: np.ndarray
+    jeffreys: np.ndarray
+
+
+def batch_figures(
+    mean: np.ndarray,
+    variance: np.ndarray,
+    moving_mean: np.ndarray,
+    moving_variance: np.ndarray,
+    epsilon: float,
+    limits: tuple[float, float],
+) -> BatchFigures:
+    """The figures of a batch; `limits` are r_max and d_max."""
+    with np.errstate(all="ignore"):
+        sigma = np.sqrt(moving_variance + epsilon)
+        r = np.sqrt(variance + epsilon) / sigma
+        d = (mean - moving_mean) / sigma
+        divergence = jeffreys(r, d)
+        # In float32: a limit of 1 and a ratio of 1 + 1e-16 are the same.
+        low, high, d_max = np.array([1 / limits[0], *limits], "float32")
+        rounded = r.astype("float32")
+        is_beyond_r = (rounded > high) | (rounded < low)
+        is_beyond_d = np.abs(d.astype("float32")) > d_max
+    return BatchFigures(r, d, is_beyond_r, is_beyond_d, divergence)

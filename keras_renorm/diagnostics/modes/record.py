@@ -9,6 +9,7 @@ from keras_renorm import backend
 from keras_renorm.diagnostics.modes.measurement import (
     Gap,
     Measurement,
+    batch_figures,
     jeffreys,
 )
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
@@ -77,20 +78,22 @@ class Record:
         self.elements.add(count, shift, residual, variance)
         with np.errstate(all="ignore"):
             sigma = np.sqrt(variance + self.epsilon)
-            self.variances.add(1, variance, 0.0, 0.0)
-            self.deviations.add(1, sigma, 0.0, 0.0)
-            r = sigma / self.sigma
-            d = ((shift - self.moving_mean) + residual) / self.sigma
-            self._jeffreys += float(np.mean(jeffreys(r, d)))
-        # To float32: a limit of 1 and a ratio of 1 + 1e-16 are the same.
-        r, d = r.astype("float32"), d.astype("float32")
-        beyond_r = (r > np.float32(self.r_max)) | (
-            r < np.float32(1 / self.r_max)
+        self.variances.add(1, variance, 0.0, 0.0)
+        self.deviations.add(1, sigma, 0.0, 0.0)
+        figures = batch_figures(
+            shift + residual,
+            variance,
+            self.moving_mean,
+            self.moving_variance,
+            self.epsilon,
+            (self.r_max, self.d_max),
         )
-        beyond_d = np.abs(d) > np.float32(self.d_max)
+        beyond = figures.is_beyond_r, figures.is_beyond_d
         self._beyond += [
-            np.mean(each) for each in (beyond_r, beyond_d, beyond_r | beyond_d)
+            np.mean(where) for where in (*beyond, np.any(beyond, 0))
         ]
+        self._jeffreys += float(np.mean(figures.jeffreys))
+        r, d = figures.r.astype("float32"), figures.d.astype("float32")
         self._extremes.append(np.array([r.min(), r.max(), d.min(), d.max()]))
         if (self.elements.batches - 1) % self._stride == 0:
             self._kept.append((r, d))
@@ -168,7 +171,7 @@ class Record:
             found.append(
                 (
                     float(low.min()),
-                    *(float(each) for each in np.quantile(values, QUANTILES)),
+                    *np.quantile(values, QUANTILES).tolist(),
                     float(high.max()),
                 )
             )
