@@ -16,7 +16,7 @@ USED = {
     ("models/in_place.py", "_track_variable"),
     ("models/in_place.py", "_tracker"),
     ("models/in_place.py", "_untrack_variable"),
-    ("models/from_tf_keras.py", "_flatten_layers"),
+    ("models/tf_keras_layers.py", "_flatten_layers"),
     ("models/from_tf_keras.py", "_nodes_by_depth"),
     ("models/finding.py", "_flatten_layers"),
 }

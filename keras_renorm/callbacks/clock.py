@@ -1,8 +1,10 @@
 """Which steps of `fit` are probed."""
 
 import math
+from dataclasses import dataclass
 
 
+@dataclass
 class Clock:
     """Counts steps, and says which are probed: every so many, one an epoch.
 
@@ -11,18 +13,20 @@ class Clock:
     powers of two.
 
     Attributes:
+        every: Steps from one probe to the next.
         step: Number of steps so far.
         stride: Steps of the present execution, or of the last one.
     """
 
-    def __init__(self, every: int) -> None:
-        self.step = 0
-        self.stride = 1
-        self._every = self._next = every
-        # Of the epoch: its steps, and whether it has a probe.
-        self._steps: int | None = None
-        self._is_probed = False
-        self._first_batch = 0
+    every: int
+    step: int = 0
+    stride: int = 1
+    # Of the epoch: its steps, and whether it has a probe.
+    _steps: int | None = None
+    _is_probed: bool = False
+    _first_batch: int = 0
+    # The step from which on steps are counted to the next probe.
+    _last: int = 0
 
     def begin_epoch(self, epoch: int, steps: int | None) -> None:
         """An epoch of so many steps; `None` where that is unknown."""
@@ -30,7 +34,7 @@ class Clock:
         self._is_probed = False
         resumed = epoch * (steps or 0)
         if resumed > self.step:  # those of a run before
-            self._count_to(resumed)
+            self.step = self._last = resumed
 
     def begin(self, batch: int) -> bool:
         """Whether to probe the execution that begins with a batch."""
@@ -47,16 +51,13 @@ class Clock:
     def probed(self, has_figures: bool) -> None:
         """What was due is done; it may have given no figures."""
         self._is_probed |= has_figures
-        self._count_to(self.step)
-
-    def _count_to(self, step: int) -> None:
-        self.step = step
-        self._next = (step // self._every + 1) * self._every
+        self._last = self.step
 
     def _is_due(self) -> bool:
         end = self._first_batch + self.stride
         is_last = end >= (self._steps or math.inf)
-        return self.step + self.stride >= self._next or (
+        due = (self._last // self.every + 1) * self.every
+        return self.step + self.stride >= due or (
             is_last and not self._is_probed
         )
 

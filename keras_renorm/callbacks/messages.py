@@ -1,4 +1,4 @@
-"""What `RenormMonitor` warns of."""
+"""Warnings of `RenormMonitor`."""
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter

@@ -217,15 +217,29 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         if not self._is_compared:
             self._is_compared = True
             try:
-                self._compare_batches()
-            except Exception as error:  # what only watches ends no `fit`
+                found = comparison(self.model).run(
+                    self._batches(), verbose=False
+                )
+                message = batches_message(found.layers)
+                if message is not None:
+                    warnings.warn(message, stacklevel=2)
+            except Exception as error:  # watching ends no `fit`
                 self._warn(
                     "dataset", f"`dataset` could not be compared: {error}"
                 )
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Warns of limits that are closed, or that clip too much."""
-        self._warn_of_limits()
+        layers = {
+            name: layer
+            for name, layer in zip(self._names, self._layers, strict=True)
+            if isinstance(layer, BatchRenormalization)
+            and layer.trainable
+            and not layer.frozen_statistics
+        }
+        messages = limits_messages(layers, self._epoch_rows)
+        for kind, message in messages.items():
+            self._warn(kind, message)
         if self._writer is not None:
             self._writer.flush()
 
@@ -241,7 +255,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         return draw_steps(self.rows)
 
     def _find_layers(self, is_last: bool = False) -> list[Any]:
-        """Those to watch, of which only what is built can be."""
+        """All layers to watch; those that are built are watched."""
         chosen = require_layers(self.model, self.layers)
         self._layers = [layer for layer in chosen if layer.built]
         self._names = names_of(self.model, self._layers)
@@ -290,24 +304,6 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         return Batches(
             self.dataset, DATASET_BATCHES, 32, self.model, is_most=True
         )
-
-    def _compare_batches(self) -> None:
-        found = comparison(self.model).run(self._batches(), verbose=False)
-        message = batches_message(found.layers)
-        if message is not None:
-            warnings.warn(message, stacklevel=2)
-
-    def _warn_of_limits(self) -> None:
-        layers = {
-            name: layer
-            for name, layer in zip(self._names, self._layers, strict=True)
-            if isinstance(layer, BatchRenormalization)
-            and layer.trainable
-            and not layer.frozen_statistics
-        }
-        messages = limits_messages(layers, self._epoch_rows)
-        for kind, message in messages.items():
-            self._warn(kind, message)
 
     def _warn(self, kind: str, message: str) -> None:
         """Warns of each kind of thing once: `fit` may be called many times."""

@@ -110,7 +110,7 @@ class RenormScheduler(keras.callbacks.Callback):
         self._first_epoch = self._first_batch = self._batches = 0
         self._is_measured = False
         self._is_warned = False
-        # What the functions said last, by layer and limit.
+        # The last values of the functions, by layer and limit.
         self._asked: dict[tuple[int, str], float] = {}
         self._reaches_batches = backend.lets_callbacks_reach_batches()
 
@@ -160,7 +160,7 @@ class RenormScheduler(keras.callbacks.Callback):
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """After the first batch, stretches what was scaled."""
+        """After the first batch, stretches the scaled ramps."""
         self._batches = batch + 1 - self._first_batch
         if self._reaches_batches and not self._is_measured:
             self._stretch()

@@ -51,7 +51,7 @@ WITHOUT_AXES = Advice(
 )
 SORTED = Advice(
     "data sorted by class",
-    "shuffle: no normalization mends that",
+    "shuffle: no normalization fixes that",
 )
 ROWS = (ANY, WITHOUT_AXES, SORTED)
 

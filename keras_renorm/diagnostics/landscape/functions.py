@@ -223,7 +223,7 @@ def internal_covariate_shift(
         values[., i] = ||G_i − G'_i||₂
 
     and the cosine of the angle between the two: 0 and 1 where the layers
-    before do not matter. A layer is what owns trainable weights, at any
+    before do not matter. A layer is an owner of trainable weights, at any
     depth, so that a normalization is a layer of its own. The layers are in the
     order of `model.trainable_variables`: the order of computation in sequential
     and functional models, that of their making in subclassed ones.
@@ -314,7 +314,8 @@ def _distances(
 def _arrays(tensors: list[Tensor]) -> Arrays:
     """In float64, in which differences of float32 lose nothing."""
     return [
-        np.asarray(backend.to_numpy(each), dtype="float64") for each in tensors
+        np.asarray(backend.to_numpy(tensor), dtype="float64")
+        for tensor in tensors
     ]
 
 

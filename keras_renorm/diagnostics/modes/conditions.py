@@ -1,4 +1,4 @@
-"""What holds of a model and its layers, by measured figures; no texts."""
+"""Conditions of a model and its layers, by measured figures; no texts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,12 @@ from typing import TypeAlias
 
 from keras_renorm.diagnostics import advice
 from keras_renorm.diagnostics.modes.measurement import Measurement
-from keras_renorm.models.passes import GROUPED
+from keras_renorm.models.totals import GROUPED
 
 # Moving statistics this far from the data's, in standard deviations and beyond
 # noise, are worth acting on: the layer's outputs are off by as much.
 SHIFT = 0.25
-# Shifts below this are what is left of noise: healthy networks of nine layers,
+# Shifts below this are noise: healthy networks of nine layers,
 # trained on digits, were at 0.04 to 0.06.
 FAINT = 0.05
 # A moving average of a lower momentum jitters: it is mostly the last batch.
@@ -32,8 +32,8 @@ OUTPUTS = 0.5
 # is a cause for a verdict where there are none.
 VISIBLE = 0.25
 # A loss that is higher in inference by more than this share of the larger one,
-# and metrics that differ by more, either way, differ by much. (A loss that is
-# lower in inference is what the noise of batches makes: healthy networks that
+# and metrics that differ by more, either way, differ by much. (The noise of
+# batches makes a loss that is lower in inference: healthy networks that
 # have learned their data were at a fifth of the training mode's.) Of numbers
 # within [0, 1], as accuracies are, SHARES is enough: the networks above, in
 # batches of 16 to 32, were at 0.035.
@@ -98,7 +98,7 @@ class Case:
         if self.has_reference or all(layer in far for layer in self.jittery):
             # Only where noise explains one layer, others are no other data
             # either.
-            self.jittery = [each for each in self.jittery if each not in far]
+            self.jittery = [layer for layer in self.jittery if layer not in far]
         self.shifted = [layer for layer in far if layer not in self.jittery]
         self.on_the_way = [
             layer for layer in self.shifted if layer.from_start < ARRIVED
@@ -144,10 +144,10 @@ class Case:
         Over all layers, less than half of the squares is left there.
         """
         shifts = self.reference_shifts
-        there = sum(shifts[each.name] ** 2 for each in self.layers)
+        there = sum(shifts[other.name] ** 2 for other in self.layers)
         return bool(
             self.differs
-            and sum(each.shift**2 for each in self.layers) > 2 * there
+            and sum(other.shift**2 for other in self.layers) > 2 * there
             and layer.shift > FAINT
             and layer.shift > 2 * shifts[layer.name]
         )

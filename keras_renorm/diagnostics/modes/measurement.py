@@ -69,12 +69,12 @@ class Measurement(NamedTuple):
             momentum left in.
         f: Between-batch F statistic of the examples' channel means, mean
             over channels. 1 where batches are random draws, NaN where it
-            cannot be told (one batch, or one example a batch).
+            is unknown (one batch, or one example a batch).
         f_limit: What F stays below by chance.
         scatter: Standard deviation of batch means, over that of the elements
             of all data (root mean square over channels).
-        scatter_expected: What random draws of this many examples make of it;
-            NaN where it cannot be told.
+        scatter_expected: The same for random draws of this many examples;
+            NaN where it is unknown.
         batch_noise: The gap that batches like these make by themselves, where
             the moving statistics are those of all data: root mean square over
             batches and channels of (1 − r, d), with the pooled mean and
@@ -83,7 +83,7 @@ class Measurement(NamedTuple):
             the data's, 0 to 1, if they are on that line; else NaN.
         constant_channels: Indices of the channels whose variance over all
             data is below a hundredth of epsilon: normalization divides by
-            epsilon's root, and what comes out is nearly constant.
+            epsilon's root, and the outputs are nearly constant.
     """
 
     name: str

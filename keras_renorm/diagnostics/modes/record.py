@@ -1,4 +1,4 @@
-"""Counts what batches tell of one layer, and makes figures of it."""
+"""Counts the batches of one layer, and makes figures of them."""
 
 import math
 from typing import Any
@@ -13,8 +13,8 @@ from keras_renorm.diagnostics.modes.measurement import (
     jeffreys,
 )
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.passes import Total, f_of_batches
 from keras_renorm.models.state import is_untrained
+from keras_renorm.models.totals import Total, f_of_batches
 from keras_renorm.schedules import D_MAX, R_MAX
 
 # Quantiles rest on at most this many batches, evenly spread over all.
@@ -72,7 +72,7 @@ class Record:
         residual: np.ndarray,
         variance: np.ndarray,
     ) -> None:
-        """Counts what training normalizes together: a batch, or a group."""
+        """Counts elements normalized together: a batch, or a group."""
         if not np.max(count):
             return
         self.elements.add(count, shift, residual, variance)
@@ -187,7 +187,7 @@ class Record:
 
     @property
     def _drawn(self) -> np.ndarray:
-        """What the variance of batch means is for random draws of examples.
+        """The variance of batch means for random draws of examples.
 
         The variance of one example's mean, which takes the likeness of an
         example's elements into account, over the number of examples.
@@ -212,8 +212,8 @@ class Record:
         1/batches + (1 − m)/(1 + m).
 
         Args:
-            is_exact: Whether moving statistics should be exact: what a moving
-                average scatters is not taken for noise.
+            is_exact: Whether moving statistics should be exact: the scatter of
+                a moving average is not taken for noise.
         """
         batches = self.elements.batches
         momentum = 1.0 if is_exact else float(self.layer.momentum)
@@ -222,8 +222,8 @@ class Record:
         d = (self.elements.mean - self.moving_mean) / self.sigma
         d = np.clip(d, -D_MAX, D_MAX)
         low, high, now = (
-            0.5 * np.log(each + self.epsilon)
-            for each in (
+            0.5 * np.log(values + self.epsilon)
+            for values in (
                 self.elements.within,
                 self.elements.variance,
                 self.moving_variance,
@@ -255,7 +255,9 @@ class Record:
                 (self.moving_variance - 1) / scale,
             ),
         ]
-        whole, gone = (np.concatenate(each) for each in zip(*ways, strict=True))
+        whole, gone = (
+            np.concatenate(parts) for parts in zip(*ways, strict=True)
+        )
         fitted = float(whole @ gone / max(whole @ whole, 1e-30))
         for way, part in ways:
             left = np.sum((part - fitted * way) ** 2)

@@ -16,7 +16,7 @@ from keras_renorm.schedules import CLOSED, D_MAX, R_MAX
 
 
 class LayerState(NamedTuple):
-    """What is read of a layer between two steps.
+    """The state of a layer between two steps.
 
     Attributes:
         moving_mean: The moving mean, float64.
@@ -40,11 +40,11 @@ class LayerState(NamedTuple):
 def batch_statistic(
     before: np.ndarray, after: np.ndarray, momentum: float, steps: int = 1
 ) -> np.ndarray:
-    """What a moving average was moved by: its update, inverted.
+    """The statistic that moved a moving average: its update, inverted.
 
     The statistic of the batch, where it moved once. Where it moved several
     times, the average of the batches', in which each weighs `momentum` times
-    what the next one does.
+    as much as the next one.
     """
     kept = momentum**steps
     return (after - kept * before) / (1 - kept)
@@ -71,7 +71,7 @@ def read_state(layer: Any) -> LayerState:
 
 
 def read_moved(layer: Any, before: LayerState) -> LayerState:
-    """The state after it: only what a step moves is read again."""
+    """The state after it: only the parts that a step moves are read again."""
     step = None
     if isinstance(layer, BatchRenormalization):
         step = layer.current_step()
@@ -87,7 +87,7 @@ def _value(variable: Any) -> np.ndarray:
 
 
 def has_moved(layer: Any, before: LayerState, after: LayerState) -> bool:
-    """Whether the moving statistics tell of the batch."""
+    """Whether the moving statistics show the batch."""
     return 0 < layer.momentum < 1 and not (
         np.array_equal(before.moving_mean, after.moving_mean)
         and np.array_equal(before.moving_variance, after.moving_variance)
@@ -166,8 +166,8 @@ def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
     """Means over steps, the largest of all layers, and of each on request.
 
     Args:
-        rows: A dict for each step and layer: its name as `layer`, and what
-            `figures_of` gives.
+        rows: A dict for each step and layer: its name as `layer`, and the
+            figures of `figures_of`.
         per_layer: Whether to name each layer's means, too.
     """
     largest: dict[str, float] = {}
@@ -178,7 +178,7 @@ def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
             if mean is not None:
                 of_layers[f"{name}/renorm_{figure}"] = mean
                 key = f"renorm_{figure}"
-                # NumPy's: NaN is not hidden by what other layers have.
+                # NumPy's: figures of other layers do not hide NaN.
                 largest[key] = float(np.maximum(largest.get(key, mean), mean))
     return {**largest, **(of_layers if per_layer else {})}
 
@@ -192,7 +192,7 @@ def mean_of(figure: str, name: str, rows: list[dict[str, Any]]) -> float | None:
 
 
 def draw_steps(rows: Sequence[dict[str, Any]]) -> Any:
-    """Draws what `RenormMonitor` wrote down; returns the figure.
+    """Draws the rows of `RenormMonitor`; returns the figure.
 
     A line a layer: the gap, r and d over the steps, and how far layers of
     renormalization correct. Limits are dotted.

@@ -15,12 +15,12 @@ from keras_renorm.diagnostics.modes.conditions import (
     is_scattered,
 )
 from keras_renorm.diagnostics.modes.measurement import Measurement
-from keras_renorm.models.passes import GROUPED
+from keras_renorm.models.totals import GROUPED
 from keras_renorm.schedules import D_MAX, R_MAX
 
 
 class Verdict(NamedTuple):
-    """One cause of what was measured.
+    """One cause of the measured figures.
 
     Attributes:
         cause: What is wrong, in the words of `RULES`.
@@ -207,10 +207,11 @@ def verdicts_of(
 
 
 class Found:
-    """What a text may say of the layers that a rule concerns.
+    """Figures and names for the texts of a rule.
 
     Attributes:
         most: By the name of a figure, the layer in which it is the largest.
+        convention: The likely mistake in its momentum where averages jitter.
     """
 
     def __init__(self, case: Case, layers: Sequence[Measurement]) -> None:
@@ -220,6 +221,7 @@ class Found:
             figure: max(layers, key=attrgetter(figure))
             for figure in ("batch_noise", "distance", "f", "shift")
         }
+        self.convention = _convention(self.most["distance"].momentum)
         self._renormalized = [
             layer for layer in layers if layer.kind == "BatchRenormalization"
         ]
@@ -273,13 +275,8 @@ class Found:
         return "a lower `momentum`, " if lowest > HIGH_MOMENTUM else ""
 
     @property
-    def convention(self) -> str:
-        """What the momentum most often is where averages jitter."""
-        return _convention(self.most["distance"].momentum)
-
-    @property
     def expected_scatter(self) -> str:
-        """What batch means would scatter by if batches were random draws."""
+        """The scatter of batch means for random draws."""
         layer = self.most["batch_noise"]
         if not math.isfinite(layer.scatter_expected):
             return "the examples of a batch cannot be compared"
@@ -290,7 +287,7 @@ class Found:
 
     @property
     def instead_of_groups(self) -> str:
-        """What to do where examples of a batch must be alike."""
+        """The remedy where examples of a batch must be alike."""
         layer = self.most["f"]
         return self._advised(
             advice.advice_for(layer.examples, layer.elements, is_grouped=True)
@@ -298,7 +295,7 @@ class Found:
 
     @property
     def instead_of_larger(self) -> str:
-        """What to do where batches cannot be larger."""
+        """The remedy where batches cannot be larger."""
         layer = self.most["batch_noise"]
         if layer.examples >= advice.FEW:  # no layer learns better there
             return f"; or {self._as_served}."
@@ -307,7 +304,7 @@ class Found:
 
     @property
     def against_differences(self) -> str:
-        """What to do where the model differs, and no layer by much."""
+        """The remedy where the model differs, and no layer by much."""
         case = self.case
         remedy = f"Larger batches, or {self._as_served}."
         if any(shift > FAINT for shift in case.reference_shifts.values()):
@@ -349,7 +346,7 @@ class Found:
 
     @property
     def _as_served(self) -> str:
-        """Where larger batches are no way, nor a layer that measures."""
+        """Training with the outputs that are served."""
         call = self._convert("gradient_momentum=None")
         if any(not layer.is_gated for layer in self._renormalized):
             call = "open limits (`layer.r_max`, `layer.d_max`)"
@@ -361,7 +358,7 @@ class Found:
         if row is not advice.ANY:
             how = f"for {row.where}, {row.take}. "
         gated = [layer for layer in self.layers if layer.is_gated]
-        if gated:  # they have what rows advise
+        if gated:  # they are the advice
             return how + _left_to_do(gated)
         if not self._renormalized:
             return (
@@ -396,7 +393,7 @@ def _left_to_do(gated: Sequence[Measurement]) -> str:
 
 
 def _convention(momentum: float) -> str:
-    """What a low momentum is most often."""
+    """The likely mistake in a low momentum."""
     meaning = f"it is {momentum:.3g}, the share of the old value that is kept"
     if not momentum:
         return meaning
