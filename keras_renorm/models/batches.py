@@ -212,16 +212,9 @@ class Batches:
         rows = np.arange(
             begin, min(begin + self.batch_size, length_of(self._arrays or ()))
         )
-        return (
-            keras.utils.unpack_x_y_sample_weight(batch)[0],
-            *(
-                tree.map_structure(
-                    lambda leaf: converted(rows_of(leaf, rows)), part
-                )
-                if part is not None
-                else None
-                for part in others
-            ),
+        x, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+        return x, *tree.map_structure(
+            lambda leaf: converted(rows_of(leaf, rows)), others
         )
 
     def _check_enough(self, found: float) -> None:
@@ -273,7 +266,7 @@ class Batches:
             places = np.argsort(rows)
             return rows_of(rows_of(leaf, rows[places]), np.argsort(places))
 
-        return tuple(tree.map_structure(taken, part) for part in arrays)
+        return tuple(tree.map_structure(taken, list(arrays)))
 
 
 def _own_predict(model: keras.Model) -> Any:

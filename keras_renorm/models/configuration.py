@@ -27,7 +27,7 @@ class Configurations:
         # Functions and classes, by the names in their place.
         self._known: dict[str, Any] = {}
 
-    def of(self, owner: Any) -> dict[str, Any]:
+    def read(self, owner: Any) -> dict[str, Any]:
         """The configuration of a layer, an optimizer or a metric."""
         config = config_of(owner)
         self._learn_classes(owner)
@@ -40,7 +40,7 @@ class Configurations:
 
     def alike(self, owner: Any) -> Any:
         """A new object of the same class and configuration."""
-        return self.make(type(owner), self.of(owner))
+        return self.make(type(owner), self.read(owner))
 
     def _learn_classes(self, owner: Any) -> None:
         if isinstance(owner, keras.layers.Layer):

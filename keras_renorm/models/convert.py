@@ -48,11 +48,11 @@ def convert(
     generators'), flags of layers and of single variables, LoRA, quantization,
     the scopes that it was made in, attributes. Functions need not be
     registered. If the model is compiled, the copy is compiled alike, with a new
-    optimizer; what was given to `optimizer.exclude_from_weight_decay` has to be
+    optimizer; arguments of `optimizer.exclude_from_weight_decay` have to be
     given again. A functional model of a class of its own stays of that class if
     it does more than its graph (a `train_step`, a `call`), or takes `inputs`
-    and `outputs`; else it becomes a plain one. What a copy cannot have is an
-    error.
+    and `outputs`; else it becomes a plain one. Parts that a copy cannot have
+    are an error.
 
     **In place**, of any built model: subclassed, with custom layers that make
     their normalization themselves, a backbone of keras-hub. All batch
@@ -109,7 +109,7 @@ def convert(
             Defaults to `None`.
         **layer_arguments: Arguments for each new layer, in place of the old
             layer's: `momentum=0.95`, `r_max=2.0`, `frozen_statistics=True`...
-            Without them a new layer has what the old one has: a Keras layer
+            Without them a new layer has those of the old one: a Keras layer
             with `renorm=True` gives its `renorm_clipping` as limits; a layer of
             `to` gives everything, with the step counter. Limits that none gives
             are those of a new layer; with `gradient_momentum=None` they are
@@ -185,9 +185,9 @@ def revert(
     with the same weights, names, `trainable` flags, shared layers and
     compilation. In place the optimizer keeps its state; a copy has a new one.
 
-    What Keras's layer lacks is dropped: limits and step counter, virtual
-    batches, `frozen_statistics`. To train it with fixed statistics, set its
-    layers' `trainable` to `False`, which fixes gamma and beta as well.
+    Features that Keras's layer lacks are dropped: limits and step counter,
+    virtual batches, `frozen_statistics`. To train it with fixed statistics, set
+    its layers' `trainable` to `False`, which fixes gamma and beta as well.
 
     Args:
         model: A model, for a copy sequential or functional.

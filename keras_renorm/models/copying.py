@@ -182,7 +182,7 @@ class _Copying:
         try:
             if id(layer) not in self._layers:
                 return self._configurations.alike(layer)
-            config = self._configurations.of(layer)
+            config = self._configurations.read(layer)
             kind, changed = self._replace(layer, config)
             self._changed[id(layer)] = changed
             return self._configurations.make(kind, changed)

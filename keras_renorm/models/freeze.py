@@ -124,11 +124,9 @@ def normalization_layers(
         layer for layer in chosen if not isinstance(layer, BatchNormalization)
     ]
     if others or not chosen:
-        found = (
-            f"Keras's own layers {describe(others, model)}"
-            if others
-            else "none at all"
-        )
+        found = "none at all"
+        if others:
+            found = f"Keras's own layers {describe(others, model)}"
         raise ValueError(
             "`model` must have batch normalization of keras_renorm only; "
             f"`keras_renorm.convert` makes it. Received: model={model.name}, "

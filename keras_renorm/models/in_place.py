@@ -60,7 +60,7 @@ def replace_in_place(
     strategy = getattr(model, "distribute_strategy", None)
     with as_asked(), strategy.scope() if strategy else nullcontext():
         for layer, source in zip(layers, sources or layers, strict=True):
-            config = configurations.of(source)
+            config = configurations.read(source)
             new = configurations.make(*replace(source, config))
             _build_alike(layer, new)
             copy_weights(layer, new)

@@ -53,16 +53,16 @@ def recalibrate(
     Johnson 2021): pooled by count, with the law of total variance, so that how
     the data is cut into batches does not matter for a layer's own input.
 
-    In one pass, batch normalization normalizes with the statistics
-    of the batch on the way, everything else infers: deeper layers see
-    the outputs of that. With `layer_by_layer=True` there is a pass for each
-    layer, from the first on, and the layers before it use their new
-    statistics: exactly what inference will do, however the data is cut, at
-    the cost of a pass a layer. (A layer that feeds itself, in a recurrent
-    cell, say, uses its old statistics in its own pass.)
+    In one pass, batch normalization normalizes with the statistics of the batch
+    on the way, everything else infers: deeper layers see the outputs of that.
+    With `layer_by_layer=True` there is a pass for each layer, from the first
+    on, and the layers before it use their new statistics: exactly as in
+    inference, however the data is cut, at the cost of a pass a layer. (A layer
+    that feeds itself, in a recurrent cell, say, uses its old statistics in its
+    own pass.)
 
     A single element of a channel, normalized by itself, is zero, and says
-    nothing of the data. So one pass leaves out what comes after it in a batch:
+    nothing of the data. So one pass leaves out later inputs of such a batch:
     a last batch of one does no harm. Where most of a layer's elements would be
     left out, there is a pass for each layer instead.
 

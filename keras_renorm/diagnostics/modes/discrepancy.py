@@ -26,20 +26,20 @@ def discrepancy(
 ) -> Report:
     """Measures how batch normalization differs when it serves.
 
-    Each batch runs twice. In training mode each layer does what it does in
+    Each batch runs twice. In training mode each layer normalizes as in
     training; in inference mode it uses its moving statistics. Everything else
-    (dropout, say) infers in both, so that normalization alone
-    differs. Batch statistics, r and d are those of the layers' inputs in
-    training mode; whether examples within a batch are alike is tested on
-    inputs in inference mode, which batches do not mix.
+    (dropout, say) infers in both, so that normalization alone differs. Batch
+    statistics, r and d are those of the layers' inputs in training mode;
+    whether examples within a batch are alike is tested on inputs in inference
+    mode, which batches do not mix.
 
     Nothing in the model changes: no weight, statistic, counter, seed, metric
     or optimizer variable.
 
-    Give it the batches that training uses: their size and their mixture
-    are measured. Arrays are cut in the order that they have,
-    while `fit` shuffles them; shuffle them before, if so. With `steps`, so many
-    batches of arrays are taken at even distances.
+    Give it the batches that training uses: their size and their mixture are
+    measured. Arrays are cut in the order that they have, while `fit` shuffles
+    them; shuffle them before, if so. With `steps`, so many batches of arrays
+    are taken at even distances.
 
     Args:
         model: A built model with batch normalization, Keras's or ours, at any

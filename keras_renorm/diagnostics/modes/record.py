@@ -59,9 +59,10 @@ class Record:
         self.deviations = Total()
         self.examples = Total()
         self.gap = Gap(0.0, 0.0)
-        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+        # r and d of a batch; the lowest and the highest of each.
+        self._kept: list[np.ndarray] = []
         self._stride = 1
-        self._extremes: list[np.ndarray] = []
+        self._extremes: list[list[np.ndarray]] = []
         self._beyond = np.zeros(3)
         self._jeffreys = 0.0
 
@@ -93,10 +94,10 @@ class Record:
             np.mean(where) for where in (*beyond, np.any(beyond, 0))
         ]
         self._jeffreys += float(np.mean(figures.jeffreys))
-        r, d = figures.r.astype("float32"), figures.d.astype("float32")
-        self._extremes.append(np.array([r.min(), r.max(), d.min(), d.max()]))
+        both = np.array([figures.r, figures.d], "float32")
+        self._extremes.append([both.min(axis=1), both.max(axis=1)])
         if (self.elements.batches - 1) % self._stride == 0:
-            self._kept.append((r, d))
+            self._kept.append(both)
             if len(self._kept) > KEPT_BATCHES:
                 self._kept = self._kept[::2]
                 self._stride *= 2
@@ -162,20 +163,13 @@ class Record:
             constant_channels=tuple(np.flatnonzero(constant).tolist()),
         )
 
-    def _distributions(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        extremes = np.array(self._extremes)
-        found = []
-        for at in range(2):
-            values = np.concatenate([pair[at] for pair in self._kept])
-            low, high = extremes[:, 2 * at], extremes[:, 2 * at + 1]
-            found.append(
-                (
-                    float(low.min()),
-                    *np.quantile(values, QUANTILES).tolist(),
-                    float(high.max()),
-                )
-            )
-        return found[0], found[1]
+    def _distributions(self) -> list[tuple[float, ...]]:
+        """The lowest, quantiles and the highest of r, and of d."""
+        low, high = np.transpose(self._extremes, (1, 2, 0))
+        kept = np.concatenate(self._kept, axis=1)
+        quantiles = np.quantile(kept, QUANTILES, axis=1)
+        lines = [low.min(axis=1), *quantiles, high.max(axis=1)]
+        return [tuple(line) for line in np.transpose(lines).tolist()]
 
     @property
     def _between(self) -> np.ndarray:

@@ -179,19 +179,14 @@ class Report:
         parts[0].axvline(1, color="black", lw=0.7)
         parts[1].set(title="d: lowest, 5 to 95 %, highest")
         parts[1].axvline(0, color="black", lw=0.7)
-        for layer, at in zip(self.layers, places, strict=True):
-            for name, color, offset in (
-                ("gap", "#d55e00", -0.2),
-                ("shift", "#009e73", 0.0),
-                ("batch_noise", "#999999", 0.2),
-            ):
-                parts[2].barh(
-                    at + offset,
-                    getattr(layer, name),
-                    0.2,
-                    color=color,
-                    label=name if at == 0 else None,
-                )
+        for name, color, offset in (
+            ("gap", "#d55e00", -0.2),
+            ("shift", "#009e73", 0.0),
+            ("batch_noise", "#999999", 0.2),
+        ):
+            values = [getattr(layer, name) for layer in self.layers]
+            at = [place + offset for place in places]
+            parts[2].barh(at, values, 0.2, color=color, label=name)
         parts[2].set(title="gap, shift, batch noise")
         figure.legend(loc="outside lower right", ncols=3)
         parts[0].set_yticks(places, [layer.name for layer in self.layers])

@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One cause; in braces, its texts have attributes of `Found`."""
+    """One cause; in braces, its texts have attributes of `_Found`."""
 
     cause: str
     condition: Callable[[Case, Measurement], Any]  # of each layer
@@ -194,7 +194,7 @@ def verdicts_of(
     for rule in RULES:
         concerned = [layer for layer in layers if rule.condition(case, layer)]
         if concerned and not (rule.is_last_resort and verdicts):
-            found = Found(case, concerned)
+            found = _Found(case, concerned)
             verdicts.append(
                 Verdict(
                     rule.cause,
@@ -206,7 +206,7 @@ def verdicts_of(
     return verdicts
 
 
-class Found:
+class _Found:
     """Figures and names for the texts of a rule.
 
     Attributes:
@@ -231,7 +231,6 @@ class Found:
 
     @property
     def where(self) -> str:
-        """How a sentence about the layers begins."""
         found, count = len(self.layers), len(self.case.layers)
         if count == 1:
             return f"In {self.layers[0].name}"
@@ -244,12 +243,10 @@ class Found:
 
     @property
     def reference_shift(self) -> float:
-        """The shift on the reference, where it is the largest here."""
         return self.case.reference_shifts[self.most["shift"].name]
 
     @property
     def model_distance(self) -> str:
-        """How far outputs, loss and metrics of the model are apart."""
         training, inference = self.case.scores
         parts = [
             f"Outputs of the model differ by {self.case.gap:.2f} of their size"
@@ -276,7 +273,6 @@ class Found:
 
     @property
     def expected_scatter(self) -> str:
-        """The scatter of batch means for random draws."""
         layer = self.most["batch_noise"]
         if not math.isfinite(layer.scatter_expected):
             return "the examples of a batch cannot be compared"
@@ -287,7 +283,6 @@ class Found:
 
     @property
     def instead_of_groups(self) -> str:
-        """The remedy where examples of a batch must be alike."""
         layer = self.most["f"]
         return self._advised(
             advice.advice_for(layer.examples, layer.elements, is_grouped=True)
@@ -295,7 +290,6 @@ class Found:
 
     @property
     def instead_of_larger(self) -> str:
-        """The remedy where batches cannot be larger."""
         layer = self.most["batch_noise"]
         if layer.examples >= advice.FEW:  # no layer learns better there
             return f"; or {self._as_served}."
@@ -326,7 +320,6 @@ class Found:
 
     @property
     def constant_share(self) -> str:
-        """How many channels are constant, of how many."""
         count = sum(len(layer.constant_channels) for layer in self.layers)
         return f"{count} of {sum(layer.channels for layer in self.case.layers)}"
 
@@ -339,14 +332,12 @@ class Found:
         return f"{layer.name}: {listed}{more}"
 
     def _convert(self, *arguments: str) -> str:
-        """The call that changes the layers."""
         if not self.case.is_convertible:
             arguments = ("in_place=True", *arguments)
         return f"`keras_renorm.convert({', '.join(('model', *arguments))})`"
 
     @property
     def _as_served(self) -> str:
-        """Training with the outputs that are served."""
         call = self._convert("gradient_momentum=None")
         if any(not layer.is_gated for layer in self._renormalized):
             call = "open limits (`layer.r_max`, `layer.d_max`)"
