@@ -6,7 +6,6 @@ from typing import Any
 
 from keras_renorm.diagnostics.modes.conditions import is_scattered
 from keras_renorm.diagnostics.modes.measurement import Measurement
-from keras_renorm.diagnostics.modes.record import is_gated
 from keras_renorm.diagnostics.modes.step import mean_of
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.schedules import CLOSED
@@ -66,7 +65,7 @@ def limits_messages(
         ]
         begin = f" They would from step {min(later):,} on." if later else ""
         remedy = "`RenormScheduler()` scales the ramps to the run."
-        if any(is_gated(layers[name]) for name in closed):
+        if any(layers[name].is_gated for name in closed):
             remedy = "with a lower `momentum` they relax sooner."
         messages["closed"] = (
             "Limits of renormalization never relaxed in this run: r_max "
@@ -84,7 +83,7 @@ def limits_messages(
         worst = max(saturated, key=clipped.__getitem__)
         # Limits that are given end the measuring.
         remedy = "Raise r_max and d_max, or see"
-        if is_gated(layers[worst]):
+        if layers[worst].is_gated:
             remedy = "See"
         messages["clipped"] = (
             f"Limits of renormalization clip {clipped[worst]:.0%} of the "

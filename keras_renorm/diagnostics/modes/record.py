@@ -22,12 +22,6 @@ KEPT_BATCHES = 512
 QUANTILES = (0.05, 0.5, 0.95)
 
 
-def is_gated(layer: Any) -> bool:
-    """Whether a layer measures how far to correct; given limits end that."""
-    gated = getattr(layer, "gated", None)
-    return gated is not None and bool(backend.to_numpy(gated) > 0)
-
-
 class Record:
     """Counts the batches of one layer, in float64."""
 
@@ -41,10 +35,11 @@ class Record:
         self.layer = layer
         self.name = name
         limits = (R_MAX, D_MAX)
-        self.correction = 0.0
+        self.correction, self.is_gated = 0.0, False
         if isinstance(layer, BatchRenormalization):
             limits = layer.current_limits()
             self.correction = layer.current_correction()
+            self.is_gated = layer.is_gated
         self.r_max = limits[0] if r_max is None else r_max
         self.d_max = limits[1] if d_max is None else d_max
         self.epsilon = float(layer.epsilon)
@@ -141,7 +136,7 @@ class Record:
             is_untrained=is_untrained(self.layer),
             is_broken=is_broken,
             correction=self.correction,
-            is_gated=is_gated(self.layer),
+            is_gated=self.is_gated,
             r_max=self.r_max,
             d_max=self.d_max,
             r=r,
