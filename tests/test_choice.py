@@ -245,7 +245,7 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are():
     with helpers.raises(
         ValueError,
         "`layers` must be layers of the model. Received: ['stage7', "
-        "'stage_77'], which model=deep has not. It has 13 layers of batch "
+        "'stage_77'], which are not in model=deep. It has 13 layers of batch "
         "normalization; nearest: stage_7, stage_9, stage_8, stage_6.",
     ):
         get_statistics(model, layers=["stage7", "stage_77"])
@@ -262,7 +262,7 @@ def test_a_name_of_several_is_answered_with_their_paths(rng):
     )
     with helpers.raises(
         ValueError,
-        "`layers` must say which: each of these has the name. Received: "
+        "`layers` must say which: several layers have the name. Received: "
         "'norm', in model=network the name of encoder/norm, decoder/norm.",
     ):
         freeze_statistics(model, layers="norm")
@@ -303,7 +303,7 @@ def test_errors(function):
             ValueError,
             "`layers` must be layers of the model. Received: ['stam', "
             "<BatchNormalization name=other, built=False>], which "
-            "model=network has not. Its batch normalization: stem_norm, "
+            "are not in model=network. Its batch normalization: stem_norm, "
             "block/norm, first, norm.",
         ),
         (

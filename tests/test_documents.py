@@ -217,7 +217,6 @@ def test_means_in_prose_are_those_of_the_results(page):
     [
         keras_renorm.BatchNormalization,
         keras_renorm.BatchRenormalization,
-        keras_renorm.callbacks.FreezeStatistics,
     ],
 )
 def test_means_in_docstrings_are_those_of_the_results(documented):

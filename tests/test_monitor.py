@@ -20,6 +20,8 @@ from keras_renorm import (
     unfreeze_statistics,
 )
 from keras_renorm.callbacks import RenormMonitor, RenormScheduler
+from keras_renorm.callbacks.clock import Clock
+from keras_renorm.callbacks.messages import limits_messages
 from keras_renorm.diagnostics import discrepancy
 from keras_renorm.diagnostics.modes.step import (
     batch_statistic,
@@ -27,7 +29,6 @@ from keras_renorm.diagnostics.modes.step import (
     read_moved,
     read_state,
 )
-from keras_renorm.diagnostics.modes.verdict import LimitsAtEnd, said_of_limits
 from keras_renorm.schedules import ioffe2017
 from tests import helpers, networks
 
@@ -241,6 +242,44 @@ def test_logs_by_default_do_not_grow_with_the_layers_nor_have_limits():
     history = fit(network(), [RenormMonitor(every=3)])
     names = {name for name in history if "renorm" in name}
     assert names == {f"renorm_{name}" for name in ("r", "d", "clipped", "gap")}
+
+
+@pytest.mark.parametrize(
+    ("every", "lengths", "options", "expected"),
+    [
+        (3, (8, 8), {}, [3, 6, 9, 12, 15]),
+        # An epoch without one has one at its last step.
+        (100, (5, 5), {}, [5, 10]),
+        (6, (4, 4, 4), {}, [4, 6, 12]),
+        # An execution of several steps is probed at its end.
+        (4, (8, 8), {"stride": 4}, [4, 8, 12, 16]),
+        (3, (8,), {"stride": 2}, [4, 6]),
+        # The last execution of an epoch may be shorter.
+        (100, (7,), {"stride": 3}, [7]),
+        # A run that is resumed goes on.
+        (5, (4, 4), {"first_epoch": 3}, [15, 20]),
+        # An epoch of unknown length may end at any step.
+        (100, (5, 3), {"is_known": False}, [-1, -2, -4, -6, -7]),
+        (4, (6,), {"is_known": False}, [-1, -2, 4]),
+        # Where nothing could be measured, the last step is tried.
+        (3, (8,), {"has_figures": False}, [3, 6, 8]),
+    ],
+)
+def test_the_clock(every, lengths, options, expected):
+    """Steps at which probes end; below zero those in reserve."""
+    clock = Clock(every)
+    stride = clock.stride = options.get("stride", 1)
+    probes = []
+    for epoch, length in enumerate(lengths, options.get("first_epoch", 0)):
+        clock.begin_epoch(epoch, length if options.get("is_known", 1) else None)
+        for batch in range(0, length, stride):
+            is_probed = clock.begin(batch)
+            is_due = clock.end(min(batch + stride, length) - 1)
+            if is_probed:
+                probes.append(clock.step if is_due else -clock.step)
+                if is_due:
+                    clock.probed(options.get("has_figures", True))
+    assert probes == expected
 
 
 @pytest.mark.parametrize("every", [8, 16, 100])
@@ -584,12 +623,17 @@ def test_limits_that_never_relaxed_of_layers_that_measure():
 def test_limits_that_clip_matter_where_the_layer_corrects(
     correction, is_gated, remedy
 ):
-    layer = LimitsAtEnd("bn", False, True, 0.9, correction, is_gated, 300)
-    said = said_of_limits([layer])
+    layer = BatchRenormalization(**({} if is_gated else {"r_max": 2.0}))
+    layer.build((None, 3))
+    layer.step.assign(2.0 * max(layer.r_max.end_step, layer.d_max.end_step))
+    row = {"layer": "bn", "clipped": 0.9, "correction": correction}
+    messages = limits_messages({"bn": layer}, [row])
     if remedy is None:
-        assert said == {}
+        assert messages == {}
     else:
-        assert remedy in said["clipped"]
+        assert remedy in messages["clipped"]
+    # Of a layer that stood still nothing is known.
+    assert limits_messages({"bn": layer}, []) == {}
 
 
 def test_limits_that_clip_too_much():

@@ -32,7 +32,7 @@ USED = {
         "the same",
         "test_in_place.py::test_there_and_back_is_the_same_to_the_bit",
     ),
-    ("models/from_tf_keras.py", "_flatten_layers"): (
+    ("models/tf_keras_layers.py", "_flatten_layers"): (
         "tf_keras: its graph; tf_keras no longer changes",
         "test_legacy.py::test_inference_is_the_same",
     ),

@@ -14,8 +14,9 @@ from sklearn.datasets import load_digits
 import keras_renorm
 from keras_renorm import BatchNormalization, BatchRenormalization
 from keras_renorm.diagnostics import advice, discrepancy
+from keras_renorm.diagnostics.modes.conditions import Case
 from keras_renorm.diagnostics.modes.measurement import Measurement
-from keras_renorm.diagnostics.modes.verdict import verdicts_of
+from keras_renorm.diagnostics.modes.verdict import RULES, _Found, verdicts_of
 
 ROOT = Path(__file__).parents[1]
 SEEDS = [0, 1]
@@ -891,6 +892,14 @@ def test_noise_that_does_no_harm(examples, gap, loss, causes_):
         scores = tuple({"loss": each, "accuracy": each / 2} for each in loss)
     found = verdicts_of([layer], gap=gap, scores=scores)
     assert [each.cause for each in found] == causes_
+
+
+def test_every_text_finds_its_figures():
+    layer = HEALTHY._replace(shift=1.0, from_start=0.5, constant_channels=(3,))
+    found = _Found(Case([layer], None, 0.9, ({}, {}), True), [layer])
+    for rule in RULES:
+        for text in (rule.reason, rule.remedy):
+            assert "{" not in text.format_map(found)
 
 
 def test_what_is_advised_is_what_the_benchmark_found():

@@ -30,29 +30,18 @@ class FreezeStatistics(keras.callbacks.Callback):
 
     **Let the learning rate decay.** The statistics are fixed, and weights that
     still move fast no longer fit them: at a rate that does not decay, this can
-    destroy a trained network. All figures below were measured with cosine
-    decay. The callback warns if it freezes while the rate is as high as it ever
-    was in this run, and if the loss rises afterwards.
+    destroy a trained network. The callback warns if it freezes while the rate
+    is as high as it ever was in this run, and if the loss rises afterwards.
 
-    Accuracy on digits without and with it, means of ten seeds (`python -m
-    benchmarks.quality --only regimes_digits`): batch normalization 0.561 ->
-    0.973 where a minibatch holds one class, 0.819 -> 0.957 where it holds one
-    image, 0.988 -> 0.992 with two; renormalization 0.986 -> 0.990, 0.960 ->
-    0.965, 0.988 -> 0.990. With i.i.d. minibatches of four it makes no
-    difference.
-
-    **`BatchRenormalization()` does not need it.** The layer alone is within a
-    standard deviation of it on digits of one class, and ahead on cluttered
-    ones, 0.760 -> 0.880 with one class and 0.414 -> 0.691 with one image
-    (`--only regimes_cluttered`).
+    `BatchRenormalization()` does not need it; docs/evidence.md has both.
 
     At the first epoch of that part the training step is traced again, once
-    (and so is what validates). When `fit` ends, the layers are as they were:
-    those that were frozen before stay so, the others would move again. The
-    freezing is no configuration: what `ModelCheckpoint` or `model.save` writes
-    in that part has `frozen_statistics` as you set it. After a `fit` that an
-    error ended in that part, the next `fit` with this callback begins unfrozen;
-    without it, call `keras_renorm.unfreeze_statistics(model)`.
+    (and so is the validation step). When `fit` ends, the layers are as they
+    were: those that were frozen before stay so, the others would move again.
+    The freezing is no configuration: what `ModelCheckpoint` or `model.save`
+    writes in that part has `frozen_statistics` as you set it. After a `fit`
+    that an error ended in that part, the next `fit` with this callback begins
+    unfrozen; without it, call `keras_renorm.unfreeze_statistics(model)`.
 
     Args:
         begin: Share of the epochs of `fit` after which the statistics are
@@ -110,7 +99,7 @@ class FreezeStatistics(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds the layers."""
-        self._thaw()  # what a run left frozen that an error ended
+        self._thaw()  # after a run that an error ended
         normalization_layers(self.model)  # raises
         epochs = self.params["epochs"]
         # 0.58 * 100 is 57.99999999999999.

@@ -1,6 +1,5 @@
 """How far training is from inference, while `fit` runs."""
 
-import math
 import warnings
 from typing import Any
 
@@ -8,24 +7,19 @@ import keras
 import numpy as np
 
 from keras_renorm import arguments
+from keras_renorm.callbacks.clock import Clock
+from keras_renorm.callbacks.messages import batches_message, limits_messages
 from keras_renorm.callbacks.sharing import SharesData
 from keras_renorm.diagnostics.modes.comparison import comparison
-from keras_renorm.diagnostics.modes.record import is_gated
 from keras_renorm.diagnostics.modes.step import (
     LayerState,
     draw_steps,
     figures_of,
     has_moved,
     logged_names,
-    mean_of,
     means_of,
     read_moved,
     read_state,
-)
-from keras_renorm.diagnostics.modes.verdict import (
-    LimitsAtEnd,
-    said_of_batches,
-    said_of_limits,
 )
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models.batches import Batches
@@ -36,7 +30,6 @@ from keras_renorm.models.finding import (
     names_of,
     require_layers,
 )
-from keras_renorm.schedules import CLOSED
 
 # Batches of `dataset` that are looked at.
 DATASET_BATCHES = 16
@@ -151,11 +144,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self._layers: list[Any] = []
         self._names: list[str] = []
         self._before: list[LayerState] | None = None
-        self._first_batch = 0
-        self._step = 0
-        # Steps of an execution; when the next probe is due.
-        self._stride = 1
-        self._next = self.every
+        self._clock = Clock(self.every)
         self._epoch_rows: list[dict[str, Any]] = []
         # Of an epoch of unknown length: its probe if no other comes.
         self._reserve: list[dict[str, Any]] = []
@@ -171,30 +160,28 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
             self._batches()  # raises
         if self._watched is not self.model:
             self._watched = self.model
-            self.rows, self._step, self._next = [], 0, self.every
+            self.rows, self._clock = [], Clock(self.every)
             self._warned = set()
             self._is_compared = self.dataset is None
         self._epoch_rows, self._reserve = [], []
         self._before = self._logged = None
-        self._stride = int(getattr(self.model, "steps_per_execution", 1) or 1)
+        self._clock.stride = int(
+            getattr(self.model, "steps_per_execution", 1) or 1
+        )
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Begins to gather."""
         self._epoch_rows, self._reserve = [], []
-        # More than were seen in a run that is resumed.
-        resumed = epoch * (self.params.get("steps") or 0)
-        if resumed > self._step:
-            self._count_to(resumed)
+        self._clock.begin_epoch(epoch, self.params.get("steps"))
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Reads the moving statistics, where a probe is due."""
-        self._first_batch = batch
         self._before = None
-        if self._layers and (self._is_due() or self._is_reserve(batch)):
+        if self._clock.begin(batch) and self._layers:
             self._synchronize()
             self._before = [read_state(layer) for layer in self._layers]
 
@@ -202,16 +189,14 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Reads them again."""
-        self._stride = batch - self._first_batch + 1
-        is_due = self._is_due()
-        self._step += self._stride
+        is_due = self._clock.end(batch)
         if self._before is not None:
             self._synchronize()
             rows = self._read_rows(self._before)
             self._before = None
             if is_due:
                 self._add(rows)
-                self._count_to(self._step)
+                self._clock.probed(has_figures=bool(rows))
             else:
                 self._reserve = rows or self._reserve
         if not self._is_complete:
@@ -232,15 +217,29 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         if not self._is_compared:
             self._is_compared = True
             try:
-                self._compare_batches()
-            except Exception as error:  # what only watches ends no `fit`
+                found = comparison(self.model).run(
+                    self._batches(), verbose=False
+                )
+                message = batches_message(found.layers)
+                if message is not None:
+                    warnings.warn(message, stacklevel=2)
+            except Exception as error:  # watching ends no `fit`
                 self._warn(
                     "dataset", f"`dataset` could not be compared: {error}"
                 )
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Warns of limits that are closed, or that clip too much."""
-        self._warn_of_limits()
+        layers = {
+            name: layer
+            for name, layer in zip(self._names, self._layers, strict=True)
+            if isinstance(layer, BatchRenormalization)
+            and layer.trainable
+            and not layer.frozen_statistics
+        }
+        messages = limits_messages(layers, self._epoch_rows)
+        for kind, message in messages.items():
+            self._warn(kind, message)
         if self._writer is not None:
             self._writer.flush()
 
@@ -256,7 +255,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         return draw_steps(self.rows)
 
     def _find_layers(self, is_last: bool = False) -> list[Any]:
-        """Those to watch, of which only what is built can be."""
+        """All layers to watch; those that are built are watched."""
         chosen = require_layers(self.model, self.layers)
         self._layers = [layer for layer in chosen if layer.built]
         self._names = names_of(self.model, self._layers)
@@ -270,27 +269,6 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
             )
         return chosen
 
-    def _is_due(self) -> bool:
-        """Whether a probe belongs into the execution that begins now."""
-        end = self._first_batch + self._stride
-        is_last = end >= (self.params.get("steps") or math.inf)
-        return self._step + self._stride >= self._next or (
-            is_last and not self._epoch_rows
-        )
-
-    def _is_reserve(self, batch: int) -> bool:
-        """Whether to probe because the epoch may end before one is due."""
-        return (
-            self.params.get("steps") is None
-            and not self._epoch_rows
-            # A power of two lies in between.
-            and (batch + self._stride).bit_length() > batch.bit_length()
-        )
-
-    def _count_to(self, step: int) -> None:
-        self._step = step
-        self._next = (step // self.every + 1) * self.every
-
     def _synchronize(self) -> keras.Model:
         """Puts weights into the model that Keras's JAX trainer holds itself."""
         return self.model  # asking for it does
@@ -301,12 +279,14 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
             self._layers, self._names, before, strict=True
         ):
             new = read_moved(layer, old)
-            steps = self._stride
+            steps = self._clock.stride
             if old.step is not None and new.step is not None:
                 steps = new.step - old.step
             if has_moved(layer, old, new) and steps:
                 figures = figures_of(layer, old, new, steps)
-                rows.append({"step": self._step, "layer": name, **figures})
+                rows.append(
+                    {"step": self._clock.step, "layer": name, **figures}
+                )
         return rows
 
     def _add(self, rows: list[dict[str, Any]]) -> None:
@@ -324,32 +304,6 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         return Batches(
             self.dataset, DATASET_BATCHES, 32, self.model, is_most=True
         )
-
-    def _compare_batches(self) -> None:
-        found = comparison(self.model).run(self._batches(), verbose=False)
-        said = said_of_batches(found.layers)
-        if said is not None:
-            warnings.warn(said, stacklevel=2)
-
-    def _warn_of_limits(self) -> None:
-        layers = [
-            LimitsAtEnd(
-                name,
-                layer.current_limits() == CLOSED,
-                layer.current_step()
-                >= max(layer.r_max.end_step, layer.d_max.end_step),
-                mean_of("clipped", name, self._epoch_rows),
-                mean_of("correction", name, self._epoch_rows),
-                is_gated(layer),
-                min(layer.r_max.begin_step, layer.d_max.begin_step),
-            )
-            for name, layer in zip(self._names, self._layers, strict=True)
-            if isinstance(layer, BatchRenormalization)
-            and layer.trainable
-            and not layer.frozen_statistics
-        ]
-        for kind, message in said_of_limits(layers).items():
-            self._warn(kind, message)
 
     def _warn(self, kind: str, message: str) -> None:
         """Warns of each kind of thing once: `fit` may be called many times."""

@@ -19,7 +19,7 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
 
     Before validation, so that it sees the new statistics; and at the end of
     the epoch and of `fit`, where the weights have changed since: an optimizer
-    with `use_ema` puts its averages in last, `SwapEMAWeights` takes them out
+    with `use_ema` puts its averages in last, `SwapEMAWeights` removes them
     after validation. See `keras_renorm.recalibrate`. Callbacks after this one
     in the list, such as `ModelCheckpoint`, save the statistics. Training
     continues with them.
@@ -119,7 +119,7 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
         chosen = self._chosen()
         if chosen:
             with warnings.catch_warnings():
-                if self._is_silent:  # it was said after the first epoch
+                if self._is_silent:  # it was reported after the first epoch
                     warnings.simplefilter("ignore")
                 try:
                     statistics_pass(self.model, chosen).run(
@@ -134,13 +134,13 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
         self._mark = self._marked()
 
     def _marked(self) -> tuple[Any, ...]:
-        """What says whether weights or statistics have changed.
+        """A mark that differs where weights or statistics have changed.
 
-        The first of each: what changes them changes some of these.
+        Of the first of each: a change of all changes some of these.
         """
         return tuple(
-            backend.to_numpy(ops.reshape(each, (-1,))[:256]).tobytes()
-            for each in (
+            backend.to_numpy(ops.reshape(variable, (-1,))[:256]).tobytes()
+            for variable in (
                 *self.model.trainable_variables,
                 *(layer.moving_mean for layer in self._chosen()),
             )

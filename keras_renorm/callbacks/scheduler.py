@@ -110,7 +110,7 @@ class RenormScheduler(keras.callbacks.Callback):
         self._first_epoch = self._first_batch = self._batches = 0
         self._is_measured = False
         self._is_warned = False
-        # What the functions said last, by layer and limit.
+        # The last values of the functions, by layer and limit.
         self._asked: dict[tuple[int, str], float] = {}
         self._reaches_batches = backend.lets_callbacks_reach_batches()
 
@@ -129,7 +129,7 @@ class RenormScheduler(keras.callbacks.Callback):
         ramps = [self._ramps(calls) for calls in self._calls]  # may raise
         self._before = None
         self._batches = 0
-        self._found = [_Start.of(layer) for layer in layers]
+        self._found = [_start_of(layer) for layer in layers]
         for layer, limits in zip(layers, ramps, strict=True):
             _set_limits(layer, limits)
 
@@ -142,7 +142,7 @@ class RenormScheduler(keras.callbacks.Callback):
             # Not in `on_train_begin`: a callback after this one may restore
             # the counters there, and the limits.
             self._first_epoch = epoch
-            now = [_Start.of(layer) for layer in self._layers]
+            now = [_start_of(layer) for layer in self._layers]
             self._before = [
                 old if old.step == new.step else new
                 for old, new in zip(self._found, now, strict=True)
@@ -160,7 +160,7 @@ class RenormScheduler(keras.callbacks.Callback):
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """After the first batch, stretches what was scaled."""
+        """After the first batch, stretches the scaled ramps."""
         self._batches = batch + 1 - self._first_batch
         if self._reaches_batches and not self._is_measured:
             self._stretch()
@@ -219,9 +219,8 @@ class RenormScheduler(keras.callbacks.Callback):
             if calls != self._calls[at]:
                 self._calls[at] = calls
                 _set_limits(layer, self._ramps(calls))
-        if self.total_steps is None and any(
-            self._is_again(start, calls)
-            for start, calls in zip(starts, self._calls, strict=True)
+        if not (self.total_steps or self._is_warned) and any(
+            map(self._is_again, starts, self._calls)
         ):
             self._warn()
 
@@ -243,8 +242,6 @@ class RenormScheduler(keras.callbacks.Callback):
         return start.step > 0 and (is_over or not is_same)
 
     def _warn(self) -> None:
-        if self._is_warned:
-            return
         self._is_warned = True
         warnings.warn(
             "`RenormScheduler` scaled its ramps to this call of `fit`, and the "
@@ -274,10 +271,9 @@ class _Start(NamedTuple):
     r_max: LinearRamp
     d_max: LinearRamp
 
-    @classmethod
-    def of(cls, layer: BatchRenormalization) -> "_Start":
-        """As it is now."""
-        return cls(layer.current_step(), layer.r_max, layer.d_max)
+
+def _start_of(layer: BatchRenormalization) -> _Start:
+    return _Start(layer.current_step(), layer.r_max, layer.d_max)
 
 
 def _is_function(value: Any) -> bool:

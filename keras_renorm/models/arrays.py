@@ -1,9 +1,8 @@
-"""What arrays a dataset is, or a batch, and whether a model takes them."""
+"""A dataset or a batch as arrays, and whether a model takes them."""
 
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops, tree
 
@@ -19,8 +18,8 @@ def check_inputs(model: Any, x: Any, name: str = "dataset") -> None:
         return
     pairs: list[tuple[Any, Any]]
     if isinstance(x, dict):
-        # What is not an input, Keras leaves out.
-        named = {each.name: each for each in inputs}
+        # Keras leaves other keys out.
+        named = {tensor.name: tensor for tensor in inputs}
         pairs = [(x[key], named[key]) for key in named if key in x]
     else:
         leaves = tree.flatten(x)
@@ -51,12 +50,6 @@ def check_inputs(model: Any, x: Any, name: str = "dataset") -> None:
                 f"`{name}` must give inputs of the model's shapes. Received: "
                 f"a batch of shape {shape}, for {wanted} of model={model.name}."
             )
-
-
-def unpacked(batch: Any) -> tuple[Any, Any, Any]:
-    """x, y and sample weights of a batch."""
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-    return x, y, sample_weight
 
 
 def examples_of(x: Any) -> int:
@@ -123,11 +116,11 @@ def _check_list(dataset: list[Any]) -> None:
     """Raises if a list of arrays is inputs and labels, and not batches."""
     if not all(map(is_array, dataset)):
         return
-    shapes = [tuple(each.shape) for each in dataset]
+    shapes = [tuple(array.shape) for array in dataset]
     # Batches differ in length, or in what comes between it and the channels.
     ranks, lengths, widths = (
-        len(set(each))
-        for each in (
+        len(set(found))
+        for found in (
             map(len, shapes),
             (shape[0] for shape in shapes),
             (shape[-1] for shape in shapes),
@@ -142,7 +135,7 @@ def _check_list(dataset: list[Any]) -> None:
 
 
 def _check_parts(others: list[Any]) -> None:
-    """Raises if what comes after x are neither labels nor weights."""
+    """Raises if the parts after x are neither labels nor weights."""
     fits = len(others) <= 2 and all(
         part is None or is_arrays(part) for part in others
     )
@@ -158,8 +151,8 @@ def length_of(arrays: tuple[Any, ...]) -> int:
     """Number of examples of arrays, which must be the same in all."""
     sizes = {
         int(leaf.shape[0])
-        for each in arrays
-        for leaf in tree.flatten(each)
+        for part in arrays
+        for leaf in tree.flatten(part)
         if leaf is not None
     }
     if len(sizes) > 1:

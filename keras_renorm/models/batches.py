@@ -22,7 +22,6 @@ from keras_renorm.models.arrays import (
     is_array,
     length_of,
     rows_of,
-    unpacked,
 )
 
 # After so many batches of data of unknown length it is asked whether it ends.
@@ -35,28 +34,24 @@ class Batches:
     """Batches of a dataset, read by the model's own `predict`.
 
     So arrays, frames, sparse matrices, `tf.data`, `PyDataset`, loaders of
-    PyTorch and what a model does with its data before it (a task of keras-hub
-    preprocesses it) are as in `fit`. An iterable of batches, which Keras does
-    not take, is read here.
+    PyTorch and the preprocessing of a model's own (of a task of keras-hub)
+    are as in `fit`. An iterable of batches is read here: Keras takes a list
+    for several inputs, and reads more of a generator than it uses.
 
     Args:
         dataset: As for `recalibrate`.
         steps: Number of batches, or `None` for all.
         batch_size: Examples a batch where `dataset` is arrays.
-        model: What reads the data. Its inputs say whether arrays are one input
-            or several, and what they must fit.
+        model: The model that reads the data. Its inputs say whether arrays are
+            one input or several, and the shapes that they must fit.
         is_most: Whether `steps` are the most, and fewer are no error.
         is_drawn: Whether, of arrays, the examples of `steps` batches are drawn
             at random, as `fit` draws them. Otherwise whole batches are taken
             at even distances. Either way they are from all of the arrays.
 
     Raises:
-        TypeError: If an argument is of another kind.
-        ValueError: If an argument is out of range; if the dataset is empty,
-            never ends while `steps` is `None`, has arrays of unequal length,
-            is a list of inputs and labels, is one example without a batch
-            axis, does not fit the inputs of the model, or is known to hold
-            fewer than `steps` batches.
+        TypeError, ValueError: As `recalibrate`, as far as it is known before
+            the data is read.
     """
 
     def __init__(
@@ -98,7 +93,9 @@ class Batches:
     @property
     def steps(self) -> int | None:
         """Number of batches to come, where it is known."""
-        known = [each for each in (self.asked, self.known) if each is not None]
+        known = [
+            steps for steps in (self.asked, self.known) if steps is not None
+        ]
         return int(min(known)) if known else None
 
     @property
@@ -132,7 +129,7 @@ class Batches:
                     stacklevel=2,
                 )
 
-        if self._is_read_by_keras:
+        if self._arrays is not None or _is_of_keras(self.dataset):
             self._predict(receive_one, verbose, lambda: seen)
         else:
             bar = keras.utils.Progbar(
@@ -157,10 +154,6 @@ class Batches:
                 "layer_by_layer=True. Received: dataset="
                 f"{described(self.dataset)}."
             )
-
-    @property
-    def _is_read_by_keras(self) -> bool:
-        return self._arrays is not None or _is_of_keras(self.dataset)
 
     def _predict(
         self,
@@ -187,8 +180,8 @@ class Batches:
                 raise
 
         function = backend.predict_function(self.model, receive_or_note)
-        for each in (predict, keras.Model.predict):
-            if each is None or seen():
+        for method in (predict, keras.Model.predict):
+            if method is None or seen():
                 continue
             before = self.model.predict_function
             self.model.predict_function = function
@@ -196,13 +189,15 @@ class Batches:
                 with warnings.catch_warnings():
                     # It is an error here, below.
                     warnings.filterwarnings("ignore", ".*ran out of data")
-                    each(self.model, data, verbose=int(bool(verbose)), **given)
+                    method(
+                        self.model, data, verbose=int(bool(verbose)), **given
+                    )
             except Exception as error:
                 # Keras's loop fails where there is no batch at all, and one of
                 # the user's may not know what to make of our outputs.
                 if failures or not (
                     isinstance(error, UnboundLocalError)
-                    or (each is predict and seen())
+                    or (method is predict and seen())
                 ):
                     raise
             finally:
@@ -217,16 +212,9 @@ class Batches:
         rows = np.arange(
             begin, min(begin + self.batch_size, length_of(self._arrays or ()))
         )
-        return (
-            unpacked(batch)[0],
-            *(
-                tree.map_structure(
-                    lambda leaf: converted(rows_of(leaf, rows)), part
-                )
-                if part is not None
-                else None
-                for part in others
-            ),
+        x, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+        return x, *tree.map_structure(
+            lambda leaf: converted(rows_of(leaf, rows)), others
         )
 
     def _check_enough(self, found: float) -> None:
@@ -278,11 +266,11 @@ class Batches:
             places = np.argsort(rows)
             return rows_of(rows_of(leaf, rows[places]), np.argsort(places))
 
-        return tuple(tree.map_structure(taken, each) for each in arrays)
+        return tuple(tree.map_structure(taken, list(arrays)))
 
 
 def _own_predict(model: keras.Model) -> Any:
-    """`predict` of a class of its own, if it takes what Keras's does."""
+    """`predict` of a class of its own, if it takes the same arguments."""
     own = type(model).predict
     if own is keras.Model.predict:
         return None
@@ -296,10 +284,10 @@ def _own_predict(model: keras.Model) -> Any:
 
 
 def _is_of_keras(dataset: Any) -> bool:
-    """Whether Keras's loop takes the class of what holds batches."""
+    """Whether Keras's loop takes data of this class."""
     return not isinstance(dataset, Iterator) and any(
-        each.__module__.split(".")[0] in _READ_BY_KERAS
-        for each in type(dataset).__mro__
+        parent.__module__.split(".")[0] in _READ_BY_KERAS
+        for parent in type(dataset).__mro__
     )
 
 

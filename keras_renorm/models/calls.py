@@ -23,4 +23,4 @@ def replaced_calls(
             if before[id(layer)] is not None:
                 layer.call = before[id(layer)]
             elif "call" in vars(layer):
-                del layer.call  # what the class has is there again
+                del layer.call  # that of the class is there again

@@ -27,7 +27,7 @@ class Configurations:
         # Functions and classes, by the names in their place.
         self._known: dict[str, Any] = {}
 
-    def of(self, owner: Any) -> dict[str, Any]:
+    def read(self, owner: Any) -> dict[str, Any]:
         """The configuration of a layer, an optimizer or a metric."""
         config = config_of(owner)
         self._learn_classes(owner)
@@ -40,7 +40,7 @@ class Configurations:
 
     def alike(self, owner: Any) -> Any:
         """A new object of the same class and configuration."""
-        return self.make(type(owner), self.of(owner))
+        return self.make(type(owner), self.read(owner))
 
     def _learn_classes(self, owner: Any) -> None:
         if isinstance(owner, keras.layers.Layer):
@@ -59,14 +59,14 @@ class Configurations:
         }
 
     def _replaced(self, node: Any, value: Any) -> Any:
-        """The node of a configuration, where `value` is what it is about."""
+        """The node of a configuration; `value` is the object it describes."""
         if isinstance(node, list | tuple):
             if not isinstance(value, list | tuple):
                 return node
             if len(value) != len(node):
                 # `layers` of a sequential model is without its input.
-                named = {getattr(each, "name", None): each for each in value}
-                value = [named.get(_name_in(each)) for each in node]
+                named = {getattr(part, "name", None): part for part in value}
+                value = [named.get(_name_in(inner)) for inner in node]
             return type(node)(map(self._replaced, node, value))
         if _must_be_kept(node, value):
             return self._stand_in(value)
@@ -78,8 +78,8 @@ class Configurations:
             return {**node, "config": self._members(value, node["config"])}
         if isinstance(value, dict):
             return {
-                key: self._replaced(each, value.get(key))
-                for key, each in node.items()
+                key: self._replaced(inner, value.get(key))
+                for key, inner in node.items()
             }
         return node
 
@@ -118,9 +118,9 @@ def _name_in(node: Any) -> Any:
 
 def _member(owner: Any, name: str) -> Any:
     """What an object keeps of an argument of its constructor, if it matters."""
-    for each in (name, f"_{name}"):
+    for attribute in (name, f"_{name}"):
         try:
-            value = getattr(owner, each, None)
+            value = getattr(owner, attribute, None)
         except Exception:  # a property that cannot be read yet
             continue
         if getattr(value, "__self__", None) is owner:  # its own method

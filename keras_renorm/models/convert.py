@@ -1,7 +1,7 @@
 """From Keras's batch normalization to ours, and back."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -38,8 +38,8 @@ def convert(
 ) -> keras.Model:
     """A model with our layers in the place of its batch normalization.
 
-    It infers what the model infers, with the model's weights, layer names,
-    `trainable` flags and shared layers. There are two ways.
+    Its outputs in inference are those of the model, with the model's weights,
+    layer names, `trainable` flags and shared layers. There are two ways.
 
     **A copy** (the default), of a sequential or functional model; `model` is
     not changed. Batch normalization is found in nested models, in wrappers such
@@ -48,11 +48,11 @@ def convert(
     generators'), flags of layers and of single variables, LoRA, quantization,
     the scopes that it was made in, attributes. Functions need not be
     registered. If the model is compiled, the copy is compiled alike, with a new
-    optimizer; what was given to `optimizer.exclude_from_weight_decay` has to be
+    optimizer; arguments of `optimizer.exclude_from_weight_decay` have to be
     given again. A functional model of a class of its own stays of that class if
     it does more than its graph (a `train_step`, a `call`), or takes `inputs`
-    and `outputs`; else it becomes a plain one. What a copy cannot have is an
-    error.
+    and `outputs`; else it becomes a plain one. Parts that a copy cannot have
+    are an error.
 
     **In place**, of any built model: subclassed, with custom layers that make
     their normalization themselves, a backbone of keras-hub. All batch
@@ -94,13 +94,11 @@ def convert(
         model: A model, built; for a copy sequential or functional.
         to: The class to convert to: `BatchRenormalization` (default) or
             `BatchNormalization`.
-        layers: Which layers: a function of a layer that returns whether to
-            convert it, a class, a layer or its name, or a list of such. A
-            block or a nested model means all batch normalization in it.
-            Defaults to `None`, for all. The others stay what they are.
+        layers: Which layers to convert, as for `recalibrate`. Defaults to
+            `None`, for all. The others stay as they are.
         in_place: Whether to change `model` instead of making a copy. Defaults
             to `False`.
-        custom_objects: For a model of tf_keras, what takes the place of what
+        custom_objects: For a model of tf_keras, replacements of parts that
             Keras 3 lacks, by name. For the class of a layer: a class of Keras
             3, which is made from the old layer's configuration, or a function
             from the old layer to the new one. The old layer's weights are
@@ -111,7 +109,7 @@ def convert(
             Defaults to `None`.
         **layer_arguments: Arguments for each new layer, in place of the old
             layer's: `momentum=0.95`, `r_max=2.0`, `frozen_statistics=True`...
-            Without them a new layer has what the old one has: a Keras layer
+            Without them a new layer has those of the old one: a Keras layer
             with `renorm=True` gives its `renorm_clipping` as limits; a layer of
             `to` gives everything, with the step counter. Limits that none gives
             are those of a new layer; with `gradient_momentum=None` they are
@@ -126,12 +124,12 @@ def convert(
         TypeError: If `model` is no model, `to` is neither class, or an
             argument is of the wrong kind, or cannot change in place.
         ValueError: If the model has no batch normalization, or some of a class
-            of its own; if `layers` chooses none, or what the model has not. For
-            a copy, if the model is neither sequential nor functional, or has
-            what its configuration does not make anew. In place, if layers are
-            not built. If a model of tf_keras has what Keras 3 lacks,
-            or is to be changed in place or in part; if an argument is out of
-            range. Nothing has changed then.
+            of its own; if `layers` chooses none, or layers that are not in the
+            model. For a copy, if the model is neither sequential nor
+            functional, or has parts that its configuration does not make anew.
+            In place, if layers are not built. If a model of tf_keras has parts
+            that Keras 3 lacks, or is to be changed in place or in part; if an
+            argument is out of range. Nothing has changed then.
 
     Example:
 
@@ -162,9 +160,18 @@ def convert(
     ['BatchNormalization', 'BatchRenormalization']
     """
     check_class(to)
-    return _with_layers(
-        model, to, layer_arguments, layers, in_place, custom_objects
-    )
+    check_arguments(layer_arguments, to, "convert", _OWN)
+    to(**layer_arguments)  # raises before anything is built
+    for name in _FIXED if arguments.check_boolean("in_place", in_place) else ():
+        if name in layer_arguments:
+            raise TypeError(
+                f"`{name}` must not be given where in_place=True: layers keep "
+                f"theirs. Received: {name}={layer_arguments[name]!r}."
+            )
+    if custom_objects is not None:
+        _check_custom_objects(custom_objects)
+    target = _Target(to, layer_arguments)
+    return _converted(model, target, layers, in_place, custom_objects)
 
 
 def revert(
@@ -172,15 +179,15 @@ def revert(
 ) -> keras.Model:
     """A model with Keras's `BatchNormalization` for our layers.
 
-    It infers what the model infers, and bit for bit what the Keras model did
-    that `model` was converted from. It needs no `keras_renorm` to load. As
-    `convert` it makes a copy, or changes any built model in place, with the
-    same weights, names, `trainable` flags, shared layers and compilation. In
-    place the optimizer keeps its state; a copy has a new one.
+    Its outputs in inference are those of the model, and bit for bit those of
+    the Keras model that `model` was converted from. It needs no `keras_renorm`
+    to load. As `convert` it makes a copy, or changes any built model in place,
+    with the same weights, names, `trainable` flags, shared layers and
+    compilation. In place the optimizer keeps its state; a copy has a new one.
 
-    What Keras's layer lacks is dropped: limits and step counter, virtual
-    batches, `frozen_statistics`. To train it with fixed statistics, set its
-    layers' `trainable` to `False`, which fixes gamma and beta as well.
+    Features that Keras's layer lacks are dropped: limits and step counter,
+    virtual batches, `frozen_statistics`. To train it with fixed statistics, set
+    its layers' `trainable` to `False`, which fixes gamma and beta as well.
 
     Args:
         model: A model, for a copy sequential or functional.
@@ -201,29 +208,30 @@ def revert(
     >>> type(revert(model).layers[0]) is keras.layers.BatchNormalization
     True
     """
-    return _with_layers(model, KERAS, {}, layers, in_place)
+    return _converted(model, _Target(KERAS, {}), layers, in_place)
 
 
-def _with_layers(
-    model: keras.Model,
-    to: Any,
-    layer_arguments: dict[str, Any],
-    layers: Choice,
-    in_place: bool,
-    custom_objects: Mapping[str, Callable[..., Any]] | None = None,
-) -> keras.Model:
-    if to is not KERAS:
-        check_arguments(layer_arguments, to, "convert", _OWN)
-        to(**layer_arguments)  # raises before anything is built
-    if arguments.check_boolean("in_place", in_place):
-        for name in _FIXED:
-            if name in layer_arguments:
-                raise TypeError(
-                    f"`{name}` must not be given where in_place=True: layers "
-                    "keep theirs. Received: "
-                    f"{name}={layer_arguments[name]!r}."
-                )
-    if custom_objects is not None and not (
+class _Target(NamedTuple):
+    """What layers turn into: a class, and arguments in place of theirs."""
+
+    to: Any
+    layer_arguments: dict[str, Any]
+
+    def replace(
+        self, layer: Any, config: dict[str, Any]
+    ) -> tuple[type, dict[str, Any]]:
+        """The class and the configuration of the new layer."""
+        given = {**arguments_of(config, self.to), **self.layer_arguments}
+        return self.to, given
+
+    def hand_on(self, layer: Any, new: Any) -> None:
+        """Gives the new layer the weights of the old one."""
+        copy_weights(layer, new)
+        _open_limits(new, self.replace(layer, layer.get_config())[1])
+
+
+def _check_custom_objects(custom_objects: Any) -> None:
+    if not (
         isinstance(custom_objects, Mapping)
         and all(isinstance(name, str) for name in custom_objects)
         and all(map(callable, custom_objects.values()))
@@ -232,6 +240,16 @@ def _with_layers(
             "`custom_objects` must be a dictionary from names to classes or "
             f"functions. Received: custom_objects={custom_objects!r}."
         )
+
+
+def _converted(
+    model: Any,
+    target: _Target,
+    layers: Choice,
+    in_place: bool,
+    custom_objects: Mapping[str, Callable[..., Any]] | None = None,
+) -> keras.Model:
+    arguments.check_boolean("in_place", in_place)
     if from_tf_keras.is_tf_keras(model):
         if in_place or layers is not None:
             raise ValueError(
@@ -239,29 +257,45 @@ def _with_layers(
                 "part; of tf_keras a whole copy can be made. Received: "
                 f"in_place={in_place}, layers={layers!r}."
             )
-        made = []
-
-        def make(config: dict[str, Any]) -> Any:
-            given = {**arguments_of(config, to), **layer_arguments}
-            made.append((to.from_config(given), given))
-            return made[-1][0]
-
-        new_model = from_tf_keras.translate(model, make, custom_objects or {})
-        for layer, given in made:
-            _open_limits(layer, given)
-        theirs = [
-            layer
-            for layer in require_layers(new_model)
-            if type(layer) is KERAS and to is not KERAS
-        ]
-        if theirs:  # of what custom_objects put there
-            _with_layers(new_model, to, layer_arguments, theirs, True)
-        return new_model
+        return _translated(model, target, custom_objects or {})
     if custom_objects is not None:
         raise ValueError(
             "`custom_objects` must be given with a model of tf_keras only. "
             f"Received: model={model.name}, of Keras 3."
         )
+    return _with_layers(model, target, layers, in_place)
+
+
+def _translated(
+    model: Any,
+    target: _Target,
+    custom_objects: Mapping[str, Callable[..., Any]],
+) -> keras.Model:
+    """The copy of a model of tf_keras."""
+    made = []
+
+    def make(config: dict[str, Any]) -> Any:
+        _, given = target.replace(None, config)
+        made.append((target.to.from_config(given), given))
+        return made[-1][0]
+
+    new_model = from_tf_keras.translate(model, make, custom_objects)
+    for layer, given in made:
+        _open_limits(layer, given)
+    theirs = [
+        layer
+        for layer in require_layers(new_model)
+        if type(layer) is KERAS and target.to is not KERAS
+    ]
+    if theirs:  # in layers of custom_objects
+        _with_layers(new_model, target, theirs, in_place=True)
+    return new_model
+
+
+def _with_layers(
+    model: keras.Model, target: _Target, layers: Choice, in_place: bool
+) -> keras.Model:
+    """A model of Keras 3 with other layers: a copy, or itself."""
     chosen = require_layers(model, layers)
     foreign = [
         layer
@@ -274,30 +308,19 @@ def _with_layers(
             "whose meaning conversion would lose. Received: "
             f"{describe(foreign, model)} of class {type(foreign[0]).__name__}."
         )
-
-    def replace(
-        layer: Any, config: dict[str, Any]
-    ) -> tuple[type, dict[str, Any]]:
-        return to, {**arguments_of(config, to), **layer_arguments}
-
-    def hand_on(layer: Any, new: Any) -> None:
-        copy_weights(layer, new)
-        given = {**arguments_of(layer.get_config(), to), **layer_arguments}
-        _open_limits(new, given)
-
     changed = [
         layer
         for layer in chosen
-        if type(layer) is not to
-        or layer_arguments
+        if type(layer) is not target.to
+        or target.layer_arguments
         or getattr(layer, "renorm", False)
     ]
     if in_place:
         check_built(model, changed)
-        replace_in_place(model, changed, replace, hand_on)
+        replace_in_place(model, changed, target.replace, target.hand_on)
         return model
     unbuilt = [layer for layer in changed if not layer.built]
-    new_model, copies = copy_model(model, unbuilt, replace)
+    new_model, copies = copy_model(model, unbuilt, target.replace)
     missed = [layer for layer in changed if id(layer) not in copies]
     if missed:
         raise ValueError(
@@ -307,7 +330,7 @@ def _with_layers(
             f"{model.name}, which does not call {describe(missed)}."
         )
     built = [copies[id(layer)] for layer in changed if layer.built]
-    replace_in_place(new_model, built, replace, hand_on, kept=())
+    replace_in_place(new_model, built, target.replace, target.hand_on, kept=())
     return new_model
 
 
@@ -315,7 +338,7 @@ def _open_limits(layer: Any, given: dict[str, Any]) -> None:
     """Opens limits that nobody gave, where the statistics know the data.
 
     The ramp of a new layer waits for that. Where a gate rules it stays: the
-    data may be another domain's, which a gate does not tell from a sample's.
+    data may be another domain's, which a gate does not tell from noise.
     """
     if (
         not isinstance(layer, BatchRenormalization)

@@ -29,10 +29,10 @@ from keras_renorm.models.state import (
 )
 from keras_renorm.models.translation import KERAS
 
-# What a model does beside what it computes; a class that overrides one of these
-# is more than its graph.
+# The behavior of a model beside its computation; a class that overrides one of
+# these is more than its graph.
 _BEHAVIOUR = set(dir(keras.Model)) - set(dir(keras.layers.Layer)) | {"call"}
-# Not what such a class may tell about itself.
+# Not the descriptions that such a class gives of itself.
 _BEHAVIOUR -= {"get_quantization_layer_structure", "layers", "summary"}
 # Keras's objects that hold variables, beside layers.
 _STATEFUL = (
@@ -73,8 +73,8 @@ def copy_model(
     copy is compiled alike, with a new optimizer.
 
     A functional model of a class of its own stays of that class where its
-    configuration tells its graph, or where it does more than its graph: has a
-    `train_step` or a `call` of its own. Another becomes a plain one.
+    configuration describes its graph, or where it does more than its graph: has
+    a `train_step` or a `call` of its own. Another becomes a plain one.
 
     Args:
         model: The model; it is not changed.
@@ -182,7 +182,7 @@ class _Copying:
         try:
             if id(layer) not in self._layers:
                 return self._configurations.alike(layer)
-            config = self._configurations.of(layer)
+            config = self._configurations.read(layer)
             kind, changed = self._replace(layer, config)
             self._changed[id(layer)] = changed
             return self._configurations.make(kind, changed)
@@ -198,15 +198,17 @@ class _Copying:
     def _clone(self, nested: keras.Model) -> keras.Model:
         if isinstance(nested, keras.Sequential):
             kept = [
-                self._copy(each)
-                for each in nested.layers
-                if id(each) not in self._dropped
+                self._copy(layer)
+                for layer in nested.layers
+                if id(layer) not in self._dropped
             ]
             if hasattr(nested, "inputs"):
                 kept = [self._inputs_of(nested, nested.inputs[0]), *kept]
             new: keras.Model = keras.Sequential(kept, name=nested.name)
         else:
-            outputs = {id(each) for each in keras.tree.flatten(nested.output)}
+            outputs = {
+                id(tensor) for tensor in keras.tree.flatten(nested.output)
+            }
             for layer in nested.layers:
                 if id(layer) in self._dropped:
                     self._stand_ins[id(self._copy(layer))] = (
@@ -240,7 +242,7 @@ class _Copying:
     def _pair_contents(self, layer: Any) -> None:
         """Finds the copies of the layers inside a wrapper or custom layer."""
         old, new = inside(layer), inside(self._copies[id(layer)])
-        if [_kind_of(each) for each in old] != [_kind_of(each) for each in new]:
+        if [_kind_of(held) for held in old] != [_kind_of(held) for held in new]:
             raise not_made_anew(layer)
         for before, after in zip(old, new, strict=True):
             if self._copies.setdefault(id(before), after) is not after:
@@ -251,7 +253,7 @@ class _Copying:
     ) -> None:
         """Of layers that make their normalization themselves, lets it turn.
 
-        They make what they always make, and it may have been turned into
+        They make the same class always, and it may have been turned into
         another since.
         """
         turned = [
@@ -278,13 +280,13 @@ class _Copying:
         keras.Model.compile(new, **self._counterpart(given))
 
     def _counterpart(self, value: Any) -> Any:
-        """What of the copy is what an object is of the model."""
+        """The object of the copy in the place of one of the model."""
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(self._counterpart, value))
         if isinstance(value, list | tuple):
             return type(value)(map(self._counterpart, value))
         if isinstance(value, dict):
-            return {key: self._counterpart(each) for key, each in value.items()}
+            return {key: self._counterpart(part) for key, part in value.items()}
         if isinstance(value, keras.layers.Layer):
             return self._copy(value)
         if isinstance(value, keras.KerasTensor):
@@ -315,8 +317,8 @@ def graph_of(model: keras.Model) -> keras.Model:
 
 def _is_more_than_its_graph(kind: type) -> bool:
     return any(
-        name in vars(each) and not is_of_keras(each)
-        for each in kind.__mro__
+        name in vars(parent) and not is_of_keras(parent)
+        for parent in kind.__mro__
         for name in _BEHAVIOUR
     )
 

@@ -1,4 +1,4 @@
-"""What a model is fed with of a batch, which its own steps may change."""
+"""Inputs of a model from a batch, which its own steps may change."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_renorm import backend
-from keras_renorm.models.arrays import check_inputs, unpacked
+from keras_renorm.models.arrays import check_inputs
 from keras_renorm.models.calls import replaced_calls
 
-# In this order: what serves first, and what trains last.
+# In this order: serving first, training last.
 _STEPS = ("predict_step", "test_step", "train_step")
 
 
 class Feed(NamedTuple):
-    """What of a batch goes into a model, and what comes with it.
+    """The inputs of a model from a batch, and labels and weights.
 
     Attributes:
         x: Inputs of the model.
@@ -32,11 +32,11 @@ class Feed(NamedTuple):
 
 
 class _TrainsOthersError(BaseException):
-    """An optimizer was called first: the step trains what the model holds."""
+    """An optimizer was called first: the step trains parts of the model."""
 
 
 class _Called(BaseException):
-    """The model was called: what a step was run for."""
+    """The model was called: the step has done its part."""
 
     def __init__(self, x: Any, named: dict[str, Any]) -> None:
         super().__init__()
@@ -44,11 +44,11 @@ class _Called(BaseException):
 
 
 class Feeder:
-    """What the model's own steps make of batches, or else what they hold.
+    """Inputs of a model, as its own steps make them of batches.
 
     A `predict_step`, `test_step` or `train_step` of one's own may divide by
     255, or pick parts of the data. It runs until it calls the model, and no
-    further; what it assigned is dropped.
+    further; its assignments are dropped.
 
     Warns:
         UserWarning: If the last of these steps raises for data of this form.
@@ -60,8 +60,8 @@ class Feeder:
         self._form: int | None = None
 
     def __call__(self, batch: Any) -> Feed:
-        """What of a batch goes into the model."""
-        x, y, sample_weight = unpacked(batch)
+        """The inputs from a batch."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         called = self._called(batch)
         if called is not None:
             x = called.x
@@ -70,7 +70,7 @@ class Feeder:
 
     def _called(self, batch: Any) -> "_Called | None":
         given = batch if isinstance(batch, tuple) else (batch,)
-        # A step may take apart what has no labels, or want it bare.
+        # A step may unpack a batch without labels, or want it bare.
         forms = [
             batch,
             *((*given, *[None] * more) for more in (1, 2)),
@@ -88,7 +88,7 @@ class Feeder:
                     error = raised
                     continue
                 error = None
-                if called is None:  # it trains what the model holds
+                if called is None:  # it trains parts of the model
                     break
                 self._form = at
                 return called
@@ -110,7 +110,7 @@ def _is_own(model: Any, name: str) -> bool:
 
 
 def _first_call(model: Any, name: str, batch: Any) -> _Called | None:
-    """What a step calls the model with; `None` if it does not."""
+    """The arguments of a step's call of the model; `None` without one."""
     try:
         with keras.StatelessScope(), _stopped(model):
             getattr(model, name)(*backend.step_arguments(model, name, batch))
@@ -128,7 +128,9 @@ def _stopped(model: Any) -> Iterator[None]:
 
     def call(x: Any, *others: Any, **named: Any) -> Any:
         named.pop("training", None)
-        named = {key: each for key, each in named.items() if each is not None}
+        named = {
+            key: value for key, value in named.items() if value is not None
+        }
         raise _Called(x, named)
 
     def stop(*_: Any, **__: Any) -> None:

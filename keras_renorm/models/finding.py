@@ -25,10 +25,10 @@ LISTED = 12
 def find_layers(model: Any, kind: type[Layer]) -> list[Layer]:
     """The layers of a kind, the model included, at any depth, each once.
 
-    Nested models, wrappers and custom layers are searched; what holds a layer
-    comes before it. Keras has no public way into custom layers; only this
-    file uses its `_flatten_layers`. Every function of a model begins here, so
-    the type of `model` is checked here.
+    Nested models, wrappers and custom layers are searched; a holder comes
+    before the layers in it. Keras has no public way into custom layers; only
+    this file uses its `_flatten_layers`. Every function of a model begins here,
+    so the type of `model` is checked here.
 
     Raises:
         TypeError: If `model` is not of Keras.
@@ -49,9 +49,11 @@ def inside(layer: Any) -> list[Any]:
 def own_variables(layer: Any) -> list[keras.Variable]:
     """The variables of a layer that belong to no layer inside it."""
     inner = {
-        id(variable) for each in inside(layer) for variable in each.variables
+        id(variable) for held in inside(layer) for variable in held.variables
     }
-    return [each for each in layer.variables if id(each) not in inner]
+    return [
+        variable for variable in layer.variables if id(variable) not in inner
+    ]
 
 
 def has_graph(layer: Any) -> bool:
@@ -102,13 +104,13 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
         )
     named = _named(model, choosers)
     chosen: set[int] = set()
-    for each in choosers:
-        if isinstance(each, str | keras.layers.Layer):
-            meant = [named[each] if isinstance(each, str) else each]
-        elif isinstance(each, type):
-            meant = find_layers(model, each)
+    for chooser in choosers:
+        if isinstance(chooser, str | keras.layers.Layer):
+            meant = [named[chooser] if isinstance(chooser, str) else chooser]
+        elif isinstance(chooser, type):
+            meant = find_layers(model, chooser)
         else:
-            meant = [layer for layer in normalization if each(layer)]
+            meant = [layer for layer in normalization if chooser(layer)]
         for layer in meant:
             chosen.update(
                 map(id, find_layers(layer, keras.layers.BatchNormalization))
@@ -119,7 +121,7 @@ def choose_layers(model: Any, layers: Choice = None) -> list[Any]:
             f"layers={layers!r}, which chooses none of the "
             f"{len(normalization)} layers of model={model.name}."
         )
-    return [each for each in normalization if id(each) in chosen]
+    return [layer for layer in normalization if id(layer) in chosen]
 
 
 def _is_chooser(layers: Any) -> bool:
@@ -127,7 +129,7 @@ def _is_chooser(layers: Any) -> bool:
 
 
 def _named(model: Any, choosers: Sequence[Any]) -> dict[str, Any]:
-    """The layers that are meant by names; an error for what is not there."""
+    """The layers that are meant by names; an error for unknown ones."""
     ways = _ways(model)
     held = find_layers(model, keras.layers.Layer)
     found: dict[str, list[Any]] = {}
@@ -141,21 +143,21 @@ def _named(model: Any, choosers: Sequence[Any]) -> dict[str, Any]:
     }
     found.setdefault(model.name, [model])
     unknown = [
-        each
-        for each in choosers
-        if (isinstance(each, str) and each not in found)
-        or (isinstance(each, keras.layers.Layer) and id(each) not in ways)
+        chooser
+        for chooser in choosers
+        if (isinstance(chooser, str) and chooser not in found)
+        or (isinstance(chooser, keras.layers.Layer) and id(chooser) not in ways)
     ]
     if unknown:
         raise ValueError(
-            f"`layers` must be layers of the model. Received: {unknown}, which "
-            f"model={model.name} has not. {_known(model, unknown)}"
+            f"`layers` must be layers of the model. Received: {unknown}, "
+            f"which are not in model={model.name}. {_known(model, unknown)}"
         )
-    names = [each for each in choosers if isinstance(each, str)]
+    names = [chooser for chooser in choosers if isinstance(chooser, str)]
     for name in names:
         if len(found[name]) > 1:
             raise ValueError(
-                "`layers` must say which: each of these has the name. "
+                "`layers` must say which: several layers have the name. "
                 f"Received: {name!r}, in model={model.name} the name of "
                 f"{describe(found[name], model)}."
             )
@@ -163,7 +165,7 @@ def _named(model: Any, choosers: Sequence[Any]) -> dict[str, Any]:
 
 
 def _known(model: Any, unknown: Sequence[Any]) -> str:
-    """What a model's normalization is called, for the error of a name."""
+    """The names of a model's normalization, for the error of a name."""
     normalization = find_layers(model, keras.layers.BatchNormalization)
     names = names_of(model, normalization)
     if len(names) <= LISTED:
@@ -175,9 +177,9 @@ def _known(model: Any, unknown: Sequence[Any]) -> str:
     ]
     near = [
         name
-        for each in unknown
+        for chooser in unknown
         for name in difflib.get_close_matches(
-            each if isinstance(each, str) else each.name,
+            chooser if isinstance(chooser, str) else chooser.name,
             names_of(model, blocks),
             n=4,
             cutoff=0,
@@ -211,7 +213,7 @@ def built_layers(model: Any, layers: Choice = None) -> list[Any]:
     A model that has run may hold layers that it never calls. They are left out.
 
     Warns:
-        UserWarning: What was left out.
+        UserWarning: The layers that were left out.
     """
     chosen = require_layers(model, layers)
     unbuilt = [layer for layer in chosen if not layer.built]
@@ -244,7 +246,7 @@ def check_no_keras_renorm(layers: list[Any]) -> None:
 
 
 def names_of(model: Any, layers: Iterable[Any]) -> list[str]:
-    """What layers of a model are called in this package: no two alike.
+    """Names of layers of a model in this package: no two alike.
 
     A layer is called `layer.name`. Where another layer of the model, of
     whatever class, has the same name, it is called by its path: the names of
@@ -281,8 +283,8 @@ def _ways(model: Any) -> dict[int, tuple[str, ...]]:
     """
     ways: dict[int, tuple[str, ...]] = {id(model): ()}
     for layer in find_layers(model, keras.layers.Layer):
-        for each in layer._flatten_layers(include_self=False, recursive=False):
-            ways.setdefault(id(each), (*ways[id(layer)], each.name))
+        for held in layer._flatten_layers(include_self=False, recursive=False):
+            ways.setdefault(id(held), (*ways[id(layer)], held.name))
     return ways
 
 

@@ -31,8 +31,8 @@ _KERNELS: dict[type, tuple[str, tuple[int, ...]]] = {
 }
 
 
-# Above half of what the type holds, the sum that the bias is added to may
-# overflow, or the weights do.
+# Above half of the largest number of the type, the sum that the bias is added
+# to may overflow, or the weights do.
 _LARGEST = {"float16": 65504.0 / 2}
 
 
@@ -55,16 +55,13 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
 
     so that inference does less. Outputs are the same to rounding, and keep
     their names (normalization that makes one becomes an `Identity`). `model` is
-    not changed. Do not train the copy: what normalized its activations is
-    gone.
+    not changed. Do not train the copy: nothing normalizes its activations.
 
     Args:
         model: A built sequential or functional model with batch normalization
             of Keras or of this package.
-        layers: Which layers: a function of a layer that returns whether it is
-            meant, a class, a layer or its name, or a list of such. A block or
-            a nested model means all batch normalization in it. Defaults to
-            `None`, for all.
+        layers: Which layers, as for `recalibrate`. Defaults to `None`, for
+            all.
 
     Returns:
         A new model. The normalization that remains in it infers as before.
@@ -72,7 +69,7 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     Raises:
         ValueError: If the model is neither sequential nor functional, is not
             built, or has no batch normalization; if `layers` chooses none, or
-            what the model has not.
+            layers that are not in the model.
 
     Warns:
         UserWarning: What of `layers` was not folded, and why: another layer, an
@@ -90,7 +87,7 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     """
     check_has_graph(arguments.check_model(model))
     normalizations = built_layers(model, layers)
-    chosen = {id(each) for each in normalizations}
+    chosen = {id(layer) for layer in normalizations}
     pairs, reasons = _find_pairs(model)
     pairs = [pair for pair in pairs if id(pair.normalization) in chosen]
     folded = {id(pair.normalization) for pair in pairs}
@@ -102,14 +99,14 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     )
     for pair in pairs:
         _write_folded(pair, copies[id(pair.before)])
-    left = [each for each in normalizations if id(each) not in folded]
+    left = [layer for layer in normalizations if id(layer) not in folded]
     if left:
         warnings.warn(
             f"{len(left)} of {len(normalizations)} batch normalization layers "
             "are not folded: "
             + "; ".join(
-                f"{each.name} ({reasons.get(id(each), 'inside a wrapper')})"
-                for each in left
+                f"{layer.name} ({reasons.get(id(layer), 'inside a wrapper')})"
+                for layer in left
             )
             + ".",
             stacklevel=2,
@@ -140,7 +137,7 @@ def _calls_of(graph: keras.Model) -> dict[str, list[Any]]:
     if isinstance(graph, keras.Sequential):
         return {}
     layers = config_of(graph_of(graph))["layers"]
-    return {each["name"]: each["inbound_nodes"] for each in layers}
+    return {layer["name"]: layer["inbound_nodes"] for layer in layers}
 
 
 def _trains(call: dict[str, Any]) -> bool:
@@ -285,7 +282,9 @@ def _folded(before: Any, normalization: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _why_not_finite(pair: _Pair) -> str:
     kind = pair.before.compute_dtype
-    largest = max(np.max(np.abs(each)) for each in (pair.kernel, pair.bias))
+    largest = max(
+        np.max(np.abs(weights)) for weights in (pair.kernel, pair.bias)
+    )
     if largest > _LARGEST.get(kind, np.inf):
         return f"{kind} does not hold what {pair.before.name} would get"
     return ""

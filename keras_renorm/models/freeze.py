@@ -24,15 +24,13 @@ def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
 
     Args:
         model: A model with layers of this package, at any depth.
-        layers: Which layers: a function of a layer that returns whether it is
-            meant, a class, a layer or its name, or a list of such. A block or
-            a nested model means all batch normalization in it. Defaults to
-            `None`, for all.
+        layers: Which layers, as for `recalibrate`. Defaults to `None`, for
+            all.
 
     Raises:
         ValueError: If the model has none, or Keras's batch normalization is
             among `layers`, which cannot do this (`convert` the model); if
-            `layers` chooses none, or what the model has not.
+            `layers` chooses none, or layers that are not in the model.
 
     Warns:
         UserWarning: If statistics are as they were made, mean 0 and variance
@@ -55,7 +53,7 @@ def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
 def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
     """Lets the statistics of a model move again: the inverse.
 
-    In place, and at once, as `freeze_statistics`. Ends what
+    In place, and at once, as `freeze_statistics`. Ends the freezing that
     `callbacks.FreezeStatistics` began in a `fit` that failed, too.
 
     Args:
@@ -90,7 +88,7 @@ def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
 def _freeze(
     model: keras.Model, layers: list[BatchNormalization], value: bool
 ) -> None:
-    changed = [each for each in layers if each.statistics_stand != value]
+    changed = [layer for layer in layers if layer.statistics_stand != value]
     for layer in layers:
         layer.frozen_statistics = value
         if not value:
@@ -126,14 +124,12 @@ def normalization_layers(
         layer for layer in chosen if not isinstance(layer, BatchNormalization)
     ]
     if others or not chosen:
-        what = (
-            f"Keras's own layers {describe(others, model)}"
-            if others
-            else "none at all"
-        )
+        found = "none at all"
+        if others:
+            found = f"Keras's own layers {describe(others, model)}"
         raise ValueError(
             "`model` must have batch normalization of keras_renorm only; "
             f"`keras_renorm.convert` makes it. Received: model={model.name}, "
-            f"which has {what}."
+            f"which has {found}."
         )
     return chosen

@@ -11,8 +11,8 @@ import keras
 from keras_renorm import backend
 from keras_renorm.models.finding import find_layers
 
-# Tracing takes longer than many batches. By model and use, each with what it
-# was made for. What is kept must not refer to the model, or both stay for ever.
+# Tracing takes longer than many batches. By model and use, each with its
+# conditions. What is kept must not refer to the model, or both stay for ever.
 _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
     weakref.WeakKeyDictionary()
 )
@@ -97,10 +97,10 @@ def trace_anew(model: Any, layers: Iterable[Any]) -> None:
         model: The model that the layers were found in.
         layers: Layers that compute otherwise now.
     """
-    for each in models_with(model, layers, _traced):
-        for step in _traced(each):
-            backend.forget_traces(getattr(each, f"{step}_step"))
-            getattr(each, f"make_{step}_function")(force=True)
+    for holder in models_with(model, layers, _traced):
+        for step in _traced(holder):
+            backend.forget_traces(getattr(holder, f"{step}_step"))
+            getattr(holder, f"make_{step}_function")(force=True)
 
 
 def _traced(model: Any) -> list[str]:
@@ -124,17 +124,17 @@ def models_with(
         return []
     # `gc.freeze` hides objects: what is known comes first. (No list around the
     # objects, which would hold itself, and with it all of them.)
-    models = {id(each): each for each in find_layers(model, keras.Model)}
-    for each in gc.get_objects():
+    models = {id(held): held for held in find_layers(model, keras.Model)}
+    for found in gc.get_objects():
         # Not `isinstance`, which asks the object: some would import a module.
-        if issubclass(type(each), keras.Model):
-            models[id(each)] = each
+        if issubclass(type(found), keras.Model):
+            models[id(found)] = found
     return [
-        each
-        for each in models.values()
-        if condition(each)
+        holder
+        for holder in models.values()
+        if condition(holder)
         and any(
             id(layer) in changed
-            for layer in find_layers(each, keras.layers.Layer)
+            for layer in find_layers(holder, keras.layers.Layer)
         )
     ]

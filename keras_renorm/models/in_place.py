@@ -23,7 +23,7 @@ TRAINED = ("gamma", "beta")
 
 
 def check_built(model: keras.Model, layers: Sequence[Any]) -> None:
-    """Raises if layers of a model are not built: what they become is open."""
+    """Raises if layers of a model are not built: their shapes are unknown."""
     unbuilt = [layer for layer in layers if not layer.built]
     if unbuilt:
         raise ValueError(
@@ -60,7 +60,7 @@ def replace_in_place(
     strategy = getattr(model, "distribute_strategy", None)
     with as_asked(), strategy.scope() if strategy else nullcontext():
         for layer, source in zip(layers, sources or layers, strict=True):
-            config = configurations.of(source)
+            config = configurations.read(source)
             new = configurations.make(*replace(source, config))
             _build_alike(layer, new)
             copy_weights(layer, new)
@@ -95,7 +95,7 @@ def _warn_of_optimizers(model: keras.Model, layers: Sequence[Any]) -> None:
 
     trained = models_with(model, remembering, is_trained)
     if trained:
-        names = ", ".join(each.name for each in trained)
+        names = ", ".join(model.name for model in trained)
         arguments.warn(
             f"Compile {names} before the next training: on "
             f"Keras's {backend.name()} backend an optimizer must know the "

@@ -1,7 +1,6 @@
-"""Passes over data that watch what goes through a model's normalization."""
+"""Passes over data that watch the inputs of a model's normalization."""
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,14 +14,10 @@ from keras_renorm.models.batches import Batches
 from keras_renorm.models.calls import replaced_calls
 from keras_renorm.models.feeding import Feed, Feeder
 from keras_renorm.models.finding import describe
+from keras_renorm.models.totals import Total
 from keras_renorm.operations import Tensor
 
-# Batch means that scatter by this much of the standard deviation of all data,
-# where batches are no random draws. A smaller scatter harms there: what the
-# examples of a batch have in common is taken from them in training.
-GROUPED = 0.1
-
-# Of a batch: layers, and what a call of each reported.
+# Of a batch: layers, and the arrays that a call of one reported.
 Calls = list[tuple[Any, Any]]
 
 
@@ -49,7 +44,7 @@ class LayerCall:
     def run(self, training: bool | None) -> Tensor:
         """The layer's own outputs, with another flag if it takes one.
 
-        What is assigned is dropped: a second call of a shared layer must find
+        Assignments are dropped: a second call of a shared layer must find
         the statistics as they are.
         """
         self._given.arguments[self._first] = self.inputs
@@ -86,33 +81,8 @@ def example_moments(
     return functional.centered_moments(values, (1,), has_elements)[1]
 
 
-def f_of_batches(examples: "Total", epsilon: float) -> tuple[float, float]:
-    """F of one-way analysis of variance, and what it may be by chance.
-
-    Of the examples' channel means in batches. F is a mean over channels; the
-    limit is four standard deviations of the F of one channel, for channels may
-    all say the same, and 2 at least. NaN where it cannot be told.
-    """
-    batches = examples.batches
-    free = examples.count - batches
-    if batches < 2 or free <= 0:
-        return math.nan, math.nan
-    between = examples.variance - examples.within
-    between = between * examples.count / (batches - 1)
-    within = examples.within * examples.count / free
-    varies = examples.variance > 1e-12 * (examples.mean**2 + epsilon)
-    if not np.any(varies):
-        return math.nan, math.nan
-    # Where nothing varies within batches, but between them.
-    f = between[varies] / np.maximum(
-        within[varies], 1e-6 * examples.variance[varies]
-    )
-    limit = 1 + 4 * math.sqrt(2 / (batches - 1) + 2 / free)
-    return float(np.mean(f)), max(2.0, limit)
-
-
-class Told:
-    """What the calls of layers report of a batch.
+class Reports:
+    """Arrays that calls of layers report of a batch.
 
     A call may report tensors from any place: a recurrent cell, a loop or a
     branch of a conditional, too. In a loop it reports at each iteration.
@@ -124,7 +94,7 @@ class Told:
         self._places = 0
         self._is_running = False
 
-    def tell(self, layer: Any, found: Any, outputs: Tensor) -> Tensor:
+    def report(self, layer: Any, found: Any, outputs: Tensor) -> Tensor:
         """The outputs of a call, which reports a structure of tensors."""
         form = tree.map_structure(lambda _: None, found)
         self._places += 1
@@ -132,11 +102,11 @@ class Told:
 
         def receive(*arrays: np.ndarray) -> None:
             # Copies: the memory is the backend's.
-            values = [np.array(each, dtype="float64") for each in arrays]
-            told = tree.pack_sequence_as(form, values)
-            self._calls.append((place, layer, told))
+            values = [np.array(array, dtype="float64") for array in arrays]
+            report = tree.pack_sequence_as(form, values)
+            self._calls.append((place, layer, report))
 
-        tensors = [ops.convert_to_tensor(each) for each in tree.flatten(found)]
+        tensors = [ops.convert_to_tensor(leaf) for leaf in tree.flatten(found)]
         return backend.tell(receive, tensors, outputs)
 
     def _hooked(
@@ -176,14 +146,14 @@ class Told:
     def _run(
         self, function: Callable[..., Any], feed: Feed
     ) -> tuple[Any, Calls]:
-        """What the function gives, and what was reported: `(layer, arrays)`."""
+        """The outputs of the function, and all reports: `(layer, arrays)`."""
         self._calls, self._error = [], None
         self._is_running = True
         try:
             outputs = function(feed.x, feed.named)
             backend.wait()
         except Exception:
-            if self._error is not None:  # a graph's error tells less
+            if self._error is not None:  # a graph's error says less
                 raise self._error from None
             raise
         finally:
@@ -203,18 +173,9 @@ class Told:
     ) -> int:
         """Runs a function of a model over data; the number of batches.
 
-        Args:
-            data: The batches.
-            layers: What is watched.
-            hook: What watches.
-            function: Of the inputs of the model and of other arguments of its
-                call, a dict.
-            count: Takes of each batch what was fed, what the function gave,
-                and what was reported.
-            verbose: Whether to show a progress bar.
-
-        Raises:
-            ValueError: As `Batches.read`.
+        `hook` watches the layers. `function` takes the inputs of the model and
+        a dict of other arguments of its call; `count` takes the inputs of each
+        batch, the outputs of the function, and the reports.
         """
         feeder = Feeder(data.model)
 
@@ -229,73 +190,6 @@ class Told:
             return data.read(receive, verbose)
 
 
-class Total:
-    """Moments of all batches so far, in float64: Chan et al. 1983.
-
-    Attributes:
-        examples: Number of examples; kept by whoever adds.
-        skipped: Number of elements a channel that were left out; likewise.
-        batches: Number of batches that had an element.
-        count: Number of elements a channel; where channels have masks of
-            their own, the fewest.
-        mean: Mean of all elements.
-        variance: Variance of all elements (divisor `count`).
-        within: What of it is within batches: their variances, weighted by
-            count. The rest is between their means.
-    """
-
-    def __init__(self) -> None:
-        self.examples = 0
-        self.skipped = 0.0
-        self.batches = 0
-        self._counts: Any = 0.0
-        self.mean: Any = 0.0
-        self.variance: Any = 0.0
-        self.within: Any = 0.0
-
-    @property
-    def count(self) -> float:
-        """Number of elements of the channel that has the fewest."""
-        return float(np.min(self._counts))
-
-    @property
-    def between(self) -> Any:
-        """Variance of the batch means (divisor: batches less 1)."""
-        between = np.maximum(self.variance - self.within, 0)
-        return between * self.batches / max(self.batches - 1, 1)
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether no batch brought NaN or infinity."""
-        return bool(
-            np.all(np.isfinite(self.mean))
-            and np.all(np.isfinite(self.variance))
-        )
-
-    def add(
-        self,
-        count: Any,
-        shift: np.ndarray,
-        residual: Any,
-        variance: Any,
-    ) -> None:
-        """Pools the `Moments` of a batch; nothing where it had no element."""
-        if not np.max(count):
-            return
-        self.batches += 1
-        self._counts = self._counts + count
-        share = count / np.maximum(self._counts, 1)
-        with np.errstate(all="ignore"):  # not finite: an error later
-            distance = (shift + residual) - self.mean
-            self.variance = (
-                (1 - share) * self.variance
-                + share * variance
-                + share * (1 - share) * distance**2
-            )
-            self.within = (1 - share) * self.within + share * variance
-            self.mean = self.mean + share * distance
-
-
 def reached_layers(
     model: Any,
     totals: Sequence[tuple[Any, Total]],
@@ -306,12 +200,8 @@ def reached_layers(
 ) -> list[Any]:
     """The layers that data reached. The others are left out, with a warning.
 
-    Args:
-        model: The model, for names.
-        totals: Layers, and what was seen of their elements.
-        seen: Number of batches.
-        statistics: What may not be finite, in the words of the error.
-        is_silent: Whether the others are known already.
+    `totals` are layers, and the moments of their elements; `seen` is the number
+    of batches; an error calls `statistics` what is not finite.
 
     Raises:
         ValueError: If the data reached none.

@@ -1,7 +1,6 @@
 """Population statistics of the weights that a model has now."""
 
 import math
-import warnings
 import weakref
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -24,16 +23,14 @@ from keras_renorm.models.finding import (
 )
 from keras_renorm.models.graphs import compiled, kept
 from keras_renorm.models.passes import (
-    GROUPED,
     Calls,
     LayerCall,
-    Told,
-    Total,
+    Reports,
     aligned_inputs,
     example_moments,
-    f_of_batches,
     reached_layers,
 )
+from keras_renorm.models.totals import Total, warn_of_likeness
 from keras_renorm.operations import Tensor
 
 
@@ -56,24 +53,24 @@ def recalibrate(
     Johnson 2021): pooled by count, with the law of total variance, so that how
     the data is cut into batches does not matter for a layer's own input.
 
-    In one pass, batch normalization normalizes with the statistics
-    of the batch on the way, everything else infers: deeper layers see what
-    the batches make of it. With `layer_by_layer=True` there is a pass for each
-    layer, from the first on, and the layers before it use their new
-    statistics: exactly what inference will do, however the data is cut, at
-    the cost of a pass a layer. (A layer that feeds itself, in a recurrent
-    cell, say, uses its old statistics in its own pass.)
+    In one pass, batch normalization normalizes with the statistics of the batch
+    on the way, everything else infers: deeper layers see the outputs of that.
+    With `layer_by_layer=True` there is a pass for each layer, from the first
+    on, and the layers before it use their new statistics: exactly as in
+    inference, however the data is cut, at the cost of a pass a layer. (A layer
+    that feeds itself, in a recurrent cell, say, uses its old statistics in its
+    own pass.)
 
     A single element of a channel, normalized by itself, is zero, and says
-    nothing of the data. So one pass leaves out what comes after it in a batch:
+    nothing of the data. So one pass leaves out later inputs of such a batch:
     a last batch of one does no harm. Where most of a layer's elements would be
     left out, there is a pass for each layer instead.
 
     Layers count wherever they are called: in nested models, recurrent cells,
     loops and conditionals, once for each time that they run. A layer that no
     data reaches keeps its statistics, with a warning: one that is not called,
-    or whose outputs nobody uses, or in what the model has compiled by itself
-    (`tf.function`, `jax.jit`), which is not traced again.
+    or whose outputs nobody uses, or in a function that the model has compiled
+    by itself (`tf.function`, `jax.jit`), which is not traced again.
 
     The data is read by the model's own `predict`, and goes in as the model's
     own `predict_step`, `test_step` or `train_step` calls the model with it.
@@ -117,8 +114,8 @@ def recalibrate(
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of range; if the model has no batch
             normalization, or is not built, or has Keras layers with
-            `renorm=True` (`convert` them); if `layers` chooses none, or what
-            the model has not; if the dataset is empty, holds
+            `renorm=True` (`convert` them); if `layers` chooses none, or
+            layers that are not in the model; if the dataset is empty, holds
             fewer than `steps` batches, never ends without `steps`, does not
             fit the model's inputs or a layer's channels, is a list of inputs
             and labels, reaches no layer, or makes statistics that are not
@@ -153,7 +150,7 @@ def recalibrate(
 
 
 class _OneElementError(ValueError):
-    """One pass cannot tell what most elements of a layer are."""
+    """One pass does not see most elements of a layer as they are."""
 
 
 def statistics_pass(model: Any, layers: Choice = None) -> "StatisticsPass":
@@ -176,7 +173,7 @@ class StatisticsPass:
         self.layers = layers
         # Which layers were called, in order; known once a batch was seen.
         self._called: list[Any] = []
-        self._told = Told()
+        self._reports = Reports()
         # A graph for each way to normalize, made on the first batch.
         self._gather = {
             by_batch: compiled(model, self._run_model)
@@ -194,34 +191,17 @@ class StatisticsPass:
         verbose: int | bool = True,
     ) -> None:
         """As `recalibrate`."""
-        data, prior = self.checked(
+        data, prior, is_by_layer = self.checked(
             dataset, steps, layer_by_layer, prior_examples, batch_size
         )
         before = {
-            id(layer): tuple(
+            id(layer): [
                 backend.to_numpy(weight)
                 for weight in (layer.moving_mean, layer.moving_variance)
-            )
+            ]
             for layer in self.layers
         }
-
-        def assign(layer: Any, mean: np.ndarray, variance: np.ndarray) -> None:
-            layer.moving_mean.assign(mean)
-            layer.moving_variance.assign(variance)
-
-        def mixed(layer: Any, total: Total) -> tuple[np.ndarray, ...]:
-            keep = prior / (prior + total.examples) if prior else 0.0
-            # What is not finite counts for nothing: zero times NaN is NaN.
-            return tuple(
-                keep * np.where(np.isfinite(old), old, new) + (1 - keep) * new
-                for old, new in zip(
-                    before[id(layer)],
-                    (total.mean, total.variance),
-                    strict=True,
-                )
-            )
-
-        if not (prior > 0 if layer_by_layer is None else layer_by_layer):
+        if not is_by_layer:
             try:
                 totals = self._totals(data, True, verbose)
             except _OneElementError:
@@ -230,25 +210,36 @@ class StatisticsPass:
             else:
                 for layer in self.layers:
                     if id(layer) in totals:
-                        assign(layer, *mixed(layer, totals[id(layer)]))
+                        _mix(layer, before[id(layer)], totals[id(layer)], prior)
                 return
-        done: set[int] = set()
-        reached = 1
         try:
-            while len(done) < reached:
-                totals = self._totals(data, False, verbose, done)
-                reached = len(totals)
-                layer = next(
-                    each
-                    for each in self._called
-                    if id(each) in totals.keys() - done
-                )
-                assign(layer, *mixed(layer, totals[id(layer)]))
-                done.add(id(layer))
+            self._run_by_layer(data, before, prior, verbose)
         except BaseException:
             for layer in self.layers:
-                assign(layer, *before[id(layer)])
+                layer.moving_mean.assign(before[id(layer)][0])
+                layer.moving_variance.assign(before[id(layer)][1])
             raise
+
+    def _run_by_layer(
+        self,
+        data: Batches,
+        before: dict[int, list[np.ndarray]],
+        prior: float,
+        verbose: int | bool,
+    ) -> None:
+        """A pass for each layer, in the order that they are called."""
+        done: set[int] = set()
+        reached = 1
+        while len(done) < reached:
+            totals = self._totals(data, False, verbose, done)
+            reached = len(totals)
+            layer = next(
+                called
+                for called in self._called
+                if id(called) in totals.keys() - done
+            )
+            _mix(layer, before[id(layer)], totals[id(layer)], prior)
+            done.add(id(layer))
 
     def checked(
         self,
@@ -257,20 +248,26 @@ class StatisticsPass:
         layer_by_layer: bool | None = None,
         prior_examples: float = 0.0,
         batch_size: int = 32,
-    ) -> tuple[Batches, float]:
-        """The batches and the prior, if the arguments are those of `run`."""
+    ) -> tuple[Batches, float, bool]:
+        """The batches, the prior, and whether there is a pass a layer.
+
+        If the arguments are those of `run`.
+        """
         prior = arguments.check_number("prior_examples", prior_examples)
         if not 0 <= prior < math.inf:
             raise ValueError(
                 "`prior_examples` must be finite and not negative. Received: "
                 f"prior_examples={prior_examples}."
             )
+        is_by_layer = prior > 0
         if layer_by_layer is not None:
-            arguments.check_boolean("layer_by_layer", layer_by_layer)
+            is_by_layer = arguments.check_boolean(
+                "layer_by_layer", layer_by_layer
+            )
         data = Batches(dataset, steps, batch_size, self._model(), is_drawn=True)
-        if prior > 0 if layer_by_layer is None else layer_by_layer:
+        if is_by_layer:
             data.check_repeatable()
-        return data, prior
+        return data, prior, is_by_layer
 
     def _totals(
         self,
@@ -281,13 +278,13 @@ class StatisticsPass:
     ) -> dict[int, Total]:
         """The pooled moments of the layers that data reaches, by `id`."""
         totals = {id(layer): Total() for layer in self.layers}
-        # Of the layer that is called first: batches mix what comes after it.
+        # Of the layer that is called first: inputs of later ones mix examples.
         of_examples = Total()
 
         def count(feed: Feed, _: Any, calls: Calls) -> None:
             skipped = set()
-            # One element normalized by itself is zero: what comes after it
-            # says nothing of the data.
+            # One element normalized by itself is zero: later inputs say
+            # nothing of the data.
             is_lost = False
             for layer, (moments, examples) in calls:
                 if is_lost:
@@ -304,7 +301,7 @@ class StatisticsPass:
 
         if verbose and not by_batch:
             print(f"layer {len(done) + 1} of {len(self.layers)}")
-        seen = self._told.run_over(
+        seen = self._reports.run_over(
             data,
             self.layers,
             partial(self._hook, by_batch=by_batch),
@@ -312,19 +309,7 @@ class StatisticsPass:
             count,
             verbose,
         )
-        lost = [
-            each
-            for each in self.layers
-            if totals[id(each)].skipped
-            and totals[id(each)].skipped >= totals[id(each)].count
-        ]
-        if lost:
-            raise _OneElementError(
-                "`dataset` must hold batches of two elements a channel or "
-                "more, or be read with layer_by_layer=True, which needs data "
-                "that can be read again. Received: one element a channel, "
-                f"normalized by itself, before {describe(lost, data.model)}."
-            )
+        self._check_elements(data.model, totals)
         reached = reached_layers(
             data.model,
             [(layer, totals[id(layer)]) for layer in self.layers],
@@ -335,13 +320,29 @@ class StatisticsPass:
         if by_batch and len(reached) > 1:
             first = self._called[0]
             (name,) = names_of(data.model, [first])
-            _warn_of_likeness(first, name, totals[id(first)], of_examples)
+            warn_of_likeness(first, name, totals[id(first)], of_examples)
         return {id(layer): totals[id(layer)] for layer in reached}
+
+    def _check_elements(self, model: Any, totals: dict[int, Total]) -> None:
+        """Raises where most elements of a layer had to be left out."""
+        lost = [
+            layer
+            for layer in self.layers
+            if totals[id(layer)].skipped
+            and totals[id(layer)].skipped >= totals[id(layer)].count
+        ]
+        if lost:
+            raise _OneElementError(
+                "`dataset` must hold batches of two elements a channel or "
+                "more, or be read with layer_by_layer=True, which needs data "
+                "that can be read again. Received: one element a channel, "
+                f"normalized by itself, before {describe(lost, model)}."
+            )
 
     def _run_model(self, x: Any, named: dict[str, Any]) -> Any:
         self._called = []
         model: Any = self._model()
-        # What the model assigns in inference (a stateful layer) is dropped.
+        # Assignments in inference (of a stateful layer) are dropped.
         with keras.StatelessScope():
             return model(x, training=False, **named)
 
@@ -353,26 +354,23 @@ class StatisticsPass:
             outputs = _normalized(layer, centered, axis, moments, mask)
         else:
             outputs = call.run(call.training)
-        return self._told.tell(
+        return self._reports.report(
             layer, (moments, example_moments(values, axis, mask)), outputs
         )
 
 
-def _warn_of_likeness(
-    layer: Any, name: str, total: Total, examples: Total
+def _mix(
+    layer: Any, before: list[np.ndarray], total: Total, prior: float
 ) -> None:
-    """Warns of batches that are no random draws, where that matters."""
-    f, limit = f_of_batches(examples, layer.epsilon)
-    scatter = np.sqrt(np.mean(total.between / (total.variance + layer.epsilon)))
-    if f > limit and scatter > GROUPED:
-        warnings.warn(
-            "Batches of `dataset` do not look i.i.d.: their means vary "
-            f"{f:.1f} times as much as random draws make them ({name}; "
-            f"by chance below {limit:.1f}). Statistics of the layers after it "
-            "are those of such batches: shuffle the data, or give "
-            "layer_by_layer=True.",
-            stacklevel=2,
-        )
+    """Assigns new statistics, and old ones by the weight of a prior."""
+    keep = prior / (prior + total.examples) if prior else 0.0
+    for weight, old, new in (
+        (layer.moving_mean, before[0], total.mean),
+        (layer.moving_variance, before[1], total.variance),
+    ):
+        # What is not finite counts for nothing: zero times NaN is NaN.
+        old = np.where(np.isfinite(old), old, new)
+        weight.assign(keep * old + (1 - keep) * new)
 
 
 def _normalized(
@@ -382,7 +380,7 @@ def _normalized(
     moments: functional.Moments,
     mask: Tensor | None,
 ) -> Tensor:
-    """What batch normalization makes of a batch."""
+    """A batch, as batch normalization normalizes it."""
     scale = ops.rsqrt(moments.variance + layer.epsilon)
     if layer.gamma is not None:
         scale = scale * ops.cast(layer.gamma, scale.dtype)

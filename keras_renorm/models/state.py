@@ -42,20 +42,20 @@ def hand_on(
     counterpart: Callable[[Any], Any],
     changed: Collection[str] = (),
 ) -> None:
-    """Gives a copy of an object what its configuration did not.
+    """Gives a copy of an object the state that its configuration lacks.
 
-    That is what somebody changed since it was made, and what Keras does not
+    That is: changes since it was made, and state that Keras does not
     write down: names, flags, a scope in which it was made.
 
     Args:
         old: A layer, a variable or an operation.
         new: Its copy.
-        counterpart: What is in the copy of the model what a value is in the
-            model; raises `LookupError` for what has none.
+        counterpart: From a value of the model to the value in its place in
+            the copy; raises `LookupError` where there is none.
         changed: Attributes that are others on purpose.
 
     Raises:
-        ValueError: If it has what belongs to it alone.
+        ValueError: If something belongs to it alone.
     """
     known = _attributes(new)
     for name, value in _attributes(old).items():
@@ -137,12 +137,12 @@ def copy_variable(variable: keras.Variable) -> keras.Variable:
 def copy_state(old: Any, new: Any) -> None:
     """Gives a layer the state of another of its class.
 
-    What Keras saves of it, the same way; then what it does not save: the state
+    All that Keras saves, the same way; then the rest: the state
     of random generators, and of a stateful recurrent layer, and what variables
     are beside their values. Of the layers inside, nothing.
 
     Raises:
-        ValueError: If the layers have not the same variables.
+        ValueError: If the layers have other variables.
     """
     try:
         new.load_own_variables(_saved(old))
@@ -176,7 +176,7 @@ def _in_order(variables: list[keras.Variable]) -> list[keras.Variable]:
 
 
 def reload(layer: Any) -> None:
-    """Lets a layer compute what depends on the weights that it was given.
+    """Lets a layer update all that depends on its new weights.
 
     `set_weights` does not; loading does.
     """
@@ -191,7 +191,7 @@ def _saved(layer: Any) -> dict[str, np.ndarray]:
 
 
 def copy_assets(old: Any, new: Any) -> None:
-    """Copies what a layer keeps in files of its own: vocabularies."""
+    """Copies the files of a layer of its own: vocabularies."""
     if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
         with tempfile.TemporaryDirectory() as folder:
             old.save_assets(folder)
@@ -212,7 +212,7 @@ def not_made_anew(layer: Any) -> ValueError:
 def is_untrained(layer: Any) -> bool:
     """Whether moving statistics are as they were made: mean 0, variance 1.
 
-    Or what other initializers of the layer give.
+    Or as other initializers of the layer make them.
     """
     return not layer.built or all(
         np.array_equal(

@@ -36,10 +36,8 @@ def get_statistics(model: keras.Model, *, layers: Choice = None) -> Statistics:
     Args:
         model: A built model with batch normalization, Keras's or ours, at any
             depth.
-        layers: Which layers: a function of a layer that returns whether it is
-            meant, a class, a layer or its name, or a list of such. A block or
-            a nested model means all batch normalization in it. Defaults to
-            `None`, for all.
+        layers: Which layers, as for `recalibrate`. Defaults to `None`, for
+            all.
 
     Returns:
         Arrays of shape `(channels,)` by name: `"<layer>/moving_mean"` and
@@ -51,7 +49,8 @@ def get_statistics(model: keras.Model, *, layers: Choice = None) -> Statistics:
 
     Raises:
         TypeError, ValueError: If the model has no batch normalization, or is
-            not built; if `layers` chooses none, or what the model has not.
+            not built; if `layers` chooses none, or
+            layers that are not in the model.
 
     Warns:
         UserWarning: If the model holds layers that it never called; they are
@@ -85,7 +84,7 @@ def set_statistics(
 
     Layers are matched by name. Where the numbers in names are those of another
     session, or names are those of an earlier version or of a part of the model,
-    they are matched by what else the names say, and in their order; a warning
+    they are matched by the rest of the names, and in their order; a warning
     says which.
 
     Args:
@@ -99,8 +98,8 @@ def set_statistics(
         TypeError: If `statistics` is neither arrays by name nor a path.
         ValueError: If the model has no batch normalization, or is not built;
             if names or shapes are not the model's; if a value is not finite,
-            or a variance negative; if `layers` chooses none, or what the model
-            has not.
+            or a variance negative; if `layers` chooses none, or layers
+            that are not in the model.
 
     Warns:
         UserWarning: What is matched by order; layers that the model holds and
@@ -208,7 +207,7 @@ def _matched(
     First by as much of the paths as tells layers apart, for those of a part are
     shorter; names that differ in numbers only, in the order of the numbers: a
     file may be sorted. An earlier version had numbers in the place of paths:
-    what is left of a whole model is taken in its order.
+    the others of a whole model are taken in its order.
     """
     matched: dict[str, str] = {}
     left, rest = list(names), list(given)

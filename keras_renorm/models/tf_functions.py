@@ -17,7 +17,7 @@ from keras import ops, tree
 LACKING_INTERPOLATIONS = {"gaussian", "mitchellcubic"}
 
 
-# How long a tensor is, where only data will tell.
+# The length of a tensor, where it depends on the data.
 _UNKNOWN = object()
 
 
@@ -29,15 +29,14 @@ def apply(
     output: Any,
     shape_of: Callable[[Any], Any],
 ) -> Any:
-    """What a function of TensorFlow gives, by operations of Keras.
+    """The outputs of a function of TensorFlow, by operations of Keras.
 
     Args:
         function: The function of TensorFlow.
         symbol: Its public name, without `tf.`.
-        arguments: What it is called with: Keras tensors, and values; of the
-            shape of a tensor, sizes.
+        arguments: Keras tensors, and values; of the shape of a tensor, sizes.
         named: The same by name.
-        output: What it gave tf_keras.
+        output: The output in tf_keras.
         shape_of: The shape of that, `None` where it varies.
 
     Returns:
@@ -86,7 +85,7 @@ def _of_values(
         return arguments[0][item[0] if isinstance(item, tuple) else item]
     if symbol == "unstack":
         return list(arguments[0])
-    if any(not each.dtype.is_integer for each in tree.flatten(output)):
+    if any(not tensor.dtype.is_integer for tensor in tree.flatten(output)):
         raise NotImplementedError("of a size that is not known")
     # Good for a shape that is known otherwise, and for nothing else.
     return tree.map_structure(lambda _: _UNKNOWN, output)
@@ -100,7 +99,9 @@ def _of_the_type(new: Any, old: Any) -> Any:
     """A tensor, of the type that it had in TensorFlow."""
     if not isinstance(new, keras.KerasTensor) or new.dtype == old.dtype.name:
         return new
-    kinds = {each.rstrip("0123456789") for each in (new.dtype, old.dtype.name)}
+    kinds = {
+        dtype.rstrip("0123456789") for dtype in (new.dtype, old.dtype.name)
+    }
     if len(kinds) > 1:
         raise NotImplementedError(f"of type {old.dtype.name}")
     return ops.cast(new, old.dtype.name)
@@ -281,8 +282,8 @@ def _sum_of(inputs: list[Any]) -> Any:
 
 def _reverse(tensor: Any, axis: Any) -> Any:
     # One after the other: early versions of Keras take one axis only.
-    for each in np.ravel(axis):
-        tensor = ops.flip(tensor, int(each))
+    for place in np.ravel(axis):
+        tensor = ops.flip(tensor, int(place))
     return tensor
 
 
@@ -294,6 +295,10 @@ _MATH_NAMES = (
     "subtract tan tanh"
 )
 _NN_NAMES = "elu leaky_relu log_softmax relu relu6 selu silu softmax softsign"
+_SAME_NAMES = (
+    "broadcast_to cast einsum expand_dims ones_like repeat reshape squeeze "
+    "stack stop_gradient tensordot tile transpose where zeros_like"
+)
 # Of later versions of Keras.
 _NEW_NAMES = ("depth_to_space", "space_to_depth")
 # By their public names, those that the operators of Python call as well.
@@ -305,6 +310,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         for name in ("all", "any", "max", "mean", "min", "prod", "std", "sum")
     },
     **{f"nn.{name}": getattr(ops, name) for name in _NN_NAMES.split()},
+    **{name: getattr(ops, name) for name in _SAME_NAMES.split()},
     **{
         f"nn.{name}": getattr(ops, name)
         for name in _NEW_NAMES
@@ -314,12 +320,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "__operators__.eq": ops.equal,
     "__operators__.getitem": lambda tensor, item: tensor[item],
     "__operators__.ne": ops.not_equal,
-    "broadcast_to": ops.broadcast_to,
-    "cast": ops.cast,
     "clip_by_value": ops.clip,
     "concat": ops.concatenate,
-    "einsum": ops.einsum,
-    "expand_dims": ops.expand_dims,
     "floor_div": ops.floor_divide,
     "gather": _gather,
     "identity": lambda input: input,
@@ -353,23 +355,12 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "nn.max_pool2d": _pool(ops.max_pool),
     "norm": _norm,
     "one_hot": _one_hot,
-    "ones_like": ops.ones_like,
     "pad": _pad,
-    "repeat": ops.repeat,
-    "reshape": ops.reshape,
     "reverse": _reverse,
     "slice": _slice,
     "split": _split,
-    "squeeze": ops.squeeze,
-    "stack": ops.stack,
-    "stop_gradient": ops.stop_gradient,
     "strided_slice": _strided_slice,
-    "tensordot": ops.tensordot,
-    "tile": ops.tile,
-    "transpose": ops.transpose,
     "unstack": lambda value, num=None, axis=0: ops.unstack(value, num, axis),
-    "where": ops.where,
-    "zeros_like": ops.zeros_like,
 }
 # What a function is as an activation of a layer, by its own name.
 ACTIVATIONS = {

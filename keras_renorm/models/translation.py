@@ -35,7 +35,7 @@ def check_arguments(
                 f"`{name}` must not be given: layers keep theirs. Received: "
                 f"{name}={value!r}."
             )
-        # The layer says what to do about `renorm` and what belongs to it.
+        # The layer has errors of its own for `renorm` and its arguments.
         if name not in known and not name.startswith("renorm"):
             hint = arguments.suggestion(name, known)
             raise TypeError(
@@ -48,18 +48,20 @@ def _accepted_by(to: type) -> set[str]:
     """Names of arguments that a class takes."""
     parameters = [
         parameter
-        for each in to.__mro__[: to.__mro__.index(KERAS) + 1]
+        for parent in to.__mro__[: to.__mro__.index(KERAS) + 1]
         for parameter in list(
-            inspect.signature(each.__init__).parameters.values()  # type: ignore[misc]
+            inspect.signature(parent.__init__).parameters.values()  # type: ignore[misc]
         )[1:]
     ]
     return {"activity_regularizer", "dtype", "name"} | {
-        each.name for each in parameters if each.kind is not each.VAR_KEYWORD
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is not parameter.VAR_KEYWORD
     }
 
 
 def arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
-    """Of the configuration of a layer, what one of class `to` takes."""
+    """The part of a configuration that a layer of class `to` takes."""
     arguments = {
         name: value
         for name, value in without_renorm(config, to).items()
@@ -98,7 +100,7 @@ def _limits_of_clipping(clipping: dict[str, float] | None) -> dict[str, float]:
 
 
 def copy_weights(old: Any, new: Any) -> None:
-    """Copies the weights that both have; what is an argument came as one."""
+    """Copies the weights that both have; others came as arguments."""
     weights = {weight.name: weight for weight in new.weights}
     for weight in old.weights:
         if weight.name in weights.keys() - _GIVEN:

@@ -17,6 +17,6 @@ reach.
 
 What is not finite is returned as it is: a landscape at large steps has such
 points. There is no loss scaling: under a float16 policy gradients may
-underflow to zero, or overflow, and what depends on them is NaN or infinite
-then.
+underflow to zero, or overflow, and results that depend on them are NaN or
+infinite then.
 """

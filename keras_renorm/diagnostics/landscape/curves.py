@@ -35,10 +35,7 @@ class LossAlongGradient:
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the loss against the step size; returns the figure."""
-        ax = axes(ax)
-        ax.plot(self.step_sizes, self.values, marker=".")
-        ax.axhline(self.initial_loss, color="gray", linestyle=":")
-        return labeled(ax, "loss")
+        return _drawn(self, ax, "loss", self.initial_loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +54,7 @@ class GradientPredictiveness:
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the distance against the step size; returns the figure."""
-        ax = axes(ax)
-        ax.plot(self.step_sizes, self.values, marker=".")
-        return labeled(ax, "ℓ2 change of the gradient")
+        return _drawn(self, ax, "ℓ2 change of the gradient")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +78,8 @@ class EffectiveSmoothness:
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the values and their maximum; returns the figure."""
-        ax = axes(ax)
-        ax.plot(self.step_sizes, self.values, marker=".")
-        ax.axhline(self.maximum, color="gray", linestyle=":")
-        return labeled(ax, "change of the gradient / distance")
+        label = "change of the gradient / distance"
+        return _drawn(self, ax, label, self.maximum)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +101,7 @@ class InternalCovariateShift:
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the shift of each layer; returns the figure."""
-        ax = axes(ax)
+        ax = _axes(ax)
         places = np.arange(len(self.layers))
         for step_size, values in zip(self.step_sizes, self.values, strict=True):
             ax.plot(places, values, marker=".", label=f"{step_size:g}")
@@ -118,13 +111,17 @@ class InternalCovariateShift:
         return ax.figure
 
 
-def axes(ax: Any) -> Any:
+def _axes(ax: Any) -> Any:
     """The given axes, or new ones."""
     return pyplot().subplots()[1] if ax is None else ax
 
 
-def labeled(ax: Any, label: str) -> Any:
-    """The figure of axes over step sizes, compared by their ratios."""
+def _drawn(curve: Any, ax: Any, label: str, level: float | None = None) -> Any:
+    """The figure of values over step sizes, which are compared by ratios."""
+    ax = _axes(ax)
+    ax.plot(curve.step_sizes, curve.values, marker=".")
+    if level is not None:
+        ax.axhline(level, color="gray", linestyle=":")
     ax.set_xscale("log")
     ax.set_xlabel("step size")
     ax.set_ylabel(label)

@@ -1,7 +1,7 @@
 """The loss and its gradient along the gradient, by step size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -19,8 +19,6 @@ from keras_renorm.diagnostics.landscape.objective import (
     checked_step_sizes,
 )
 from keras_renorm.operations import Tensor
-
-Arrays = list[np.ndarray]
 
 
 def loss_along_gradient(
@@ -96,7 +94,7 @@ def loss_along_gradient(
             ]
         ),
         initial_loss=objective.value(objective.weights),
-        gradient_norm=_norm(_arrays(gradients)),
+        gradient_norm=_norm(_vector(gradients)),
     )
 
 
@@ -223,7 +221,7 @@ def internal_covariate_shift(
         values[., i] = ||G_i − G'_i||₂
 
     and the cosine of the angle between the two: 0 and 1 where the layers
-    before do not matter. A layer is what owns trainable weights, at any
+    before do not matter. A layer is an owner of trainable weights, at any
     depth, so that a normalization is a layer of its own. The layers are in the
     order of `model.trainable_variables`: the order of computation in sequential
     and functional models, that of their making in subclassed ones.
@@ -269,18 +267,17 @@ def internal_covariate_shift(
     objective, sizes = _prepared(model, loss, batch, step_sizes, training)
     layers = objective.layers()
     gradients = objective.gradients(objective.weights)
-    here = _arrays(gradients)
     values, cosines = np.empty((2, len(sizes), len(layers)))
     for row, step_size in enumerate(sizes):
         before: set[int] = set()
         for column, (_, places) in enumerate(layers):
-            there = here
+            moved = gradients
             if before:
                 weights = objective.moved(gradients, step_size, before)
-                there = _arrays(objective.gradients(weights))
-            old = [here[at] for at in places]
-            new = [there[at] for at in places]
-            values[row, column] = _norm(_difference(old, new))
+                moved = objective.gradients(weights)
+            old = _vector(gradients[at] for at in places)
+            new = _vector(moved[at] for at in places)
+            values[row, column] = _distance(old, new)
             cosines[row, column] = _cosine(old, new)
             before.update(places)
     return InternalCovariateShift(
@@ -301,39 +298,35 @@ def _distances(
 ) -> tuple[float, np.ndarray]:
     """The norm of the gradient, and how far it moves with each step."""
     gradients = objective.gradients(objective.weights)
-    here = _arrays(gradients)
-
+    here = _vector(gradients)
     distances = []
     for step_size in sizes:
         weights = objective.moved(gradients, step_size)
-        there = _arrays(objective.gradients(weights))
-        distances.append(_norm(_difference(here, there)))
+        there = _vector(objective.gradients(weights))
+        distances.append(_distance(here, there))
     return _norm(here), np.array(distances)
 
 
-def _arrays(tensors: list[Tensor]) -> Arrays:
+def _vector(tensors: Iterable[Tensor]) -> np.ndarray:
     """In float64, in which differences of float32 lose nothing."""
-    return [
-        np.asarray(backend.to_numpy(each), dtype="float64") for each in tensors
-    ]
+    return np.concatenate(
+        [
+            np.asarray(backend.to_numpy(tensor), "float64").ravel()
+            for tensor in tensors
+        ]
+    )
 
 
-def _difference(first: Arrays, second: Arrays) -> Arrays:
+def _distance(first: np.ndarray, second: np.ndarray) -> float:
     with np.errstate(all="ignore"):  # infinity less itself is NaN, as returned
-        return [a - b for a, b in zip(first, second, strict=True)]
+        return _norm(first - second)
 
 
-def _dot(first: Arrays, second: Arrays) -> float:
-    with np.errstate(all="ignore"):
-        return sum(
-            float(np.sum(a * b)) for a, b in zip(first, second, strict=True)
-        )
+def _norm(vector: np.ndarray) -> float:
+    return float(np.linalg.norm(vector))
 
 
-def _norm(arrays: Arrays) -> float:
-    return math.sqrt(_dot(arrays, arrays))
-
-
-def _cosine(first: Arrays, second: Arrays) -> float:
+def _cosine(first: np.ndarray, second: np.ndarray) -> float:
     lengths = _norm(first) * _norm(second)
-    return _dot(first, second) / lengths if lengths else math.nan
+    with np.errstate(all="ignore"):
+        return float(first @ second) / lengths if lengths else math.nan

@@ -25,9 +25,7 @@ class Objective:
     dropout, and after an error there is nothing to restore.
 
     Raises:
-        TypeError: If an argument is of the wrong kind.
-        ValueError: If the model is not built or has no trainable weight, or
-            the batch is not of two or three parts, or not for the model.
+        TypeError, ValueError: As `loss_along_gradient`.
     """
 
     def __init__(
@@ -117,8 +115,8 @@ def _graphs(
     # Keras checks the shapes that a graph is made for, and one that was made
     # for several numbers of channels would broadcast.
     shapes = tuple(
-        None if each is None else tuple(each.shape)[1:]
-        for each in tree.flatten(x)
+        None if leaf is None else tuple(leaf.shape)[1:]
+        for leaf in tree.flatten(x)
     )
     return kept(
         model,
@@ -173,7 +171,7 @@ class _FromFunction(keras.losses.Loss):
 def _of_one_rank(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) against (n, 1) would broadcast to (n, n): as Keras, make it fit."""
     pair = [y_true, y_pred]
-    ranks = [len(each.shape) for each in pair]
+    ranks = [len(structure.shape) for structure in pair]
     longer = int(np.argmax(ranks))
     if abs(ranks[0] - ranks[1]) == 1 and pair[longer].shape[-1] == 1:
         if min(ranks) == 1:
@@ -219,19 +217,15 @@ def _names(structure: Any) -> list[Any]:
 
 def checked_step_sizes(step_sizes: Any) -> np.ndarray:
     """Step sizes as an array."""
-    sizes = [step_sizes] if arguments.is_number(step_sizes) else step_sizes
-    if isinstance(sizes, str) or not hasattr(sizes, "__iter__"):
+    sizes = [step_sizes]
+    if hasattr(step_sizes, "__iter__") and not isinstance(step_sizes, str):
+        sizes = list(step_sizes)
+    if not all(arguments.is_number(size) for size in sizes):
         raise TypeError(
             "`step_sizes` must be a number or a sequence of numbers. "
             f"Received: step_sizes={step_sizes!r}."
         )
-    sizes = list(sizes)
-    if not all(arguments.is_number(each) for each in sizes):
-        raise TypeError(
-            "`step_sizes` must be a number or a sequence of numbers. "
-            f"Received: step_sizes={step_sizes!r}."
-        )
-    if not sizes or not all(0 < each < math.inf for each in sizes):
+    if not sizes or not all(0 < size < math.inf for size in sizes):
         raise ValueError(
             "`step_sizes` must be positive and finite, and at least one. "
             f"Received: step_sizes={step_sizes!r}."
@@ -260,9 +254,9 @@ def _checked_model(model: Any) -> keras.Model:
 def _checked_loss(loss: Any) -> Any:
     """A Loss or a function, or a structure of them."""
     if isinstance(loss, list | tuple) and loss:
-        return [_checked_loss(each) for each in loss]
+        return [_checked_loss(part) for part in loss]
     if isinstance(loss, dict) and loss:
-        return {name: _checked_loss(each) for name, each in loss.items()}
+        return {name: _checked_loss(part) for name, part in loss.items()}
     if isinstance(loss, str):
         try:
             return keras.losses.get(loss)
@@ -281,16 +275,11 @@ def _checked_loss(loss: Any) -> Any:
 
 def _checked_batch(batch: Any) -> list[Any]:
     """Tensors `[x, y, sample_weight]`, the last `None` if there is none."""
+    expected = "`batch` must be (x, y) or (x, y, sample_weight). Received: "
     if not isinstance(batch, tuple | list):
-        raise TypeError(
-            "`batch` must be (x, y) or (x, y, sample_weight). Received: "
-            f"batch=<{type(batch).__name__}>."
-        )
+        raise TypeError(f"{expected}batch=<{type(batch).__name__}>.")
     if len(batch) not in (2, 3):
-        raise ValueError(
-            "`batch` must be (x, y) or (x, y, sample_weight). Received: "
-            f"{len(batch)} parts."
-        )
+        raise ValueError(f"{expected}{len(batch)} parts.")
 
     def converted(leaf: Any) -> Any:
         return None if leaf is None else ops.convert_to_tensor(leaf)

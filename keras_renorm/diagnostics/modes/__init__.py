@@ -1,1 +1,1 @@
-"""What training and inference do differently, measured and explained."""
+"""Differences of training and inference, measured and explained."""

@@ -19,7 +19,7 @@ from keras_renorm.models.graphs import compiled, kept
 from keras_renorm.models.passes import (
     Calls,
     LayerCall,
-    Told,
+    Reports,
     aligned_inputs,
     example_moments,
     reached_layers,
@@ -28,7 +28,7 @@ from keras_renorm.operations import Tensor
 
 
 class Result(NamedTuple):
-    """What a pass found.
+    """The findings of a pass.
 
     Attributes:
         layers: A measurement of each layer, in the order they are called.
@@ -68,7 +68,7 @@ class Comparison:
         # once a batch was seen. So are those that were called, in order.
         self._training: set[int] | None = None
         self._called: list[Any] = []
-        self._told = Told()
+        self._reports = Reports()
         self._compare = compiled(model, self._run_both)
 
     def run(
@@ -91,18 +91,18 @@ class Comparison:
         def count(feed: Feed, found: Any, calls: Calls) -> None:
             nonlocal gaps
             outputs, losses = found
-            for layer, told in calls:
-                _count(records[id(layer)], told)
+            for layer, report in calls:
+                _count(records[id(layer)], report)
             gaps = _added(gaps, outputs)
             for score, *given in zip(scores, outputs, losses, strict=True):
                 score.add(feed, *given)
 
-        seen = self._told.run_over(
+        seen = self._reports.run_over(
             data, self._layers, self._hook, self._compare, count, verbose
         )
         reached = reached_layers(
             data.model,
-            [(each, records[id(each)].elements) for each in self._chosen],
+            [(layer, records[id(layer)].elements) for layer in self._chosen],
             seen,
             "batch statistics",
         )
@@ -110,7 +110,9 @@ class Comparison:
         return Result(
             [
                 records[id(layer)].measure(self._is_frozen(layer))
-                for layer in sorted(reached, key=lambda each: places[id(each)])
+                for layer in sorted(
+                    reached, key=lambda layer: places[id(layer)]
+                )
             ],
             float(max((gap.relative for gap in gaps), default=0.0)),
             (scores[0].values(), scores[1].values()),
@@ -139,7 +141,7 @@ class Comparison:
     ) -> tuple[Any, Any]:
         self._mode = mode
         model: Any = self._model()
-        # What would be assigned goes to the scope, and ends there.
+        # Assignments go to the scope, and end there.
         with keras.StatelessScope(collect_losses=True) as scope:
             outputs = model(x, training=mode == "listening", **named)
             return outputs, list(scope.losses)
@@ -155,11 +157,11 @@ class Comparison:
         self._called.append(layer)
         values, axis, mask = aligned_inputs(layer, call.inputs, call.mask)
         if self._mode == "inference":
-            return self._told.tell(
+            return self._reports.report(
                 layer, example_moments(values, axis, mask), inferred
             )
         outputs = call.run(id(layer) in training)
-        return self._told.tell(
+        return self._reports.report(
             layer,
             (
                 _normalized_moments(layer, values, axis, mask),
@@ -196,12 +198,12 @@ def _squares(
 
 
 def _count(record: Record, found: Any) -> None:
-    """Puts what one call of a layer told into its record."""
+    """Adds the report of one call of a layer to its record."""
     if isinstance(found, functional.Moments):
         record.examples.add(*found)
         return
     moments, squares = found
-    record.gap = record.gap.plus(Gap(*(float(each) for each in squares)))
+    record.gap = record.gap.plus(Gap(*(float(total) for total in squares)))
     arrays = list(moments)
     if arrays[-1].ndim == 1:
         record.add_batch(*arrays)
@@ -218,7 +220,7 @@ def _added(gaps: list[Gap], outputs: Any) -> list[Gap]:
     for training, inference in zip(*map(tree.flatten, outputs), strict=True):
         if "float" in keras.backend.standardize_dtype(training.dtype):
             squares = _squares(training, inference)
-            new.append(Gap(*(float(each) for each in squares)))
+            new.append(Gap(*(float(total) for total in squares)))
     if not gaps:
         return new
-    return [old.plus(each) for old, each in zip(gaps, new, strict=True)]
+    return [old.plus(new_gap) for old, new_gap in zip(gaps, new, strict=True)]

@@ -24,22 +24,22 @@ def discrepancy(
     batch_size: int = 32,
     verbose: int | bool = True,
 ) -> Report:
-    """Measures what batch normalization does differently when it serves.
+    """Measures how batch normalization differs when it serves.
 
-    Each batch runs twice. In training mode each layer does what it does in
+    Each batch runs twice. In training mode each layer normalizes as in
     training; in inference mode it uses its moving statistics. Everything else
-    (dropout, say) infers in both, so that what differs is normalization
-    alone. Batch statistics, r and d are those of the layers' inputs in
-    training mode; whether examples within a batch are alike is tested on
-    inputs in inference mode, which batches do not mix.
+    (dropout, say) infers in both, so that normalization alone differs. Batch
+    statistics, r and d are those of the layers' inputs in training mode;
+    whether examples within a batch are alike is tested on inputs in inference
+    mode, which batches do not mix.
 
     Nothing in the model changes: no weight, statistic, counter, seed, metric
     or optimizer variable.
 
-    Give it the batches that training uses: their size and what they hold
-    together is what is measured. Arrays are cut in the order that they have,
-    while `fit` shuffles them; shuffle them before, if so. With `steps`, so many
-    batches of arrays are taken at even distances.
+    Give it the batches that training uses: their size and their mixture are
+    measured. Arrays are cut in the order that they have, while `fit` shuffles
+    them; shuffle them before, if so. With `steps`, so many batches of arrays
+    are taken at even distances.
 
     Args:
         model: A built model with batch normalization, Keras's or ours, at any
@@ -111,8 +111,8 @@ def discrepancy(
     referred = None if reference is None else run(reference).layers
     result = run(dataset)
     if referred is not None:  # a layer may be reached by one of them only
-        known = {each.name: each for each in referred}
-        referred = [known.get(each.name, each) for each in result.layers]
+        known = {layer.name: layer for layer in referred}
+        referred = [known.get(layer.name, layer) for layer in result.layers]
     return Report(
         model=model.name,
         layers=result.layers,
@@ -139,8 +139,8 @@ def _is_convertible(model: keras.Model) -> bool:
     def reach(layer: Any) -> None:
         reached.add(id(layer))
         if has_graph(layer):
-            for each in layer.layers:
-                reach(each)
+            for held in layer.layers:
+                reach(held)
         elif isinstance(layer, keras.layers.Wrapper):
             reach(layer.layer)
 

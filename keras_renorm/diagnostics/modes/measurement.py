@@ -69,12 +69,12 @@ class Measurement(NamedTuple):
             momentum left in.
         f: Between-batch F statistic of the examples' channel means, mean
             over channels. 1 where batches are random draws, NaN where it
-            cannot be told (one batch, or one example a batch).
+            is unknown (one batch, or one example a batch).
         f_limit: What F stays below by chance.
         scatter: Standard deviation of batch means, over that of the elements
             of all data (root mean square over channels).
-        scatter_expected: What random draws of this many examples make of it;
-            NaN where it cannot be told.
+        scatter_expected: The same for random draws of this many examples;
+            NaN where it is unknown.
         batch_noise: The gap that batches like these make by themselves, where
             the moving statistics are those of all data: root mean square over
             batches and channels of (1 − r, d), with the pooled mean and
@@ -83,7 +83,7 @@ class Measurement(NamedTuple):
             the data's, 0 to 1, if they are on that line; else NaN.
         constant_channels: Indices of the channels whose variance over all
             data is below a hundredth of epsilon: normalization divides by
-            epsilon's root, and what comes out is nearly constant.
+            epsilon's root, and the outputs are nearly constant.
     """
 
     name: str
@@ -142,3 +142,43 @@ def jeffreys(r: np.ndarray, d: np.ndarray) -> np.ndarray:
     ½ (r² + 1/r² − 2 + d² (1 + 1/r²)).
     """
     return 0.5 * (r**2 + r**-2 - 2 + d**2 * (1 + r**-2))
+
+
+class BatchFigures(NamedTuple):
+    """A batch against the moving statistics, a value a channel.
+
+    Attributes:
+        r: σ_B / σ, not clipped.
+        d: (μ_B − μ) / σ, not clipped.
+        is_beyond_r: Whether r is outside [1 / r_max, r_max].
+        is_beyond_d: Whether d is outside [-d_max, d_max].
+        jeffreys: The Jeffreys divergence of the two Gaussians.
+    """
+
+    r: np.ndarray
+    d: np.ndarray
+    is_beyond_r: np.ndarray
+    is_beyond_d: np.ndarray
+    jeffreys: np.ndarray
+
+
+def batch_figures(
+    mean: np.ndarray,
+    variance: np.ndarray,
+    moving_mean: np.ndarray,
+    moving_variance: np.ndarray,
+    epsilon: float,
+    limits: tuple[float, float],
+) -> BatchFigures:
+    """The figures of a batch; `limits` are r_max and d_max."""
+    with np.errstate(all="ignore"):
+        sigma = np.sqrt(moving_variance + epsilon)
+        r = np.sqrt(variance + epsilon) / sigma
+        d = (mean - moving_mean) / sigma
+        divergence = jeffreys(r, d)
+        # In float32: a limit of 1 and a ratio of 1 + 1e-16 are the same.
+        low, high, d_max = np.array([1 / limits[0], *limits], "float32")
+        rounded = r.astype("float32")
+        is_beyond_r = (rounded > high) | (rounded < low)
+        is_beyond_d = np.abs(d.astype("float32")) > d_max
+    return BatchFigures(r, d, is_beyond_r, is_beyond_d, divergence)

@@ -1,4 +1,4 @@
-"""Counts what batches tell of one layer, and makes figures of it."""
+"""Counts the batches of one layer, and makes figures of them."""
 
 import math
 from typing import Any
@@ -9,22 +9,17 @@ from keras_renorm import backend
 from keras_renorm.diagnostics.modes.measurement import (
     Gap,
     Measurement,
+    batch_figures,
     jeffreys,
 )
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.passes import Total, f_of_batches
 from keras_renorm.models.state import is_untrained
+from keras_renorm.models.totals import Total, f_of_batches
 from keras_renorm.schedules import D_MAX, R_MAX
 
 # Quantiles rest on at most this many batches, evenly spread over all.
 KEPT_BATCHES = 512
 QUANTILES = (0.05, 0.5, 0.95)
-
-
-def is_gated(layer: Any) -> bool:
-    """Whether a layer measures how far to correct; given limits end that."""
-    gated = getattr(layer, "gated", None)
-    return gated is not None and bool(backend.to_numpy(gated) > 0)
 
 
 class Record:
@@ -40,10 +35,11 @@ class Record:
         self.layer = layer
         self.name = name
         limits = (R_MAX, D_MAX)
-        self.correction = 0.0
+        self.correction, self.is_gated = 0.0, False
         if isinstance(layer, BatchRenormalization):
             limits = layer.current_limits()
             self.correction = layer.current_correction()
+            self.is_gated = layer.is_gated
         self.r_max = limits[0] if r_max is None else r_max
         self.d_max = limits[1] if d_max is None else d_max
         self.epsilon = float(layer.epsilon)
@@ -58,9 +54,10 @@ class Record:
         self.deviations = Total()
         self.examples = Total()
         self.gap = Gap(0.0, 0.0)
-        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+        # r and d of a batch; the lowest and the highest of each.
+        self._kept: list[np.ndarray] = []
         self._stride = 1
-        self._extremes: list[np.ndarray] = []
+        self._extremes: list[list[np.ndarray]] = []
         self._beyond = np.zeros(3)
         self._jeffreys = 0.0
 
@@ -71,29 +68,31 @@ class Record:
         residual: np.ndarray,
         variance: np.ndarray,
     ) -> None:
-        """Counts what training normalizes together: a batch, or a group."""
+        """Counts elements normalized together: a batch, or a group."""
         if not np.max(count):
             return
         self.elements.add(count, shift, residual, variance)
         with np.errstate(all="ignore"):
             sigma = np.sqrt(variance + self.epsilon)
-            self.variances.add(1, variance, 0.0, 0.0)
-            self.deviations.add(1, sigma, 0.0, 0.0)
-            r = sigma / self.sigma
-            d = ((shift - self.moving_mean) + residual) / self.sigma
-            self._jeffreys += float(np.mean(jeffreys(r, d)))
-        # To float32: a limit of 1 and a ratio of 1 + 1e-16 are the same.
-        r, d = r.astype("float32"), d.astype("float32")
-        beyond_r = (r > np.float32(self.r_max)) | (
-            r < np.float32(1 / self.r_max)
+        self.variances.add(1, variance, 0.0, 0.0)
+        self.deviations.add(1, sigma, 0.0, 0.0)
+        figures = batch_figures(
+            shift + residual,
+            variance,
+            self.moving_mean,
+            self.moving_variance,
+            self.epsilon,
+            (self.r_max, self.d_max),
         )
-        beyond_d = np.abs(d) > np.float32(self.d_max)
+        beyond = figures.is_beyond_r, figures.is_beyond_d
         self._beyond += [
-            np.mean(each) for each in (beyond_r, beyond_d, beyond_r | beyond_d)
+            np.mean(where) for where in (*beyond, np.any(beyond, 0))
         ]
-        self._extremes.append(np.array([r.min(), r.max(), d.min(), d.max()]))
+        self._jeffreys += float(np.mean(figures.jeffreys))
+        both = np.array([figures.r, figures.d], "float32")
+        self._extremes.append([both.min(axis=1), both.max(axis=1)])
         if (self.elements.batches - 1) % self._stride == 0:
-            self._kept.append((r, d))
+            self._kept.append(both)
             if len(self._kept) > KEPT_BATCHES:
                 self._kept = self._kept[::2]
                 self._stride *= 2
@@ -137,7 +136,7 @@ class Record:
             is_untrained=is_untrained(self.layer),
             is_broken=is_broken,
             correction=self.correction,
-            is_gated=is_gated(self.layer),
+            is_gated=self.is_gated,
             r_max=self.r_max,
             d_max=self.d_max,
             r=r,
@@ -159,20 +158,13 @@ class Record:
             constant_channels=tuple(np.flatnonzero(constant).tolist()),
         )
 
-    def _distributions(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        extremes = np.array(self._extremes)
-        found = []
-        for at in range(2):
-            values = np.concatenate([pair[at] for pair in self._kept])
-            low, high = extremes[:, 2 * at], extremes[:, 2 * at + 1]
-            found.append(
-                (
-                    float(low.min()),
-                    *(float(each) for each in np.quantile(values, QUANTILES)),
-                    float(high.max()),
-                )
-            )
-        return found[0], found[1]
+    def _distributions(self) -> list[tuple[float, ...]]:
+        """The lowest, quantiles and the highest of r, and of d."""
+        low, high = np.transpose(self._extremes, (1, 2, 0))
+        kept = np.concatenate(self._kept, axis=1)
+        quantiles = np.quantile(kept, QUANTILES, axis=1)
+        lines = [low.min(axis=1), *quantiles, high.max(axis=1)]
+        return [tuple(line) for line in np.transpose(lines).tolist()]
 
     @property
     def _between(self) -> np.ndarray:
@@ -184,7 +176,7 @@ class Record:
 
     @property
     def _drawn(self) -> np.ndarray:
-        """What the variance of batch means is for random draws of examples.
+        """The variance of batch means for random draws of examples.
 
         The variance of one example's mean, which takes the likeness of an
         example's elements into account, over the number of examples.
@@ -209,8 +201,8 @@ class Record:
         1/batches + (1 − m)/(1 + m).
 
         Args:
-            is_exact: Whether moving statistics should be exact: what a moving
-                average scatters is not taken for noise.
+            is_exact: Whether moving statistics should be exact: the scatter of
+                a moving average is not taken for noise.
         """
         batches = self.elements.batches
         momentum = 1.0 if is_exact else float(self.layer.momentum)
@@ -219,8 +211,8 @@ class Record:
         d = (self.elements.mean - self.moving_mean) / self.sigma
         d = np.clip(d, -D_MAX, D_MAX)
         low, high, now = (
-            0.5 * np.log(each + self.epsilon)
-            for each in (
+            0.5 * np.log(values + self.epsilon)
+            for values in (
                 self.elements.within,
                 self.elements.variance,
                 self.moving_variance,
@@ -252,7 +244,9 @@ class Record:
                 (self.moving_variance - 1) / scale,
             ),
         ]
-        whole, gone = (np.concatenate(each) for each in zip(*ways, strict=True))
+        whole, gone = (
+            np.concatenate(parts) for parts in zip(*ways, strict=True)
+        )
         fitted = float(whole @ gone / max(whole @ whole, 1e-30))
         for way, part in ways:
             left = np.sum((part - fitted * way) ** 2)

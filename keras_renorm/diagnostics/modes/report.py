@@ -1,4 +1,4 @@
-"""What `discrepancy` returns."""
+"""The report of `discrepancy`."""
 
 import html
 import itertools
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keras_renorm.diagnostics.modes.conditions import VISIBLE
 from keras_renorm.diagnostics.modes.measurement import Measurement
-from keras_renorm.diagnostics.modes.verdict import VISIBLE, Verdict
+from keras_renorm.diagnostics.modes.verdict import Verdict
 
 HEALTHY = "No discrepancy worth acting on."
-# Of what is printed: columns, and layers in its table.
+# Of the printed report: columns, and layers in its table.
 WIDTH = 79
 WORST = 5
 # Heads of the table that is printed, and of the others.
@@ -29,7 +30,7 @@ LEGEND = (
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What training and inference do differently, and why.
+    """How training and inference differ, and why.
 
     `print` it for the verdicts, loss and metrics, and the layers whose
     outputs differ most; `table()` has all layers.
@@ -65,9 +66,13 @@ class Report:
             for layer in self.layers
         ]
 
+    @property
+    def _causes(self) -> str:
+        return ", ".join(verdict.cause for verdict in self.verdicts) or HEALTHY
+
     def __repr__(self) -> str:
-        causes = ", ".join(each.cause for each in self.verdicts) or HEALTHY
-        return f"<Report of {self.model}, {len(self.layers)} layers: {causes}>"
+        count = len(self.layers)
+        return f"<Report of {self.model}, {count} layers: {self._causes}>"
 
     def __str__(self) -> str:
         lines = [f"{self.model}: training and inference", ""]
@@ -174,30 +179,24 @@ class Report:
         parts[0].axvline(1, color="black", lw=0.7)
         parts[1].set(title="d: lowest, 5 to 95 %, highest")
         parts[1].axvline(0, color="black", lw=0.7)
-        for layer, at in zip(self.layers, places, strict=True):
-            for name, color, offset in (
-                ("gap", "#d55e00", -0.2),
-                ("shift", "#009e73", 0.0),
-                ("batch_noise", "#999999", 0.2),
-            ):
-                parts[2].barh(
-                    at + offset,
-                    getattr(layer, name),
-                    0.2,
-                    color=color,
-                    label=name if at == 0 else None,
-                )
+        for name, color, offset in (
+            ("gap", "#d55e00", -0.2),
+            ("shift", "#009e73", 0.0),
+            ("batch_noise", "#999999", 0.2),
+        ):
+            values = [getattr(layer, name) for layer in self.layers]
+            at = [place + offset for place in places]
+            parts[2].barh(at, values, 0.2, color=color, label=name)
         parts[2].set(title="gap, shift, batch noise")
         figure.legend(loc="outside lower right", ncols=3)
         parts[0].set_yticks(places, [layer.name for layer in self.layers])
         parts[0].invert_yaxis()
-        causes = ", ".join(each.cause for each in self.verdicts) or HEALTHY
-        figure.suptitle(f"{self.model}: {causes}")
+        figure.suptitle(f"{self.model}: {self._causes}")
         return figure
 
 
 def _gap(layer: Measurement) -> float:
-    """The gap; what is not a number is the largest."""
+    """The gap; NaN is the largest."""
     return math.inf if math.isnan(layer.gap) else layer.gap
 
 

@@ -14,7 +14,7 @@ from keras_renorm.models.feeding import Feed
 class Scores:
     """Loss and metrics of a compiled model in one mode.
 
-    The metrics' state is held here, not in the metrics.
+    The state of the metrics is here, not in the metrics.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -31,12 +31,15 @@ class Scores:
         if self._has_no_loss():
             return
         y, weight = (
-            None if each is None else tree.map_structure(_tensor, each)
-            for each in (feed.y, feed.sample_weight)
+            None
+            if part is None
+            else tree.map_structure(ops.convert_to_tensor, part)
+            for part in (feed.y, feed.sample_weight)
         )
         # Regularizers read their variables from the scope.
         weights = [
-            (each, each.value) for each in self.model.trainable_variables
+            (variable, variable.value)
+            for variable in self.model.trainable_variables
         ]
         with keras.StatelessScope([*weights, *(self._state or [])]) as scope:
             if self._state is None:
@@ -46,7 +49,7 @@ class Scores:
                 x=feed.x, y=y, y_pred=outputs, sample_weight=weight
             )
             loss = sum(
-                float(backend.to_numpy(each)) for each in (loss, *losses)
+                float(backend.to_numpy(value)) for value in (loss, *losses)
             )
             self._metrics = self.model.compute_metrics(
                 feed.x, y, outputs, weight
@@ -61,7 +64,7 @@ class Scores:
         self._examples += examples
 
     def _has_no_loss(self) -> bool:
-        """Whether a `train_step` of its own is all that says what is lost."""
+        """Whether only a `train_step` of its own knows the loss."""
         is_own = type(self.model).compute_loss is not keras.Model.compute_loss
         return getattr(self.model, "loss", None) is None and not is_own
 
@@ -75,7 +78,3 @@ class Scores:
             if name != "loss" and np.ndim(value) == 0
         }
         return {"loss": self._loss / self._examples, **values}
-
-
-def _tensor(value: Any) -> Any:
-    return ops.convert_to_tensor(value)

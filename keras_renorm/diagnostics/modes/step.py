@@ -7,13 +7,16 @@ import numpy as np
 
 from keras_renorm import backend
 from keras_renorm.diagnostics.drawing import pyplot
-from keras_renorm.diagnostics.modes.measurement import jeffreys
+from keras_renorm.diagnostics.modes.measurement import (
+    BatchFigures,
+    batch_figures,
+)
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.schedules import CLOSED, D_MAX, R_MAX
 
 
 class LayerState(NamedTuple):
-    """What is read of a layer between two steps.
+    """The state of a layer between two steps.
 
     Attributes:
         moving_mean: The moving mean, float64.
@@ -34,95 +37,17 @@ class LayerState(NamedTuple):
     correction: float
 
 
-class Probe(NamedTuple):
-    """What a step did in one layer, a value a channel.
-
-    Attributes:
-        r: σ_B / σ, not clipped.
-        d: (μ_B − μ) / σ, not clipped.
-        is_beyond: Whether either is beyond the limits.
-        jeffreys: Divergence of the batch's Gaussian and the moving one.
-        gap: Training-mode outputs less inference-mode outputs, root mean
-            square, over that of the training-mode outputs; one number.
-    """
-
-    r: np.ndarray
-    d: np.ndarray
-    is_beyond: np.ndarray
-    jeffreys: np.ndarray
-    gap: float
-
-
 def batch_statistic(
     before: np.ndarray, after: np.ndarray, momentum: float, steps: int = 1
 ) -> np.ndarray:
-    """What a moving average was moved by: its update, inverted.
+    """The statistic that moved a moving average: its update, inverted.
 
     The statistic of the batch, where it moved once. Where it moved several
     times, the average of the batches', in which each weighs `momentum` times
-    what the next one does.
+    as much as the next one.
     """
     kept = momentum**steps
     return (after - kept * before) / (1 - kept)
-
-
-def probe(
-    mean: np.ndarray,
-    variance: np.ndarray,
-    moving_mean: np.ndarray,
-    moving_variance: np.ndarray,
-    epsilon: float,
-    gamma: np.ndarray | float = 1.0,
-    beta: np.ndarray | float = 0.0,
-    normalizing: tuple[float, float] = CLOSED,
-    correction: float = 1.0,
-    counted: tuple[float, float] = CLOSED,
-) -> Probe:
-    """A step of a layer, from the statistics of its batch.
-
-    The training output is γ (x̂ r' + d') + β and the inference output of the
-    same input γ (x̂ r + d) + β, where x̂ has mean 0 and mean square v_B / σ_B²
-    and r', d' are clipped, then r'^g and g d' with the correction g. So their
-    difference has the mean square
-
-        γ² ((r' − r)² v_B / σ_B² + (d' − d)²)
-
-    and the training output γ² r'² v_B / σ_B² + (γ d' + β)².
-
-    Args:
-        mean: Mean of the batch, one value a channel.
-        variance: Variance of the batch.
-        moving_mean: Moving mean from before the step.
-        moving_variance: Moving variance from before the step.
-        epsilon: The layer's.
-        gamma: The layer's scale.
-        beta: The layer's offset.
-        normalizing: r_max and d_max of the step; (1, 0) is batch
-            normalization.
-        correction: How far the step corrects within them; 0 is batch
-            normalization.
-        counted: r_max and d_max that values are counted by.
-    """
-    variance = np.maximum(variance, 0.0)  # of a rounding error
-    squared = variance + epsilon
-    sigma = np.sqrt(moving_variance + epsilon)
-    r, d = np.sqrt(squared) / sigma, (mean - moving_mean) / sigma
-    r_max, d_max = normalizing
-    r_used = np.clip(r, 1 / r_max, r_max) ** correction
-    d_used = np.clip(d, -d_max, d_max) * correction
-    size = variance / squared
-    difference = gamma**2 * ((r_used - r) ** 2 * size + (d_used - d) ** 2)
-    output = gamma**2 * r_used**2 * size + (gamma * d_used + beta) ** 2
-    r_max, d_max = counted
-    is_beyond = (r > r_max) | (r < 1 / r_max) | (np.abs(d) > d_max)
-    total = float(np.sum(difference))
-    return Probe(
-        r,
-        d,
-        is_beyond,
-        jeffreys(r, d),
-        float(np.sqrt(total / max(np.sum(output), 1e-30))),
-    )
 
 
 def read_state(layer: Any) -> LayerState:
@@ -146,7 +71,7 @@ def read_state(layer: Any) -> LayerState:
 
 
 def read_moved(layer: Any, before: LayerState) -> LayerState:
-    """The state after it: only what a step moves is read again."""
+    """The state after it: only the parts that a step moves are read again."""
     step = None
     if isinstance(layer, BatchRenormalization):
         step = layer.current_step()
@@ -162,7 +87,7 @@ def _value(variable: Any) -> np.ndarray:
 
 
 def has_moved(layer: Any, before: LayerState, after: LayerState) -> bool:
-    """Whether the moving statistics tell of the batch."""
+    """Whether the moving statistics show the batch."""
     return 0 < layer.momentum < 1 and not (
         np.array_equal(before.moving_mean, after.moving_mean)
         and np.array_equal(before.moving_variance, after.moving_variance)
@@ -183,31 +108,45 @@ def figures_of(
         batch_statistic(old, new, layer.momentum, steps)
         for old, new in zip(before[:2], after[:2], strict=True)
     )
-    found = probe(
-        mean,
-        variance,
-        before.moving_mean,
-        before.moving_variance,
-        layer.epsilon,
-        before.gamma,
-        before.beta,
-        normalizing=before.limits or CLOSED,
-        correction=before.correction,
-        counted=before.limits or (R_MAX, D_MAX),
-    )
+    variance = np.maximum(variance, 0.0)  # of a rounding error
+    limits = before.limits or (R_MAX, D_MAX)
+    found = batch_figures(mean, variance, *before[:2], layer.epsilon, limits)
     figures = {
         "r": float(np.quantile(np.maximum(found.r, 1 / found.r), 0.95)),
         "r_median": float(np.median(found.r)),
         "d": float(np.quantile(np.abs(found.d), 0.95)),
         "d_median": float(np.median(found.d)),
-        "clipped": float(np.mean(found.is_beyond)),
+        "clipped": float(np.mean(found.is_beyond_r | found.is_beyond_d)),
         "jeffreys": float(np.mean(found.jeffreys)),
-        "gap": found.gap,
+        "gap": _gap(found, before, variance / (variance + layer.epsilon)),
     }
     if before.limits is not None:
         figures["r_max"], figures["d_max"] = before.limits
         figures["correction"] = before.correction
     return figures
+
+
+def _gap(found: BatchFigures, state: LayerState, size: np.ndarray) -> float:
+    """Training-mode less inference-mode outputs, of the size of the former.
+
+    The training output is γ (x̂ r' + d') + β and the inference output of the
+    same input γ (x̂ r + d) + β, where x̂ has mean 0 and the mean square `size`,
+    v_B / σ_B², and r', d' are clipped, then r'^g and g d' with the correction
+    g. So their difference has the mean square
+
+        γ² ((r' − r)² v_B / σ_B² + (d' − d)²)
+
+    and the training output γ² r'² v_B / σ_B² + (γ d' + β)².
+    """
+    r_max, d_max = state.limits or CLOSED
+    r = np.clip(found.r, 1 / r_max, r_max) ** state.correction
+    d = np.clip(found.d, -d_max, d_max) * state.correction
+    difference = (r - found.r) ** 2 * size + (d - found.d) ** 2
+    outputs = (state.gamma * r) ** 2 * size + (
+        state.gamma * d + state.beta
+    ) ** 2
+    total = np.sum(state.gamma**2 * difference)
+    return float(np.sqrt(total / max(np.sum(outputs), 1e-30)))
 
 
 # The first of any layer, the others of renormalization.
@@ -218,7 +157,7 @@ _LOGGED_OF_RENORM = ("r_max", "d_max", "correction")
 def logged_names(layers: Sequence[Any]) -> list[str]:
     """What `means_of` names of all these layers, where all was measured."""
     names: tuple[str, ...] = _LOGGED
-    if any(isinstance(each, BatchRenormalization) for each in layers):
+    if any(isinstance(layer, BatchRenormalization) for layer in layers):
         names += _LOGGED_OF_RENORM
     return [f"renorm_{name}" for name in names]
 
@@ -227,8 +166,8 @@ def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
     """Means over steps, the largest of all layers, and of each on request.
 
     Args:
-        rows: A dict for each step and layer: its name as `layer`, and what
-            `figures_of` gives.
+        rows: A dict for each step and layer: its name as `layer`, and the
+            figures of `figures_of`.
         per_layer: Whether to name each layer's means, too.
     """
     largest: dict[str, float] = {}
@@ -239,7 +178,7 @@ def means_of(rows: list[dict[str, Any]], per_layer: bool) -> dict[str, float]:
             if mean is not None:
                 of_layers[f"{name}/renorm_{figure}"] = mean
                 key = f"renorm_{figure}"
-                # NumPy's: NaN is not hidden by what other layers have.
+                # NumPy's: figures of other layers do not hide NaN.
                 largest[key] = float(np.maximum(largest.get(key, mean), mean))
     return {**largest, **(of_layers if per_layer else {})}
 
@@ -253,7 +192,7 @@ def mean_of(figure: str, name: str, rows: list[dict[str, Any]]) -> float | None:
 
 
 def draw_steps(rows: Sequence[dict[str, Any]]) -> Any:
-    """Draws what `RenormMonitor` wrote down; returns the figure.
+    """Draws the rows of `RenormMonitor`; returns the figure.
 
     A line a layer: the gap, r and d over the steps, and how far layers of
     renormalization correct. Limits are dotted.
@@ -270,12 +209,12 @@ def draw_steps(rows: Sequence[dict[str, Any]]) -> Any:
     )
     names = list(dict.fromkeys(row["layer"] for row in rows))
     for name in names:
-        probes = [row for row in rows if row["layer"] == name]
-        steps = [row["step"] for row in probes]
+        own = [row for row in rows if row["layer"] == name]
+        steps = [row["step"] for row in own]
         for ax, key in zip(panels, labels, strict=True):
-            values = [row.get(key, np.nan) for row in probes]
+            values = [row.get(key, np.nan) for row in own]
             (line,) = ax.plot(steps, values, marker=".", label=name)
-            limits = [row.get(f"{key}_max") for row in probes]
+            limits = [row.get(f"{key}_max") for row in own]
             if None not in limits:
                 ax.plot(steps, limits, ":", color=line.get_color())
     for ax, label in zip(panels, labels.values(), strict=True):
