@@ -20,9 +20,10 @@ from keras_renorm.pooling import Pool, pool_moments
 class AtenStep:
     """What a training step asks of its inputs, on PyTorch's operators.
 
-    Attributes:
-        moments: Of the inputs.
+    Attributes as of `plain.PlainStep`.
     """
+
+    has_gradient = True
 
     def __init__(
         self, inputs: Tensor, axis: int, state: State, pool: Pool
@@ -68,10 +69,12 @@ class AtenStep:
         d_x, d_scale, d_offset = self._backward(upstream, scale, True)
         return self._view.restore(d_x), d_scale, d_offset
 
-    def sums(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ dy x̂ and Σ dy."""
+    def sums(
+        self, upstream: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `plain.PlainStep.sums`."""
         _, d_scale, d_offset = self._backward(upstream, None, False)
-        return d_scale, d_offset
+        return upstream, d_scale, d_offset
 
     def _backward(
         self, upstream: Tensor, scale: Tensor | None, with_inputs: bool

@@ -6,11 +6,12 @@ here; it is `None` where the backend is another.
 """
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -358,34 +359,41 @@ def as_one_node(function: Any) -> Any:
 
     To add an operation to a graph takes Python as long as thousands of
     elements take to compute, and a network repeats the operations of a step in
-    each layer. The node is a call of a graph that all layers share;
-    TensorFlow's optimizer puts its operations in the place of the node. No
-    gradient passes through it. Eagerly, under a distribution strategy, and on
+    each layer. The node is a call of a graph that all layers share, and stays
+    one: to put its operations in the place of the node, and to optimize them
+    there, takes longer still (the first step of a MobileNetV2 three times as
+    long as with Keras's layers). Eagerly, under a distribution strategy, and on
     JAX, it is the function itself, on PyTorch what `by_numpy` makes.
 
-    Its outputs have no known size: set it.
+    No gradient passes through the node, and to take one is an error. Its
+    outputs have no known size: set it.
     """
     if _is("torch"):
         return by_numpy(function)
-    graphs = _Graphs(function)
+    graphs = _Graphs(function, {"_noinline": True})
 
     @functools.wraps(function)
     def called(*arguments: Any) -> Any:
-        if not _makes_a_graph():
+        if not shares_nodes():
             return function(*arguments)
         graph, tensors = graphs.of(arguments)
         outputs = tf.raw_ops.PartitionedCall(
-            # Of forward mode: to differentiate the node would fail.
-            args=[
-                tf.stop_gradient(each) if each.dtype.is_floating else each
-                for each in tensors
-            ],
+            args=tensors,
             Tout=[each.dtype for each in graph.outputs],
             f=graph,
+            config_proto=_unoptimized(),
         )
-        return _packed(graph, map(tf.stop_gradient, outputs))
+        return _packed(graph, outputs)
 
     return called
+
+
+@functools.cache
+def _unoptimized() -> bytes:
+    """That a call's graph is not optimized, which each call would do anew."""
+    config = tf.compat.v1.ConfigProto()
+    config.graph_options.rewrite_options.disable_meta_optimizer = True
+    return config.SerializeToString()
 
 
 def by_numpy(function: Any) -> Any:
@@ -556,46 +564,46 @@ def _custom_gradient_of_tensorflow(function: Any) -> Any:
     return called
 
 
+def gradients_of(
+    function: Any, tensors: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """TensorFlow's gradients of a function of tensors, at these tensors."""
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        outputs = function(*tensors)
+    return tape.gradient(outputs, tensors, upstream)
+
+
 def set_shape(value: Tensor | None, like: Tensor) -> None:
     """Tells a graph that a value has the shape of another, as far as known."""
-    if _makes_a_graph() and value is not None:
+    if shares_nodes() and value is not None:
         value.set_shape(like.shape)
 
 
-def conditional(
-    condition: Tensor, if_true: Any, if_false: Any, *arguments: Any
-) -> Any:
-    """`if_true(*arguments)` where the condition holds, else the other.
+def shares_nodes() -> bool:
+    """Whether `as_one_node` makes a node here and now.
 
-    As `tf.cond`, which makes two graphs at each call; these are shared, as in
-    `as_one_node`. Both functions are of tensors and constants, are no
-    closures, and return a sequence of tensors, whose sizes are not known.
+    Where a graph is made that may hold calls of others, and is not itself one
+    that is shared: there nothing is made more than once.
     """
-    if not _makes_a_graph():
-        return tf.cond(
-            condition,
-            lambda: if_true(*arguments),
-            lambda: if_false(*arguments),
-        )
-    (then_branch, tensors), (else_branch, _) = (
-        _graphs_of(branch).of(arguments) for branch in (if_true, if_false)
-    )
-    return tf.raw_ops.StatelessIf(
-        cond=condition,
-        input=tensors,
-        Tout=[each.dtype for each in then_branch.outputs],
-        then_branch=then_branch,
-        else_branch=else_branch,
-    )
-
-
-def _makes_a_graph() -> bool:
-    """Whether operations go into a graph that may hold calls of others."""
     return (
         _is("tensorflow")
         and tf.inside_function()
         and not tf.distribute.has_strategy()
+        and not _is_sharing.get()
     )
+
+
+_is_sharing = contextvars.ContextVar("is_sharing", default=False)
+
+
+@contextlib.contextmanager
+def _sharing() -> Iterator[None]:
+    token = _is_sharing.set(True)
+    try:
+        yield
+    finally:
+        _is_sharing.reset(token)
 
 
 class _Graphs:
@@ -606,8 +614,9 @@ class _Graphs:
     warns where graphs are made one after the other.)
     """
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, attributes: Any = None) -> None:
         self._function = function
+        self._attributes = attributes
         self._graphs: dict[Any, Any] = {}
 
     def of(self, arguments: Sequence[Any]) -> tuple[Any, list[Tensor]]:
@@ -639,13 +648,12 @@ class _Graphs:
 
         # Neither the graph in the making nor the device of whoever comes
         # first must be those of all.
-        with tf.init_scope(), tf.device(None):
+        with tf.init_scope(), tf.device(None), _sharing():
             return tf.function(
-                on_tensors, autograph=False
+                on_tensors,
+                autograph=False,
+                experimental_attributes=self._attributes,
             ).get_concrete_function(*specs)
-
-
-_graphs_of = functools.cache(_Graphs)
 
 
 def _packed(graph: Any, outputs: Iterable[Tensor]) -> Any:
@@ -1027,9 +1035,7 @@ def with_accumulators(
             )
             return *of_tensors, *rest
 
-        if _is("torch"):
-            return arguments, gradient
-        return tuple(map(tf.identity, arguments)), gradient
+        return arguments, gradient
 
     results = iter(begin(*given, *values))
     tensors = [None if each is None else next(results) for each in tensors]

@@ -344,7 +344,7 @@ class State(NamedTuple):
     moving_mean: Tensor
     moving_variance: Tensor
     epsilon: float
-    shares: tuple[Tensor, Tensor]
+    shares: tuple[Tensor, ...]
     limits: Limits | None
     feedback: Feedback | None
 

@@ -6,10 +6,13 @@ from typing import Any
 
 from keras import ops
 
-from keras_renorm import backend, operators
+from keras_renorm import operators
 from keras_renorm.backend import tf
+from keras_renorm.functional import Moments, State
 from keras_renorm.operations import Tensor
 from keras_renorm.operators import FusedOperators
+from keras_renorm.plain import by_example_of_rows
+from keras_renorm.pooling import Pool, pool_moments
 
 # The fused operators sum in float32 over the whole tensor; where |mean| is
 # more than this many standard deviations, the rounding error of that sum is
@@ -135,19 +138,14 @@ class FusedView:
         # A NaN counts as large. XLA, where it compiles a function that was
         # traced without it, computes E[x²] - E[x]², which may be negative.
         is_small = tf.reduce_all(tf.square(mean) <= LARGE_MEAN**2 * population)
-        results = backend.conditional(
-            is_small,
-            _as_it_is,
-            _shifted,
-            (outputs, mean, population, *reserves),
-            share,
-            self.data_format,
-            *arguments,
+        results = (outputs, tf.zeros_like(mean), mean, population, *reserves)
+        return tuple(
+            tf.cond(
+                is_small,
+                lambda: results,
+                lambda: _shifted(share, self.data_format, *arguments),
+            )
         )
-        # All but the last, which only the operator knows.
-        for result, like in zip(results, (outputs, *[mean] * 5), strict=False):
-            backend.set_shape(result, like)
-        return tuple(results)
 
     def _population_share(self, dtype: Any) -> Tensor:
         """What the operator's variance, of divisor count - 1, is multiplied by.
@@ -225,20 +223,118 @@ class FusedView:
         return self.normalize_by(values, zeros, ones, scale, None, 0.0)
 
 
-def _as_it_is(outputs: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
-    """What `FusedView.normalize_accurately` returns where means are small."""
-    y, mean, variance, *reserves = outputs
-    return (y, tf.zeros_like(mean), mean, variance, *reserves)
+class FusedStep:
+    """What a training step asks of its inputs, on the fused operators.
+
+    Attributes as of `plain.PlainStep`.
+    """
+
+    has_gradient = True
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        axis: int,
+        state: State,
+        pool: Pool,
+        kept: Sequence[Tensor] | None = None,
+    ) -> None:
+        self._view = FusedView(inputs, axis)
+        self._state = state
+        self._is_shared = pool.spans_replicas
+        if kept is None:
+            self._outputs, *kept = self._view.normalize_accurately(
+                state.gamma, state.beta, state.epsilon
+            )
+        self.kept = tuple(kept)
+        shift, residual, variance, *self._reserves = self.kept
+        if self._is_shared or state.feedback is not None:
+            # What the gradient is made of depends on the inputs too.
+            residual, variance = self._view.with_derivatives(
+                self._view.inputs, residual, variance
+            )
+        local = Moments(self._view.count, shift, residual, variance)
+        self.moments = pool_moments(local, state.moving_mean, pool)
+
+    def outputs(self, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+        """x̂ times scale plus offset."""
+        outputs = self._outputs
+        if scale is not self._state.gamma or self._is_shared:
+            outputs, *_ = self._view.normalize(
+                self._view.inputs,
+                scale,
+                offset,
+                self._state.epsilon,
+                mean=self.moments.mean,
+                variance=self.moments.variance,
+            )
+        return self._view.restore(outputs)
+
+    def gradients(
+        self, upstream: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the inputs, of scale and of offset; Algorithm 1's."""
+        d_x, d_scale, d_offset = self._view.gradient(
+            self._view.of(upstream),
+            self._view.inputs,
+            scale,
+            self._state.epsilon,
+            self._reserves,
+        )
+        return self._view.restore(d_x), d_scale, d_offset
+
+    def sums(
+        self, upstream: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `plain.PlainStep.sums`."""
+        return self._view.gradient_by(
+            self._view.of(upstream),
+            self._view.inputs,
+            self.moments.mean,
+            self.moments.variance,
+            scale,
+            self._state.epsilon,
+        )
+
+    def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `plain.PlainStep.by_example`."""
+        return by_example_of_rows(
+            upstream, self._view.inputs, self.moments.mean, self._view.view
+        )
+
+    def inputs_gradient(
+        self,
+        held: Tensor,
+        scale: Tensor | None,
+        offset_mean: Tensor,
+        scale_mean: Tensor,
+    ) -> Tensor:
+        """As `plain.PlainStep.inputs_gradient`.
+
+        `held` is the gradient as if the statistics were constants. What they
+        add is scale / σ_B times the two means, one of them along x̂.
+        """
+        factor = -tf.math.rsqrt(self.moments.variance + self._state.epsilon)
+        if scale is not None:
+            factor = factor * scale
+        d_x = held + self._view.normalize_by(
+            self._view.inputs,
+            self.moments.mean,
+            self.moments.variance,
+            factor * scale_mean,
+            factor * offset_mean,
+            self._state.epsilon,
+        )
+        return self._view.restore(d_x)
 
 
 def _shifted(
-    _: Sequence[Tensor],
-    share: Tensor,
-    data_format: str,
-    inputs: Tensor,
-    *arguments: Any,
+    share: Tensor, data_format: str, inputs: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """The same where a mean is large: of inputs less their first value."""
+    """`FusedView.normalize_accurately` where a mean is large.
+
+    Of inputs less their first value.
+    """
     view = FusedView(inputs, 3 if data_format == "NHWC" else 1)
     shift = view.first()
     y, mean, variance, mean_reserve, *rest = view.normalize(

@@ -49,7 +49,13 @@ def respond(
         backend.set_shape(value, moments.mean)
     for value in (*response[2:4], response.rest):
         backend.set_shape(value, state.moving_mean)
-    return response
+    # Or a second derivative would add its gradient to the accumulators.
+    return Response(
+        *(
+            None if value is None else ops.stop_gradient(value)
+            for value in response
+        )
+    )
 
 
 def _of_presence(moments: Moments) -> Moments:
@@ -78,8 +84,6 @@ def _respond(moments: Moments, state: State, total: Moments | None) -> Response:
     opening = gating.openness(
         feedback.agreement, gating.Gate(*ops.unstack(feedback.gate, 4))
     )
-    # Or a second derivative would add its gradient to the accumulators.
-    opening = ops.stop_gradient(opening)
     r = ops.where(is_gated, ops.power(r, opening), r)
     d = ops.where(is_gated, opening * d, d)
     by_limits = _opening_of(limits[0]) if feedback.corrects_by_limits else 0.0
@@ -93,7 +97,7 @@ def _respond(moments: Moments, state: State, total: Moments | None) -> Response:
     return response._replace(
         r=r,
         d=d,
-        held=ops.stop_gradient(weight * bound),
+        held=weight * bound,
         rest=1.0 - weight,
     )
 

@@ -20,9 +20,9 @@ from keras_renorm.functional import (
     State,
     Update,
 )
-from keras_renorm.fused import FusedView
+from keras_renorm.fused import FusedStep, FusedView
 from keras_renorm.operations import Tensor, ops
-from keras_renorm.plain import PlainStep, by_example_of_rows
+from keras_renorm.plain import PlainStep
 from keras_renorm.pooling import ALONE, Pool
 
 # A tensor of fewer elements is normalized with plain operations in a graph:
@@ -194,8 +194,6 @@ def _batch_step(
     state: State,
     pool: Pool,
 ) -> tuple[Tensor, Update]:
-    if path == "fused":
-        return _fused_batch(inputs, axis, state, pool)
     if path != "plain":
         return _written_out_batch(path, inputs, axis, mask, state, pool)
     return _plain_batch(inputs, axis, mask, state, pool)
@@ -476,15 +474,88 @@ def _step_of(
     mask: Tensor | None,
     state: State,
     pool: Pool,
-    shape: Sequence[Any] | None,
+    kept: Sequence[Tensor] | None = None,
 ) -> Any:
     """Plain operations where these are differentiated, or a mean is large."""
+    if path == "fused":
+        return FusedStep(inputs, axis, state, pool, kept)
     if path == "aten" and not backend.records_operations():
         step = aten.AtenStep(inputs, axis, state, pool)
         if step.is_accurate:
             return step
         inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
-    return PlainStep(inputs, axis, mask, state, pool, shape)
+    return PlainStep(inputs, axis, mask, state, pool, path == "matrix", kept)
+
+
+def _forward(
+    path: str,
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    state: State,
+    pool: Pool,
+) -> tuple[Any, Response, Tensor]:
+    run = _step_of(path, inputs, axis, mask, state, pool)
+    response = gradients.respond(run.moments, state)
+    return run, response, run.outputs(*_renormalized(state, response))
+
+
+def _backward(
+    run: Any,
+    response: Response,
+    upstream: Tensor,
+    others: Sequence[Tensor],
+    state: State,
+    pool: Pool,
+) -> tuple[Tensor, ...]:
+    """Gradients of the inputs and of `_parameters`."""
+    changes: list[Tensor] = []
+    scale, _ = _renormalized(state, response)
+    is_alone = state.feedback is None and not pool.spans_replicas
+    if is_alone and run.has_gradient:
+        d_x, d_scale, d_offset = run.gradients(upstream, scale)
+    else:
+        scale = _backward_scale(scale, response)
+        held, d_scale, d_offset = run.sums(upstream, scale)
+        means, changes = _taken_out(
+            d_offset,
+            d_scale,
+            lambda: run.by_example(upstream),
+            others,
+            run.moments,
+            state,
+            response,
+            pool,
+        )
+        d_x = run.inputs_gradient(held, scale, *means)
+    return d_x, *_parameter_gradients(
+        state, response, d_scale, d_offset, changes
+    )
+
+
+@backend.as_one_node
+def _forward_node(
+    *arguments: Any,
+) -> tuple[Tensor, Response, tuple[Tensor, ...]]:
+    run, response, outputs = _forward(*arguments)
+    return outputs, response, run.kept
+
+
+@backend.as_one_node
+def _backward_node(
+    path: str,
+    inputs: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    state: State,
+    pool: Pool,
+    kept: Sequence[Tensor],
+    response: Response,
+    upstream: Tensor,
+    others: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    run = _step_of(path, inputs, axis, mask, state, pool, kept)
+    return _backward(run, response, upstream, others, state, pool)
 
 
 def _written_out_batch(
@@ -500,55 +571,84 @@ def _written_out_batch(
     No group has statistics of its own here; the layer sees to that.
     """
     given = _parameters(state)
-    kept = backend.kept_for_gradient(state)
-    if path != "aten" or state.feedback is not None:
+    known = backend.kept_for_gradient(state)
+    if path not in ("fused", "aten") or state.feedback is not None:
         # The corrected gradient is a sum, too coarse in 16 bits.
         inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
-    shape = None
-    if path == "matrix":
-        shape, axis = ops.shape(inputs), 1
-        inputs = tf.reshape(inputs, [-1, shape[-1]])
 
-    @backend.custom_gradient
     def step(x: Tensor, *parameters: Tensor) -> Any:
-        own = _with_parameters(kept, parameters)
-        run = _step_of(path, x, axis, mask, own, pool, shape)
-        moments = run.moments
-        response = gradients.respond(moments, own)
-        scale, offset = _renormalized(own, response)
+        own = _with_parameters(known, parameters)
+        run, response, outputs = _forward(path, x, axis, mask, own, pool)
 
         def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            changes: list[Tensor] = []
-            if state.feedback is None and isinstance(run, aten.AtenStep):
-                d_x, d_scale, d_offset = run.gradients(upstream, scale)
-            else:
-                d_scale, d_offset = run.sums(upstream)
-                (offset_mean, scale_mean), changes = _taken_out(
-                    d_offset,
-                    d_scale,
-                    lambda: run.by_example(upstream),
-                    others,
-                    moments,
-                    own,
-                    response,
-                    pool,
-                )
-                d_x = run.inputs_gradient(
-                    upstream,
-                    _backward_scale(scale, response),
-                    offset_mean,
-                    scale_mean,
-                )
-            return d_x, *_parameter_gradients(
-                own, response, d_scale, d_offset, changes
-            )
+            return _backward(run, response, upstream, others, own, pool)
 
-        return (run.outputs(scale, offset), *_moved(response)), gradient
+        return (outputs, *_moved(response)), gradient
 
-    outputs, *moved = step(inputs, *given)
-    if shape is not None:
-        outputs = tf.reshape(outputs, shape)
+    if backend.shares_nodes():
+        step = _of_nodes(step, path, axis, mask, known, pool)
+    outputs, *moved = backend.custom_gradient(step)(inputs, *given)
     return outputs, _update(moved)
+
+
+def _of_nodes(
+    step: Any,
+    path: str,
+    axis: int,
+    mask: Tensor | None,
+    known: State,
+    pool: Pool,
+) -> Any:
+    """The step of `_written_out_batch` as two nodes: forward, and backward.
+
+    A node has no gradient. So of the gradient a derivative is taken by doing
+    the step again, operation by operation.
+    """
+
+    def step_of_nodes(x: Tensor, *parameters: Tensor) -> Any:
+        own = _with_parameters(known, parameters)
+        outputs, response, kept = _forward_node(path, x, axis, mask, own, pool)
+        backend.set_shape(outputs, x)
+        for value in response:
+            backend.set_shape(value, own.moving_mean)
+
+        def gradient(*upstream: Tensor) -> tuple[Tensor, ...]:
+            count = len(upstream)
+            # Constants of all layers, which the gradient of a loop loses.
+            known_still = known._replace(shares=(), limits=None)
+
+            def taken(*tensors: Tensor) -> Any:
+                arrived, (inputs, *parameters) = (
+                    tensors[:count],
+                    tensors[count:],
+                )
+                results = _backward_node(
+                    path,
+                    # Others need their shape only, and would keep them.
+                    inputs if path == "fused" else arrived[0],
+                    axis,
+                    mask,
+                    _with_parameters(known_still, parameters),
+                    pool,
+                    kept,
+                    response,
+                    *(arrived[0], arrived[1:]),
+                )
+                for result, like in zip(results, tensors[count:], strict=True):
+                    backend.set_shape(result, like)
+
+                def again(*tensors: Tensor) -> Any:
+                    return step(*tensors[count:])[1](*tensors[:count])
+
+                return results, lambda *of_results: backend.gradients_of(
+                    again, tensors, of_results
+                )
+
+            return backend.custom_gradient(taken)(*upstream, x, *parameters)
+
+        return (outputs, *_moved(response)), gradient
+
+    return step_of_nodes
 
 
 def _with_parameters(state: State, values: Sequence[Tensor]) -> State:
@@ -562,76 +662,3 @@ def _with_parameters(state: State, values: Sequence[Tensor]) -> State:
     if feedback is not None:
         feedback = feedback.with_accumulators(rest)
     return state._replace(gamma=gamma, beta=beta, feedback=feedback)
-
-
-def _fused_batch(
-    inputs: Tensor, axis: int, state: State, pool: Pool
-) -> tuple[Tensor, Update]:
-    """A training step on the fused operators, with its own gradient.
-
-    The gradient is that of the fused operator with scale γr; then
-    dγ = r dscale + d doffset and dβ = doffset.
-    """
-    view = FusedView(inputs, axis)
-
-    @backend.custom_gradient
-    def step(x: Tensor, *_: Tensor) -> Any:
-        outputs, shift, residual, variance, *reserves = (
-            view.normalize_accurately(state.gamma, state.beta, state.epsilon)
-        )
-        if pool.spans_replicas or state.feedback is not None:
-            # What the gradient is made of below depends on the inputs too.
-            residual, variance = view.with_derivatives(x, residual, variance)
-        local = Moments(view.count, shift, residual, variance)
-        moments = pooling.pool_moments(local, state.moving_mean, pool)
-        response = gradients.respond(moments, state)
-        scale, offset = _renormalized(state, response)
-        if response.r is not None or pool.spans_replicas:
-            mean, variance = moments.mean, moments.variance
-            normalized = view.normalize(
-                x, scale, offset, state.epsilon, mean=mean, variance=variance
-            )
-            outputs = normalized[0]
-
-        def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            changes: list[Tensor] = []
-            if not pool.spans_replicas and state.feedback is None:
-                d_x, d_scale, d_offset = view.gradient(
-                    upstream, x, scale, state.epsilon, reserves
-                )
-            else:
-                backward_scale = _backward_scale(scale, response)
-                d_x, d_scale, d_offset = view.gradient_by(
-                    upstream, x, mean, variance, backward_scale, state.epsilon
-                )
-                # What the statistics add: scale / σ_B times the means of the
-                # upstream gradient and, along x̂, of its product with x̂.
-                (offset_mean, scale_mean), changes = _taken_out(
-                    d_offset,
-                    d_scale,
-                    lambda: by_example_of_rows(upstream, x, mean, view.shape),
-                    others,
-                    moments,
-                    state,
-                    response,
-                    pool,
-                )
-                factor = tf.math.rsqrt(variance + state.epsilon)
-                if backward_scale is not None:
-                    factor = factor * backward_scale
-                d_x += view.normalize_by(
-                    x,
-                    mean,
-                    variance,
-                    -factor * scale_mean,
-                    -factor * offset_mean,
-                    state.epsilon,
-                )
-            return d_x, *_parameter_gradients(
-                state, response, d_scale, d_offset, changes
-            )
-
-        return (outputs, *_moved(response)), gradient
-
-    outputs, *moved = step(view.inputs, *_parameters(state))
-    return view.restore(outputs), _update(moved)

@@ -14,11 +14,13 @@ from keras_renorm.pooling import Pool
 class PlainStep:
     """What a training step asks of its inputs, on any axis, with a mask.
 
-    With a `shape`, inputs are its rows: `(elements, channels)`, none masked.
-
     Attributes:
         moments: Of the pool.
+        kept: What the backward pass needs besides the gradient that arrives.
+        has_gradient: Whether Algorithm 1's is one operation (`gradients`).
     """
+
+    has_gradient = False
 
     def __init__(
         self,
@@ -27,15 +29,37 @@ class PlainStep:
         mask: Tensor | None,
         state: State,
         pool: Pool,
-        shape: Sequence[Any] | None = None,
+        as_rows: bool = False,
+        kept: Sequence[Tensor] | None = None,
     ) -> None:
-        self._axis, self._mask, self._shape = axis, mask, shape
-        self._rank = len(inputs.shape)
-        self._axes = functional.reduction_axes(self._rank, (axis,))
-        self._centered, self.moments = pooling.batch_moments(
-            inputs, (axis,), mask, state.moving_mean, pool
-        )
+        """Of inputs, or of what a step with inputs of this shape has kept.
+
+        Channels last without a mask may be taken `as_rows`: `(elements,
+        channels)`.
+        """
+        self._shape = ops.shape(inputs) if as_rows else None
+        self._axis, self._mask = (1 if as_rows else axis), mask
+        self._rank = 2 if as_rows else len(inputs.shape)
+        self._axes = functional.reduction_axes(self._rank, (self._axis,))
+        if kept is None:
+            self._centered, self.moments = pooling.batch_moments(
+                self._of(inputs), (self._axis,), mask, state.moving_mean, pool
+            )
+            self.kept = (self._centered, *self.moments)
+        else:
+            self._centered, *moments = kept
+            self.moments = functional.Moments(*moments)
         self._rsigma = ops.rsqrt(self.moments.variance + state.epsilon)
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        if self._shape is None:
+            return tensor
+        return tf.reshape(tensor, [-1, self._shape[-1]])
+
+    def _restored(self, values: Tensor) -> Tensor:
+        if self._shape is None:
+            return values
+        return tf.reshape(values, self._shape)
 
     def _spread(self, values: Tensor) -> Tensor:
         return functional.spread(values, self._rank, (self._axis,))
@@ -50,16 +74,20 @@ class PlainStep:
 
     def outputs(self, scale: Tensor | None, offset: Tensor | None) -> Tensor:
         """x̂ times scale plus offset."""
-        return functional.scale_and_offset(
-            self._centered, (self._axis,), self._scaled(scale), offset
+        return self._restored(
+            functional.scale_and_offset(
+                self._centered, (self._axis,), self._scaled(scale), offset
+            )
         )
 
-    def sums(self, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ dy x̂ and Σ dy."""
-        upstream = self._selected(upstream)
+    def sums(
+        self, upstream: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `inputs_gradient` takes, Σ dy x̂ and Σ dy."""
+        upstream = self._selected(self._of(upstream))
         products = upstream * self._selected(self._centered)
         d_scale = ops.sum(products, self._axes) * self._rsigma
-        return d_scale, ops.sum(upstream, self._axes)
+        return upstream, d_scale, ops.sum(upstream, self._axes)
 
     def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each example Σ dy, and its mean's distance from the batch's.
@@ -86,14 +114,12 @@ class PlainStep:
     ) -> Tensor:
         """Scale / σ_B (dy − offset_mean − x̂ scale_mean)."""
         along = self._spread(scale_mean * self._rsigma)
-        return self._selected(
-            self._spread(self._scaled(scale))
-            * (
-                self._selected(upstream)
-                - self._spread(offset_mean)
-                - self._selected(self._centered) * along
-            )
+        gradient = self._spread(self._scaled(scale)) * (
+            upstream
+            - self._spread(offset_mean)
+            - self._selected(self._centered) * along
         )
+        return self._restored(self._selected(gradient))
 
 
 def by_example_of_rows(
