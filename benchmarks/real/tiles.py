@@ -304,7 +304,7 @@ def draw(folder):
             predict_in_tiles(model, image),
             report.outputs[0].map[0],
         )
-    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.7), layout="constrained")
     panels = figure.subplots(2, len(columns))
     for above, below, (title, pair) in zip(
         *panels, columns.items(), strict=True

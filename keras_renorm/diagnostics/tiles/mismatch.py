@@ -296,9 +296,9 @@ def _verdicts(
                 f"{seen} These layers normalize by the statistics of the tile "
                 f"that they see: {', '.join(names)}.",
                 "Train with `keras_renorm.BatchRenormalization()` in their "
-                "place, whose statistics are the same in each tile, also where "
-                "minibatches are of one or two images. Or predict the whole "
-                "image at once.",
+                "place, whose statistics are the same in each tile, and "
+                "`keras_renorm.recalibrate` it on the tiles of the image. Or "
+                "predict the whole image at once.",
                 names,
             )
         )
