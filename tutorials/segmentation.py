@@ -205,7 +205,7 @@ def draw_tiles(path, image, truth, in_tiles, mismatches):
     shown = {"image": (image[..., 0], truth)}
     for name, found in in_tiles.items():
         shown[name] = found[0][..., 1], mismatches[name].outputs[0].map[0]
-    figure = lesson.figure(2.2 * len(shown), 7)
+    figure = lesson.figure(2.2 * len(shown), 4.8)
     columns = figure.subplots(2, len(shown)).T
     for axes, (name, pair) in zip(columns, shown.items(), strict=True):
         for panel, values in zip(axes, pair, strict=True):
