@@ -330,7 +330,28 @@ SIZE = "A tile with its halo must lie in the image. Received: "
         (
             {"image": np.full(ROWS, "cat")},
             TypeError,
-            "`image` must hold numbers. Received: dtype=<U3.",
+            "`image` must hold real numbers. Received: dtype=<U3.",
+        ),
+        (
+            {"image": np.zeros(ROWS, "complex64")},
+            TypeError,
+            "`image` must hold real numbers. Received: dtype=complex64.",
+        ),
+        (
+            {"image": "nuclei.png"},
+            TypeError,
+            "`image` must hold real numbers. Received: dtype=<U10.",
+        ),
+        (
+            {"image": np.full(ROWS, np.nan)},
+            ValueError,
+            "`image` must be finite: one NaN is all that a tile would show. "
+            "Received: 8192 values of 8192 that are not.",
+        ),
+        (
+            {"image": np.zeros((0, *ROWS[1:]))},
+            ValueError,
+            "`image` must hold an image. Received: image.shape=(0, 64, 64, 2).",
         ),
         (
             {"image": np.zeros((1, 64, 64, 3))},
@@ -368,6 +389,66 @@ def test_errors(given, kind, message):
     arguments = {"image": np.zeros(ROWS), "tile": 16, "halo": 8, **given}
     with helpers.raises(kind, message):
         tile_mismatch(model, **arguments, verbose=False)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [np.zeros(ROWS[1:]), np.zeros((32, 32, 2))],
+        (np.zeros(ROWS), np.zeros(ROWS[:3])),  # as for `fit`
+    ],
+)
+def test_images_that_are_no_array(given):
+    with pytest.raises(ValueError, match=r"^`image` must be one array"):
+        tile_mismatch(network(convolution()), given, 16, 8, verbose=False)
+
+
+def test_outputs_that_are_not_finite(rng):
+    model = network(convolution(name="broken"))
+    kernel, bias = model.get_weights()
+    model.set_weights([kernel, np.full_like(bias, np.nan)])
+    with helpers.raises(
+        ValueError,
+        "The outputs of `model` must be finite. Received: a prediction of "
+        "'broken' that is not.",
+    ):
+        tile_mismatch(model, image(rng), 16, 8, verbose=False)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float64"])
+def test_types_of_images(dtype, rng):
+    given = rng.integers(0, 255, ROWS).astype(dtype)
+    model = network(convolution(), layers.GroupNormalization(2), convolution())
+    expected = tile_mismatch(
+        model, given.astype("float32"), 16, 8, verbose=False
+    )
+    found = tile_mismatch(model, given, 16, 8, verbose=False)
+    assert found.needed == expected.needed
+    np.testing.assert_allclose(found.largest, expected.largest, 1e-3)
+
+
+def test_tensors_and_an_input_with_a_name(rng):
+    inputs = keras.Input((None, None, 2), name="scan")
+    model = keras.Model({"scan": inputs}, convolution()(inputs))
+    tensor = ops.cast(image(rng), "bfloat16")
+    for given in (tensor, {"scan": tensor}):
+        report = tile_mismatch(model, given, 16, 8, verbose=False)
+        assert (report.largest, report.needed) == (0, (1, 1))
+
+
+def test_tiles_that_are_all_alike_differ_from_the_whole():
+    model = network(convolution(), layers.GroupNormalization(2, name="group"))
+    report = tile_mismatch(model, np.ones(ROWS), 16, 8, verbose=False)
+    assert report.largest == 0
+    (verdict,) = report.verdicts
+    assert verdict.layers == ("group",)
+    assert "between tiles and the whole image" in verdict.reason
+
+
+def test_a_window_that_is_the_image_needs_no_halo(rng):
+    model = network(convolution(), layers.GroupNormalization(2))
+    report = tile_mismatch(model, image(rng), 64, 0, verbose=False)
+    assert (report.largest, report.verdicts) == (0, [])
 
 
 @pytest.mark.parametrize(

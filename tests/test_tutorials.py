@@ -360,11 +360,14 @@ def test_tuning_runs_on_mnist_and_goes_on(monkeypatch, tmp_path):
 
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
-@pytest.mark.parametrize(("data", "size"), [("shapes", 32), ("pets", 64)])
-def test_segmentation_runs(data, size, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("data", "size", "large"), [("shapes", 32, "image"), ("pets", 64, "volume")]
+)
+def test_segmentation_runs(data, size, large, monkeypatch, tmp_path):
     import tensorflow_datasets as tfds
 
     options = ["--data", data, "--seeds", "1", "--steps", "2"]
+    options += ["--large", large]
     monkeypatch.setattr(
         "sys.argv", ["segmentation", *options, "--output", str(tmp_path)]
     )
@@ -391,4 +394,35 @@ def test_segmentation_runs(data, size, monkeypatch, tmp_path):
     found, truth = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
     iou = names["segmentation"].mean_iou(found, truth)
     assert iou == pytest.approx(5 / 18)
-    assert (tmp_path / "segmentation.png").stat().st_size > 0
+    image, mask = names["wanted"]
+    assert image.shape == (*mask.shape, 1)
+    assert set(np.unique(mask)) == {0, 1}
+    # By tiles and at once, where batch normalization infers.
+    (tiled, recalibrated) = names["in_tiles"]["renorm"]
+    assert names["name"] == "renorm"
+    at_once = names["served"].predict(image[None], verbose=0)[0]
+    np.testing.assert_allclose(recalibrated, at_once, atol=1e-4)
+    assert not np.allclose(tiled, recalibrated, atol=1e-4)
+    assert names["mismatches"]["renorm"].largest == 0
+    for picture in ("segmentation", "tiles"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 0
+
+
+def test_a_real_image_is_read_where_its_package_is(monkeypatch, tmp_path):
+    from PIL import Image
+
+    package = tmp_path / "stardist"
+    folder = package / "data" / "images"
+    folder.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('not needed')")
+    values = np.arange(32, dtype="uint16").reshape(4, 8)
+    for name in ("img2d", "mask2d"):
+        Image.fromarray(values).save(folder / f"{name}.tif")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import segmentation
+
+    (image, mask), (image_val, mask_val) = segmentation.large("image")
+    np.testing.assert_allclose(image[..., 0], values[:, :4] / 255, rtol=1e-6)
+    np.testing.assert_allclose(image_val[..., 0], values[:, 4:] / 255, 1e-6)
+    assert mask.sum() == 15
+    assert mask_val.all()

@@ -5,15 +5,15 @@
 # each image in the light of one other, and serves it by its moving statistics.
 # A U-Net with Keras's batch normalization, with the paper's renormalization
 # (Algorithm 1), with `BatchRenormalization()`, which measures how far to
-# correct outputs and gradient, and with group normalization, which knows no
-# batch; what `diagnostics.discrepancy` says of each. Then a pretrained encoder,
-# a *subclassed* model with Keras's layers, tuned in batches of two: as it is,
-# and after `convert(model, in_place=True)`. Last, images too large for the
-# network, in tiles: who leaves seams?
+# correct, and with group normalization, which knows no batch. Then a pretrained
+# encoder with Keras's layers, tuned as it is and after `convert(model,
+# in_place=True)`. Last, an image too large for the network: who leaves seams?
 #
-# Images are made on the spot: disks and diamonds in front of noise, each image
-# in a light of its own. `--data pets` takes photographs of cats and dogs with
-# their outlines (Oxford-IIIT Pet, 800 MB by tensorflow-datasets).
+# Images are made: disks and diamonds in noise, each in a light of its own.
+# `--data pets` takes photographs and outlines (Oxford-IIIT Pet, 800 MB). The
+# large image is of nuclei under a microscope where `stardist`, whose wheel
+# holds it, is installed (`pip install --no-deps stardist`), and else made, too;
+# with `--large volume` it is a made volume, and the network a 3-D one.
 #
 # Takes some minutes on two CPU cores; `pip install keras-renorm[tutorials]`.
 
@@ -22,30 +22,36 @@ import lesson
 
 STEPS, SEEDS = 300, 3
 args = lesson.options(
-    "11_segmentation", data=("shapes", "pets"), seeds=SEEDS, steps=STEPS
+    "11_segmentation",
+    data=("shapes", "pets"),
+    large=("image", "volume"),
+    seeds=SEEDS,
+    steps=STEPS,
 )
 
 # %%
 import functools
+import itertools
 
 import keras
 import numpy as np
 import segmentation
 from keras import layers
+from segmentation import Encoder, unet
 
 import keras_renorm
 from keras_renorm.diagnostics import discrepancy, tile_mismatch
 
-CLASSES = segmentation.CLASSES
 PICTURES = 3
 
 # %% [markdown]
 # ## The network: down to a quarter of the size, and up with ways across
 #
-# Ten convolutions are normalized; momentum 0.95, for a few hundred steps.
+# Ten convolutions are normalized; momentum 0.95, for a few hundred steps. It is
+# in `segmentation.py`. The encoder is a subclassed model, which makes its own
+# layers, like much of what people share.
 
 # %%
-FILTERS = 8, 16, 32
 KERAS_BN = functools.partial(layers.BatchNormalization, momentum=0.95)
 RENORM = functools.partial(keras_renorm.BatchRenormalization, momentum=0.95)
 NORMALIZATIONS = {
@@ -55,42 +61,6 @@ NORMALIZATIONS = {
     "group norm": functools.partial(layers.GroupNormalization, groups=4),
 }
 
-
-def convolution(filters):
-    return layers.Conv2D(filters, 3, padding="same", use_bias=False)
-
-
-class Encoder(keras.Model):
-    """Subclassed, like much of what people share: it makes its own layers."""
-
-    def __init__(self, normalization):
-        super().__init__(name="encoder")
-        self.stages = [
-            [[convolution(filters), normalization()] for _ in range(2)]
-            for filters in FILTERS
-        ]
-        self.halve = layers.MaxPooling2D()
-
-    def call(self, x, training=None):
-        features = []
-        for stage in self.stages:
-            x = self.halve(x) if features else x
-            for convolve, normalize in stage:
-                x = keras.ops.relu(normalize(convolve(x), training=training))
-            features.append(x)
-        return features
-
-
-def unet(encoder, normalization):
-    inputs = keras.Input((None, None, x.shape[-1]))
-    *across, up = encoder(inputs)
-    for filters in FILTERS[-2::-1]:
-        up = layers.Concatenate()([layers.UpSampling2D()(up), across.pop()])
-        for _ in range(2):
-            up = layers.ReLU()(normalization()(convolution(filters)(up)))
-    return keras.Model(inputs, layers.Conv2D(CLASSES, 1)(up), name="unet")
-
-
 # %% [markdown]
 # ## Train, then judge on images that were held back, in inference
 #
@@ -98,7 +68,7 @@ def unet(encoder, normalization):
 # on batches as training uses them. Of group normalization it knows nothing.
 
 # %%
-scores, reports, pictures, networks = {}, {}, {}, {}
+scores, reports, pictures = {}, {}, {}
 
 
 def fit(model, x, y, rate, batch_size=2):
@@ -111,8 +81,7 @@ def fit(model, x, y, rate, batch_size=2):
 
 
 def segment(model, x):
-    # In batches of one size and many of them, for TensorFlow warns of functions
-    # that are traced every few calls.
+    # In batches of one size: TensorFlow warns of functions traced often.
     return model.predict(x, batch_size=10, verbose=0).argmax(axis=-1)
 
 
@@ -132,7 +101,6 @@ for seed in range(args.seeds):
         model = unet(Encoder(normalization), normalization)
         fit(model, x, y, 3e-3)
         judge(name, model, x, x_val, y_val)
-        networks[name] = model
 
 # %% [markdown]
 # ## A pretrained encoder
@@ -169,27 +137,73 @@ for seed in range(args.seeds):
     assert abs(segmentation.mean_iou(served, y_val) - scores[name][-1]) < 1e-3
 
 # %% [markdown]
-# ## Large images, in tiles
+# ## A large image, in tiles
 #
-# Sixteen images side by side are predicted in tiles of 32 with a halo of 24,
-# twice, the second time shifted by half a tile; `tile_mismatch` compares. It
-# also measures how far the network sees, and so how large the halo must be.
-# Group normalization takes its statistics from the tile.
+# One half of the image is to train on, in patches, one at a time; the other is
+# predicted in tiles. Windows have one size and lie inside the image; the halo
+# is cut off.
+
 
 # %%
-large = np.concatenate(
-    [np.concatenate(list(row), axis=1) for row in np.split(x_val[:16], 4)]
-)[None]
-mismatches = {
-    name: tile_mismatch(model, large, tile=32, halo=24, verbose=False)
-    for name, model in networks.items()
+def box(begin, size):
+    return tuple(slice(at, at + size) for at in begin)
+
+
+def predict_in_tiles(model, image, tile, halo):
+    """Of an image or volume `(*sizes, channels)`."""
+    sizes, window, whole = np.array(image.shape[:-1]), tile + 2 * halo, None
+    for begin in itertools.product(*(range(0, size, tile) for size in sizes)):
+        start = np.clip(np.subtract(begin, halo), 0, sizes - window)
+        seen = image[box(start, window)]
+        found = np.asarray(model.predict_on_batch(seen[None]))[0]
+        if whole is None:
+            whole = np.zeros((*sizes, found.shape[-1]), found.dtype)
+        whole[box(begin, tile)] = found[box(begin - start, tile)]
+    return whole
+
+
+# %% [markdown]
+# `tile_mismatch` predicts twice, the second time shifted by half a tile, and
+# compares. It also measures how far the network sees, and so how large the halo
+# must be. Group and instance normalization take their statistics from the
+# window. Batch normalization can be given those of the very image that is
+# predicted: `recalibrate` on all of its tiles, which are then treated alike.
+
+# %%
+patch, tile, halo, of_network = segmentation.LARGE[args.large]
+IN_TILES = {
+    "Keras BN": KERAS_BN,
+    "instance norm": functools.partial(layers.GroupNormalization, groups=-1),
+    "group norm": NORMALIZATIONS["group norm"],
+    "renorm": RENORM,
 }
+known, wanted = segmentation.large(args.large)
+x_patches, y_patches = segmentation.patches(*known, patch, args.steps)
+mismatches, in_tiles = {}, {}
+for name, normalization in IN_TILES.items():
+    keras.utils.set_random_seed(0)
+    encoder = Encoder(normalization, **of_network)
+    model = unet(encoder, normalization, channels=1, classes=2)
+    fit(model, x_patches, y_patches, 3e-3, batch_size=1)
+    served = keras.Sequential([model, layers.Softmax()])
+    mismatches[name] = tile_mismatch(
+        served, wanted[0][None], tile, halo, whole=False, verbose=False
+    )
+    in_tiles[name] = [predict_in_tiles(served, wanted[0], tile, halo)]
+    if name in ("Keras BN", "renorm"):
+        own = segmentation.cut(wanted[0], patch)
+        keras_renorm.recalibrate(model, own, batch_size=4, verbose=False)
+        found = predict_in_tiles(served, wanted[0], tile, halo)
+        in_tiles[name].append(found)
+
 lesson.table(
-    "In two tilings, of logits",
-    ("normalization", "mean difference", "largest", "what tile_mismatch says"),
-    segmentation.tile_rows(mismatches),
+    "The other half, in tiles",
+    ("normalization", "IoU", "recalibrated on it", "two tilings differ by"),
+    segmentation.tile_rows(in_tiles, wanted[1], mismatches),
 )
 print(mismatches["group norm"])
+path = args.output / "tiles.png"
+segmentation.draw_tiles(path, *wanted, in_tiles, mismatches)
 
 # %% [markdown]
 # ## Results: ranges over the seeds; the gap is that of the model's outputs

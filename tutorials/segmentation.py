@@ -1,11 +1,66 @@
-"""Segmentation: data made on the spot, how well it is done, how it is shown."""
+"""Segmentation: network, data, how well it is done, how it is shown."""
 
 import functools
+import importlib.util
+from pathlib import Path
 
+import keras
 import lesson
 import numpy as np
+from keras import layers
 
 CLASSES = 3
+FILTERS = 8, 16, 32
+# Sizes of a patch, a tile and a halo, and what `Encoder` is made with: two
+# stages see less far than three.
+LARGE = {
+    "image": (64, 64, 24, {}),
+    "volume": (24, 24, 8, {"filters": FILTERS[:2], "rank": 3}),
+}
+
+
+def of_rank(name, rank):
+    """A layer for images or volumes."""
+    return getattr(layers, f"{name}{rank}D")
+
+
+def convolution(filters, rank):
+    return of_rank("Conv", rank)(filters, 3, padding="same", use_bias=False)
+
+
+class Encoder(keras.Model):
+    """Subclassed: it makes its own layers."""
+
+    def __init__(self, normalization, filters=FILTERS, rank=2):
+        super().__init__(name="encoder")
+        self.filters, self.rank = filters, rank
+        self.stages = [
+            [[convolution(count, rank), normalization()] for _ in range(2)]
+            for count in filters
+        ]
+        self.halve = of_rank("MaxPooling", rank)()
+
+    def call(self, x, training=None):
+        features = []
+        for stage in self.stages:
+            x = self.halve(x) if features else x
+            for convolve, normalize in stage:
+                x = keras.ops.relu(normalize(convolve(x), training=training))
+            features.append(x)
+        return features
+
+
+def unet(encoder, normalization, channels=3, classes=CLASSES):
+    rank = encoder.rank
+    inputs = keras.Input((*[None] * rank, channels))
+    *across, up = encoder(inputs)
+    for filters in encoder.filters[-2::-1]:
+        up = of_rank("UpSampling", rank)()(up)
+        up = layers.Concatenate()([up, across.pop()])
+        for _ in range(2):
+            up = layers.ReLU()(normalization()(convolution(filters, rank)(up)))
+    outputs = of_rank("Conv", rank)(classes, 1)(up)
+    return keras.Model(inputs, outputs, name="unet")
 
 
 def shapes(count, rng, size=32):
@@ -69,27 +124,108 @@ def rows(scores, reports):
         )
 
 
-def tile_rows(mismatches):
-    """A row for each normalization: what tiles do to its predictions."""
-    for name, report in mismatches.items():
-        (output,) = report.outputs
-        yield (
-            name,
-            f"{output.tilings.mean:.2g}",
-            f"{output.tilings.largest:.2g}",
-            ", ".join(each.cause for each in report.verdicts) or "nothing",
+def large(kind):
+    """Image and mask of a half to train on, and of one to predict.
+
+    Image from 0 to 1, `(*sizes, 1)`; mask of 0 and 1, `sizes`.
+    """
+    package = importlib.util.find_spec("stardist")
+    if kind == "volume":
+        image, mask = blobs((48, 96, 48), 60)
+    elif package is None:
+        lesson.say("A made image: `stardist`, which has a real one, is missing")
+        image, mask = blobs((512, 512), 200)
+    else:
+        # Nuclei and their outlines (Caicedo et al. 2019, BBBC038, public
+        # domain). The package is found and not imported.
+        from PIL import Image
+
+        folder = Path(*package.submodule_search_locations, "data", "images")
+        image, mask = (
+            np.asarray(Image.open(folder / f"{name}.tif"), "float32")
+            for name in ("img2d", "mask2d")
         )
+        image, mask = image / 255, mask > 0
+    pair = image[..., None], mask.astype("int32")
+    return zip(*(np.split(each, 2, axis=1) for each in pair), strict=True)
+
+
+def blobs(sizes, count):
+    """Balls of other sizes and brightness in noise."""
+    rng = np.random.default_rng(0)
+    places = np.stack(np.mgrid[tuple(map(slice, sizes))], axis=-1)
+    image, mask = rng.normal(0.2, 0.1, sizes), np.zeros(sizes, bool)
+    for _ in range(count):
+        distance = places - rng.uniform(0, sizes)
+        inside = (distance**2).sum(-1) < rng.uniform(4, 9) ** 2
+        image[inside] += rng.uniform(0.1, 0.6)
+        mask |= inside
+    return image.astype("float32"), mask
+
+
+def patches(image, mask, size, count):
+    """Anywhere in an image or volume."""
+    rng = np.random.default_rng(0)
+    starts = rng.integers(
+        np.subtract(mask.shape, size) + 1, size=(count, mask.ndim)
+    )
+    places = [tuple(slice(at, at + size) for at in each) for each in starts]
+    return tuple(
+        np.stack([of[each] for each in places]) for of in (image, mask)
+    )
+
+
+def cut(image, size):
+    """All of an image or volume, in pieces of one size."""
+    pieces = [image]
+    for axis in range(image.ndim - 1):
+        count = image.shape[axis] // size
+        pieces = [
+            part for each in pieces for part in np.split(each, count, axis)
+        ]
+    return np.stack(pieces)
+
+
+def iou(found, truth):
+    """Intersection over union of what is a nucleus."""
+    found, truth = found[..., 1] > 0.5, truth > 0
+    return (found & truth).sum() / max((found | truth).sum(), 1)
+
+
+def tile_rows(in_tiles, truth, mismatches):
+    """A row for each normalization: predictions in tiles, and their seams."""
+    for name, found in in_tiles.items():
+        scores = [f"{iou(each, truth):.2f}" for each in found]
+        largest = f"{mismatches[name].largest:.2g}"
+        yield name, *(*scores, "-")[:2], largest
+
+
+def draw_tiles(path, image, truth, in_tiles, mismatches):
+    """Image, predictions in tiles, and where two tilings differ."""
+    shown = {"image": (image[..., 0], truth)}
+    for name, found in in_tiles.items():
+        shown[name] = found[0][..., 1], mismatches[name].outputs[0].map[0]
+    figure = lesson.figure(2.2 * len(shown), 4.8)
+    columns = figure.subplots(2, len(shown)).T
+    for axes, (name, pair) in zip(columns, shown.items(), strict=True):
+        for panel, values in zip(axes, pair, strict=True):
+            if values.ndim == 3:  # of a volume, a slice
+                values = values[len(values) // 2]
+            panel.imshow(values[:256], cmap="magma", vmin=0)
+            panel.set_axis_off()
+        axes[0].set_title(name)
+    lesson.save(figure, path)
 
 
 def check_tiles(mismatches):
-    """Seams are of group normalization alone."""
+    """Seams are of group and instance normalization alone."""
     for name, report in mismatches.items():
         causes = [each.cause for each in report.verdicts]
-        if name == "group norm":
+        if name in ("group norm", "instance norm"):
             assert causes == ["normalization by tile"], causes
-            assert report.largest > 0.1, report
+            assert report.largest > 0.05, report
         else:
-            assert causes == [], (name, report)
+            assert (causes, report.largest) == ([], 0), (name, report)
 
 
 def _causes(reports):

@@ -73,7 +73,7 @@ class Grid:
                 "`model` must have one input. Received: "
                 f"{len(inputs)} of model={model.name}."
             )
-        image = np.asarray(image)
+        image = _as_array(image)
         rank = len(inputs[0].shape) if inputs else image.ndim
         if image.ndim != rank or rank < 3:
             raise ValueError(
@@ -81,9 +81,16 @@ class Grid:
                 "sizes and channels. Received: image.shape="
                 f"{image.shape} for an input of {rank} axes."
             )
-        if not np.issubdtype(image.dtype, np.number):
-            raise TypeError(
-                f"`image` must hold numbers. Received: dtype={image.dtype}."
+        if not len(image):
+            raise ValueError(
+                "`image` must hold an image. Received: image.shape="
+                f"{image.shape}."
+            )
+        if not np.isfinite(image).all():
+            raise ValueError(
+                "`image` must be finite: one NaN is all that a tile would show."
+                f" Received: {np.count_nonzero(~np.isfinite(image))} values of "
+                f"{image.size} that are not."
             )
         is_first = _channels_first(model)
         axes = tuple(range(2, rank) if is_first else range(1, rank - 1))
@@ -177,6 +184,28 @@ class Grid:
             Tile(*zip(*found, strict=True))
             for found in itertools.product(*of_axes)
         ]
+
+
+def _as_array(image: Any) -> np.ndarray:
+    """Of real numbers, in a type that NumPy computes in."""
+    if isinstance(image, dict) and len(image) == 1:  # of an input with a name
+        (image,) = image.values()
+    if keras.ops.is_tensor(image):
+        image = keras.ops.convert_to_numpy(image)
+    try:
+        array = np.asarray(image)
+    except ValueError as error:
+        raise ValueError(
+            "`image` must be one array; images of other sizes one after the "
+            f"other. Received: image of type {type(image).__name__}: {error}"
+        ) from error
+    if array.dtype.name == "bfloat16":  # no type of NumPy's
+        array = array.astype("float32")
+    if array.dtype.kind not in "iuf":
+        raise TypeError(
+            f"`image` must hold real numbers. Received: dtype={array.dtype}."
+        )
+    return array
 
 
 def _channels_first(model: Any) -> bool:

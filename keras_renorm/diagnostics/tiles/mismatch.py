@@ -76,7 +76,8 @@ def tile_mismatch(
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If the image has not the axes of the model's input, a window
+        ValueError: If the image or what the model makes of it is not finite; if
+            the image is empty, has not the axes of the model's input, a window
             (a tile and its halo) is larger than the image or no input of the
             model, sizes are no multiples of the factor by which the network
             divides, or no output has the image's axes.
@@ -205,6 +206,11 @@ def _compared(
 ) -> list[TiledOutput]:
     found = []
     for index, name in enumerate(names):
+        if not np.isfinite(first[index]).all():
+            raise ValueError(
+                "The outputs of `model` must be finite. Received: a "
+                f"prediction of {name!r} that is not."
+            )
         difference = np.abs(first[index] - second[index])
         found.append(
             TiledOutput(
@@ -240,8 +246,11 @@ def _verdicts(
     """What makes the difference, if there is one."""
     verdicts = []
     short = [
-        halo < need or beyond
-        for halo, need, beyond in zip(grid.halo, needed, is_beyond, strict=True)
+        # A window as large as the image has no other padding than the image.
+        window < size and (halo < need or beyond)
+        for window, size, halo, need, beyond in zip(
+            grid.window, grid.sizes, grid.halo, needed, is_beyond, strict=True
+        )
     ]
     if any(short):
         reaches = "at least " * any(is_beyond) + sizes_of(needed)
@@ -257,14 +266,25 @@ def _verdicts(
             )
         )
     limit = _rounding(model)
-    visible = [
-        each for each in outputs if each.tilings.largest > limit * each.size
-    ]
-    if not visible:
+    seen = ""
+    # Tiles that are all alike differ from the whole only.
+    for name, between in (
+        ("whole", "tiles and the whole image"),
+        ("tilings", "two tilings"),
+    ):
+        largest = [
+            found.largest
+            for each in outputs
+            if (found := getattr(each, name)) is not None
+            and found.largest > limit * each.size
+        ]
+        if largest:
+            seen = (
+                "The prediction of a pixel differs by up to "
+                f"{max(largest):.2g} between {between}."
+            )
+    if not seen:
         return verdicts
-    largest = max(each.tilings.largest for each in visible)
-    seen = f"The prediction of a pixel differs by up to {largest:.2g} between "
-    seen += "two tilings."
     normalizing = [each for each in seeing if _normalizes(each)]
     others = [each for each in seeing if not _normalizes(each)]
     found = []
@@ -276,9 +296,9 @@ def _verdicts(
                 f"{seen} These layers normalize by the statistics of the tile "
                 f"that they see: {', '.join(names)}.",
                 "Train with `keras_renorm.BatchRenormalization()` in their "
-                "place, whose statistics are the same in each tile, also where "
-                "minibatches are of one or two images. Or predict the whole "
-                "image at once.",
+                "place, whose statistics are the same in each tile, and "
+                "`keras_renorm.recalibrate` it on the tiles of the image. Or "
+                "predict the whole image at once.",
                 names,
             )
         )

@@ -79,6 +79,9 @@ class Network:
         ]
 
     def _infer(self, inputs: Any) -> Any:
+        form = getattr(self._model, "input", None)
+        if isinstance(form, dict | list | tuple):
+            inputs = tree.pack_sequence_as(form, [inputs])
         with keras.StatelessScope():
             return self._model(inputs, training=False)
 
@@ -113,8 +116,9 @@ class Network:
         if any(1 not in (each.numerator, each.denominator) for each in ratios):
             raise ValueError(
                 "An output must have the sizes of the image, or a whole "
-                'fraction or multiple of them (padding="same"). Received: '
-                f"an output of shape {output.shape} of model="
+                'fraction or multiple of them: layers with padding="same", '
+                "tile and halo multiples of what the network divides by. "
+                f"Received: an output of shape {output.shape} of model="
                 f"{self._model.name} for a window of {self._window.shape}."
             )
         return ratios
