@@ -366,7 +366,22 @@ def monitor():
     return [*table(head, rows), "", machine_of(results)]
 
 
+def real_job(name):
+    """Tables of a job of `benchmarks/real`."""
+
+    def part():
+        # By path: tests import this file alone.
+        path = Path(__file__).parent / "real" / "report.py"
+        return runpy.run_path(str(path))["markdown"](read(f"real/{name}.json"))
+
+    return part
+
+
 PARTS = {
+    **{
+        f"real {path.stem}": real_job(path.stem)
+        for path in sorted((RESULTS / "real").glob("*.json"))
+    },
     "advice": advice,
     "digits": regimes("digits"),
     "cluttered": regimes("cluttered"),
