@@ -117,4 +117,7 @@ def test_bad_arguments_are_named(run):
         "--jobs tiny needs packages that are not installed: pip install "
         "no-such-package"
     ) in done.stderr
+    assert ("--settings must be among few, many. Received: none.") in run(
+        "--settings", "none"
+    ).stderr
     assert "--seeds must be at least 1. Received: 0." in run("--seeds=0").stderr

@@ -12,6 +12,7 @@ ended. Then a table (`JOB.md`), its figures (`JOB.json`) and a picture.
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a folder: `python benchmarks/real`
@@ -45,6 +46,9 @@ def parse_arguments(values=None):
         "--jobs", nargs="+", choices=jobs.names(), default=jobs.names()
     )
     parser.add_argument(
+        "--settings", nargs="+", metavar="NAME", help="of one job: train these"
+    )
+    parser.add_argument(
         "--workers", type=int, default=1, help="trainings side by side (1)"
     )
     parser.add_argument("--seeds", type=int, help="trainings that count")
@@ -69,9 +73,16 @@ def parse_arguments(values=None):
     if args.output is None:
         args.output = Path("output") / "real" if args.quick else RESULTS
     args.plans = [
-        jobs.Plan(name, jobs.load(name), args.quick, args.seeds)
+        jobs.Plan(name, jobs.load(name), args.quick, args.seeds, args.settings)
         for name in args.jobs
     ]
+    known = [name for plan in args.plans for name in plan.job.SETTINGS]
+    for name in args.settings or ():
+        if name not in known:
+            parser.error(
+                f"--settings must be among {', '.join(known)}. "
+                f"Received: {name}."
+            )
     for plan in args.plans:
         missing = jobs.missing_packages(plan.job)
         if missing and not args.no_training:
@@ -111,7 +122,8 @@ def train_job(plan, args, results, progress):
 
 
 def write(plan, output, results, console):
-    """The table, its figures and a picture."""
+    """The table of all settings, its figures and a picture."""
+    plan = replace(plan, settings=None)
     summary = jobs.summarize(plan, results)
     if not summary["cells"]:
         console.print(f"{plan.name}: nothing is trained yet")

@@ -63,11 +63,16 @@ class Plan:
     job: object
     is_quick: bool = False
     seeds: int | None = None
+    settings: tuple[str, ...] | None = None
 
     @property
     def cells(self):
         """Pairs of a setting and a contender."""
-        settings = list(self.job.SETTINGS)
+        settings = [
+            name
+            for name in self.job.SETTINGS
+            if self.settings is None or name in self.settings
+        ]
         return [
             (setting, contender)
             for setting in (settings[:1] if self.is_quick else settings)
