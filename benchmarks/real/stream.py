@@ -32,6 +32,7 @@ SETTINGS = {f"{n}": f"minibatches of {n}" for n in (2, 8)}
 CONTENDERS = {
     "untrained": "as pretrained, no training",
     "bank": "no training, a bank of statistics for the stream",
+    "bank_sound": "the same, of sound cells only",
     "frozen": "trained, statistics frozen",
     "frozen_bank": "trained, statistics frozen, a bank for the stream",
     "bn": "Keras's batch normalization",
@@ -39,15 +40,16 @@ CONTENDERS = {
     "ours": "`convert`ed to `BatchRenormalization()`",
     "algorithm_1": "`convert(model, gradient_momentum=None)`",
 }
+UNTRAINED = ("untrained", "bank", "bank_sound")
 # Where nothing is trained there is no rate to choose.
 RATES = {
-    name: (0.0,) if name in ("untrained", "bank") else (1e-4, 1e-3)
-    for name in CONTENDERS
+    name: (0.0,) if name in UNTRAINED else (1e-4, 1e-3) for name in CONTENDERS
 }
 SEEDS = 10
 STEPS, QUICK_STEPS = 31, 2  # scenes
 PRETRAINING_STEPS = 10  # for each scene
-SCENE, TRAINED = 50, 32
+SCENE, TRAINED = 50, 32  # cells of a scene
+BANK = 4  # scenes: a bank is of their cells, without labels
 NEEDS = "elpv-dataset pillow"
 CACHE = Path(__file__).parents[2] / ".cache" / "stream"
 
@@ -235,29 +237,21 @@ def train(setting, contender, rate, seed, is_tuning):
     trainer.reset(_pretrained(seed, STEPS), rate)
     model = trainer.model
     home = keras_renorm.get_statistics(trainer.plain)
-    if contender == "bank":
-        # As the scenes come, without labels; home counts as one of them.
-        for at, scene in enumerate(found.scenes):
-            keras_renorm.recalibrate(
-                model,
-                scene.x,
-                prior_examples=TRAINED * (at + 1),
-                verbose=False,
-            )
-    elif contender == "frozen_bank":
+    x, y = (np.concatenate(both) for both in zip(*found.scenes, strict=True))
+    if "bank" in contender:
+        seen = slice(BANK * TRAINED)
+        rows = y[seen] == 0 if contender == "bank_sound" else slice(None)
+        # In one batch: those of a scene are alike.
         keras_renorm.recalibrate(
-            model, found.scenes[0].x, prior_examples=TRAINED, verbose=False
+            model, x[seen][rows], batch_size=BANK * TRAINED, verbose=False
         )
     if rate:
-        x, y = (
-            np.concatenate(arrays) for arrays in zip(*found.scenes, strict=True)
-        )
         model.fit(x, y, batch_size, shuffle=False, verbose=0)
     test_x, test_y = (
         np.concatenate(arrays) for arrays in zip(*found.tests, strict=True)
     )
     stream_logits = _logits(model, test_x)
-    if contender in ("bank", "frozen_bank"):
+    if "bank" in contender:
         keras_renorm.set_statistics(model, home)
     home_logits = _logits(model, found.home_test.x)
     logits = np.concatenate([home_logits, stream_logits])
