@@ -1,5 +1,6 @@
 """The driver of benchmarks/real, with a job that trains nothing."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -121,3 +122,59 @@ def test_bad_arguments_are_named(run):
         "--settings", "none"
     ).stderr
     assert "--seeds must be at least 1. Received: 0." in run("--seeds=0").stderr
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Imports a job, without the data that it needs."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.real.{name}")
+
+
+@pytest.mark.tensorflow
+def test_series_of_unequal_length_are_padded_and_masked(
+    job, monkeypatch, tmp_path
+):
+    series = job("series")
+    folder = tmp_path / "datasets" / "data" / "Toy"
+    folder.mkdir(parents=True)
+    head = "# 1,2:a\n@equalLength false\n@data\n"
+    for part, rows in (
+        ("TRAIN", ["1,3:5,5:b", "5:8:a"]),
+        ("TEST", ["3,3,5:6,6,6:b"]),
+    ):
+        text = head + "\n".join(rows) + "\n"
+        (folder / f"Toy_{part}.ts").write_text(text)
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(series.importlib.util, "find_spec", lambda name: spec)
+    train, test = series.load.__wrapped__("Toy")
+    # Of the three steps of training: mean 3 and 6, variance 8 / 3 and 2.
+    deviation = np.sqrt([8 / 3, 2])
+    expected = np.array([[[-2, -1], [0, -1], [0, 0]], [[2, 2], [0, 0], [0, 0]]])
+    np.testing.assert_allclose(train.x, expected / deviation, atol=1e-6)
+    np.testing.assert_allclose(
+        test.x[0], [[0, 0], [0, 0], [2, 0]] / deviation, atol=1e-6
+    )
+    assert (train.y.tolist(), test.y.tolist()) == ([1, 0], [1])
+
+    # What is padded changes nothing, in training neither.
+    model = series.make("fcn", (3, 2), 2, "ours", has_mask=True)
+    longer = np.pad(train.x, ((0, 0), (0, 4), (0, 0)))
+    wide = series.make("fcn", (7, 2), 2, "ours", has_mask=True)
+    wide.set_weights(model.get_weights())
+    for training in (True, False):
+        np.testing.assert_allclose(
+            model(train.x, training=training),
+            wide(longer, training=training),
+            atol=1e-4,
+        )
+
+
+@pytest.mark.tensorflow
+def test_auc_counts_pairs_in_the_right_order(job):
+    stream = job("stream")
+    logits, labels = np.array([0.0, 1.0, 1.0, 2.0]), np.array([0, 1, 0, 1])
+    assert stream._auc(logits, labels) == (1 + 0.5 + 1 + 1) / 4
+    logits = np.array([3.0, -2.0])
+    expected = -np.log([1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-2))]).mean()
+    assert stream._loss(logits, np.array([1, 0])) == pytest.approx(expected)
