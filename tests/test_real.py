@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+WORKERS = "benchmarks.quality.workers"
 pytestmark = pytest.mark.skipif(
     not (ROOT / "benchmarks" / "real").exists(), reason="without the benchmarks"
 )
@@ -129,6 +131,26 @@ def job(monkeypatch):
     """Imports a job, without the data that it needs."""
     monkeypatch.syspath_prepend(str(ROOT))
     return lambda name: importlib.import_module(f"benchmarks.real.{name}")
+
+
+@pytest.mark.parametrize(("best", "rate"), [("high", 0.1), ("low", 0.3)])
+def test_the_first_measure_chooses_the_rate(best, rate, job, tmp_path):
+    jobs, workers = job("jobs"), importlib.import_module(WORKERS)
+    found = types.SimpleNamespace(
+        MEASURES={"first": ("first", best), "second": ("second", best)},
+        RATES=(0.1, 0.2, 0.3, 0.4),
+        SEEDS=1,
+        STEPS=5,
+    )
+    plan = jobs.Plan("toy", found)
+    results = workers.Results(tmp_path / "toy.jsonl", jobs.Run)
+    for value, runs in zip(
+        (4.0, 3.0, 2.0, np.nan), plan.tuning(("a", "b")).values(), strict=True
+    ):
+        assert plan.best_rate(("a", "b"), results) is None
+        for run in runs:
+            results.add(run, {"first": value, "second": 1 / value})
+    assert plan.best_rate(("a", "b"), results) == rate
 
 
 @pytest.mark.tensorflow
