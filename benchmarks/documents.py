@@ -366,21 +366,26 @@ def monitor():
     return [*table(head, rows), "", machine_of(results)]
 
 
+# By path: tests import this file alone.
+REAL = runpy.run_path(str(Path(__file__).parent / "real" / "report.py"))
+
+
 def real_job(name):
     """Tables of a job of `benchmarks/real`."""
 
     def part():
-        # By path: tests import this file alone.
-        path = Path(__file__).parent / "real" / "report.py"
-        return runpy.run_path(str(path))["markdown"](read(f"real/{name}.json"))
+        path = f"real/{name}.json"
+        if not (RESULTS / path).exists():
+            return NOT_RUN
+        return REAL["markdown"](read(path))
 
     return part
 
 
 PARTS = {
     **{
-        f"real {path.stem}": real_job(path.stem)
-        for path in sorted((RESULTS / "real").glob("*.json"))
+        f"real {name}": real_job(name)
+        for name in REAL["job_names"]([Path(__file__).parent / "real"])
     },
     "advice": advice,
     "digits": regimes("digits"),

@@ -79,20 +79,26 @@ def train_all(train, runs, results, jobs, progress, title, tasks_per_child=200):
         return
     task = progress.add_task(title, total=len(missing))
     # Processes, for one TensorFlow each; new ones now and then, since
-    # TensorFlow never frees a graph that it traced.
-    with ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=silence,
-        max_tasks_per_child=tasks_per_child,
-    ) as pool:
-        futures = {pool.submit(train, run): run for run in missing}
-        try:
-            for future in as_completed(futures):
-                results.add(futures[future], future.result())
-                progress.advance(task)
-        except BaseException:
-            # Else the pool would go on with all of them before it closes.
-            for future in futures:
-                future.cancel()
-            raise
+    # TensorFlow never frees a graph that it traced. (A pool that replaces its
+    # workers by itself, `max_tasks_per_child`, can wait for ever: CPython's
+    # issue 115634.)
+    share = jobs * tasks_per_child
+    for begin in range(0, len(missing), share):
+        with ProcessPoolExecutor(
+            jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=silence,
+        ) as pool:
+            futures = {
+                pool.submit(train, run): run
+                for run in missing[begin : begin + share]
+            }
+            try:
+                for future in as_completed(futures):
+                    results.add(futures[future], future.result())
+                    progress.advance(task)
+            except BaseException:
+                # Else the pool would go on with all of them before it closes.
+                for future in futures:
+                    future.cancel()
+                raise

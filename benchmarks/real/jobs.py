@@ -1,15 +1,14 @@
 """Jobs: which there are, what a training of one depends on, and its figures."""
 
 import importlib
-import re
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks import real, timing
+from benchmarks.real import report
 
 # Rates are chosen with other seeds than those that count.
 TUNING_SEED = 1_000
@@ -28,13 +27,8 @@ class Run:
 
 
 def names():
-    """The modules here that are jobs: they have a title."""
-    return sorted(
-        path.stem
-        for folder in real.__path__
-        for path in Path(folder).glob("*.py")
-        if re.search(r"^TITLE = ", path.read_text("utf-8"), re.MULTILINE)
-    )
+    """Of all jobs."""
+    return report.job_names(real.__path__)
 
 
 def load(name):

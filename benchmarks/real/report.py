@@ -1,7 +1,20 @@
-"""How a summary of a job looks: tables of Markdown, and a picture.
+"""Which jobs there are, and how a summary looks: tables, and a picture.
 
-Imports nothing: `benchmarks/documents.py` runs it by its path.
+Imports no other module: `benchmarks/documents.py` runs it by its path.
 """
+
+import re
+from pathlib import Path
+
+
+def job_names(folders):
+    """The modules in some folders that are jobs: they have a title."""
+    return sorted(
+        path.stem
+        for folder in folders
+        for path in Path(folder).glob("*.py")
+        if re.search(r"^TITLE = ", path.read_text("utf-8"), re.MULTILINE)
+    )
 
 
 def markdown(summary, with_rates=False):
