@@ -426,7 +426,27 @@ def tiles():
     ]
 
 
+# By path: tests import this file alone.
+REAL = runpy.run_path(str(Path(__file__).parent / "real" / "report.py"))
+
+
+def real_job(name):
+    """Tables of a job of `benchmarks/real`."""
+
+    def part():
+        path = f"real/{name}.json"
+        if not (RESULTS / path).exists():
+            return NOT_RUN
+        return REAL["markdown"](read(path))
+
+    return part
+
+
 PARTS = {
+    **{
+        f"real {name}": real_job(name)
+        for name in REAL["job_names"]([Path(__file__).parent / "real"])
+    },
     "advice": advice,
     "digits": regimes("digits"),
     "cluttered": regimes("cluttered"),

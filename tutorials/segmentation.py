@@ -136,8 +136,8 @@ def large(kind):
         lesson.say("A made image: `stardist`, which has a real one, is missing")
         image, mask = blobs((512, 512), 200)
     else:
-        # Nuclei and their outlines (Caicedo et al. 2019, BBBC038, public
-        # domain). The package is found and not imported.
+        # Nuclei and their outlines, of the 2018 Data Science Bowl (Caicedo et
+        # al. 2019). The package is found and not imported.
         from PIL import Image
 
         folder = Path(*package.submodule_search_locations, "data", "images")

@@ -14,36 +14,22 @@ training by itself, to repeat its figure, by the name that `summary.json` gives:
 """
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a folder: `python benchmarks/quality`
     sys.path[0] = str(Path(__file__).parents[2])
-# Before TensorFlow starts; workers inherit it. Steps this small gain nothing
-# from threads: each core takes a training of its own, and a training of one
-# thread gives the same figures again.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
-os.environ["TF_NUM_INTEROP_THREADS"] = "1"
-# Several trainings share a GPU, where there is one.
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+from benchmarks.quality.quiet import use_one_thread
+
+use_one_thread()
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from benchmarks.quality import report
 from benchmarks.quality.command import parse_arguments
-from benchmarks.quality.training import train
-from benchmarks.quality.workers import Results, train_all
+from benchmarks.quality.training import Run, train
+from benchmarks.quality.workers import Results, progress_bar, train_all
 
 
 def main():
@@ -56,16 +42,9 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     console = Console()
     args.output.mkdir(parents=True, exist_ok=True)
-    results = Results(args.output / "runs.jsonl")
+    results = Results(args.output / "runs.jsonl", Run)
     rates = {}
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with progress_bar(console) as progress:
         if args.no_training:
             args.experiments = trained(args.experiments, args.plan, results)
         for experiment in args.experiments:
@@ -100,6 +79,7 @@ def train_experiment(experiment, args, results, rates, progress):
     """Finds the rate of each cell, then trains what counts."""
     tuned = sorted({experiment.tuned_cell(cell) for cell in experiment.cells})
     train_all(
+        train,
         [
             run
             for cell in tuned
@@ -115,6 +95,7 @@ def train_experiment(experiment, args, results, rates, progress):
         tuned_cell = experiment.tuned_cell(cell)
         rates[experiment.name, cell] = results.best_rate(args.plan, tuned_cell)
     train_all(
+        train,
         [
             run
             for cell in experiment.cells

@@ -12,6 +12,7 @@ from keras import layers
 import keras_renorm
 from benchmarks.quality import batches, networks, rest, tasks
 from benchmarks.quality.contenders import CONTENDERS
+from benchmarks.quality.decay import Constant, Cosine
 from keras_renorm.callbacks import RenormScheduler
 
 EPOCHS = 10  # how often accuracy is measured on the way
@@ -193,24 +194,6 @@ def minibatches(rows, images):
     )
 
 
-class _Cosine(keras.optimizers.schedules.CosineDecay):
-    """Cosine decay whose initial rate is a variable: compiled once."""
-
-    def __init__(self, steps):
-        super().__init__(1.0, steps)
-        self.rate = tf.Variable(0.0)
-
-    def __call__(self, step):
-        return self.rate * super().__call__(step)
-
-
-class _Constant(_Cosine):
-    """No decay."""
-
-    def __call__(self, step):
-        return tf.identity(self.rate)
-
-
 class Trainer:
     """A network and an optimizer, compiled once for many rates and seeds.
 
@@ -227,7 +210,7 @@ class Trainer:
         self.model = make_model(contender, task, steps)
         if frozen:
             keras_renorm.freeze_statistics(self.model)
-        decay = _Constant if optimizer == "sgd_constant" else _Cosine
+        decay = Constant if optimizer == "sgd_constant" else Cosine
         self.schedule = decay(steps)
         self.optimizer = OPTIMIZERS[optimizer](self.schedule)
         self.optimizer.build(self.model.trainable_variables)

@@ -5,22 +5,35 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from benchmarks.quality.quiet import silence
-from benchmarks.quality.training import Run, train
 
 
 class Results:
-    """Trainings that are done: on disk, and by their `Run`."""
+    """Trainings that are done: on disk, and by what they depend on.
 
-    def __init__(self, path):
+    Args:
+        path: A file of a JSON object a line.
+        kind: The dataclass that says what a training depends on; its fields
+            are in each line.
+    """
+
+    def __init__(self, path, kind):
         self.path = path
         self.by_run = {}
         if path.exists():
             for line in path.read_text().splitlines():
                 result = json.loads(line)
-                run = Run(
-                    **{name: result[name] for name in Run.__annotations__}
+                run = kind(
+                    **{name: result[name] for name in kind.__annotations__}
                 )
                 self.by_run[run] = result
 
@@ -47,27 +60,45 @@ class Results:
         return max(means, key=means.get)
 
 
-def train_all(runs, results, jobs, progress, title):
-    """Trains what is missing, `jobs` at a time."""
+def progress_bar(console):
+    """What is trained, how much of it is done, and for how long."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def train_all(train, runs, results, jobs, progress, title, tasks_per_child=200):
+    """Trains what is missing, `jobs` at a time; `train` takes a run."""
     missing = [run for run in dict.fromkeys(runs) if run not in results.by_run]
     if not missing:
         return
     task = progress.add_task(title, total=len(missing))
     # Processes, for one TensorFlow each; new ones now and then, since
-    # TensorFlow never frees a graph that it traced.
-    with ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=silence,
-        max_tasks_per_child=200,
-    ) as pool:
-        futures = {pool.submit(train, run): run for run in missing}
-        try:
-            for future in as_completed(futures):
-                results.add(futures[future], future.result())
-                progress.advance(task)
-        except BaseException:
-            # Else the pool would go on with all of them before it closes.
-            for future in futures:
-                future.cancel()
-            raise
+    # TensorFlow never frees a graph that it traced. (A pool that replaces its
+    # workers by itself, `max_tasks_per_child`, can wait for ever: CPython's
+    # issue 115634.)
+    share = jobs * tasks_per_child
+    for begin in range(0, len(missing), share):
+        with ProcessPoolExecutor(
+            jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=silence,
+        ) as pool:
+            futures = {
+                pool.submit(train, run): run
+                for run in missing[begin : begin + share]
+            }
+            try:
+                for future in as_completed(futures):
+                    results.add(futures[future], future.result())
+                    progress.advance(task)
+            except BaseException:
+                # Else the pool would go on with all of them before it closes.
+                for future in futures:
+                    future.cancel()
+                raise

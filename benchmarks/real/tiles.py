@@ -1,8 +1,8 @@
 """A large image in tiles: nuclei under a microscope, and what is one.
 
 A fluorescence micrograph of 512 x 512 pixels with the outlines that people drew
-(Caicedo et al. 2019, the 2018 Data Science Bowl, image set BBBC038, public
-domain), as `stardist` (BSD-3) has it in its wheel. Networks train on patches of
+(of the 2018 Data Science Bowl, Caicedo et al. 2019), as `stardist` has it in
+its wheel. Networks train on patches of
 the left half, and segment the right half in tiles. With `is_tuning` they see
 the upper part of the left half, and segment the lower.
 """
