@@ -11,10 +11,9 @@
 #
 # Which normalization? Keras's batch normalization, its `renorm=True`, or
 # `keras_renorm.BatchRenormalization`, on gymnasium's `Pendulum-v1`, in a few
-# minutes on two CPU cores. MuJoCo, as in the paper: `pip install
-# "gymnasium[mujoco]"`, and `--environment HalfCheetah-v5 --steps 300000 --width
-# 2048 --batch-size 256`. Needs `pip install
-# "keras-renorm[tutorials,reinforcement]"`.
+# minutes on two CPU cores. MuJoCo: `pip install "gymnasium[mujoco]"`, and
+# `--environment HalfCheetah-v5 --steps 300000 --width 2048 --batch-size 256`.
+# Needs `pip install "keras-renorm[tutorials,reinforcement]"`.
 
 # %%
 import lesson
