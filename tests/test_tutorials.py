@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import keras_renorm
 from keras_renorm.diagnostics import ActivationNoise
 from keras_renorm.schedules import LinearRamp
 
@@ -426,3 +427,110 @@ def test_a_real_image_is_read_where_its_package_is(monkeypatch, tmp_path):
     np.testing.assert_allclose(image_val[..., 0], values[:, 4:] / 255, 1e-6)
     assert mask.sum() == 15
     assert mask_val.all()
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore")  # gymnasium's own
+def test_reinforcement_learning_runs(monkeypatch, tmp_path):
+    options = ["--seeds", "1", "--steps", "600", "--width", "8"]
+    monkeypatch.setattr(
+        "sys.argv", ["reinforcement", *options, "--output", str(tmp_path)]
+    )
+    names = runpy.run_path(str(TUTORIALS / "12_reinforcement_learning.py"))
+    assert len(names["runs"]) == 4
+    for ((episodes, _),) in names["runs"].values():
+        assert episodes[:, 0].tolist() == [200, 400, 600]
+        assert np.all((episodes[:, 1] > -2_000) & (episodes[:, 1] < 0))
+    # Until the agents learn, they all act at random.
+    firsts = [run[0][:2, 1] for (run,) in names["runs"].values()]
+    assert np.all(np.array(firsts) == firsts[0])
+    gaps = {name: run[1] for name, (run,) in names["runs"].items()}
+    assert gaps["SAC, target networks"] == 0 < gaps["CrossQ, Keras BN"]
+    assert (tmp_path / "returns.png").stat().st_size > 0
+
+
+def numpy(values):
+    return [keras.ops.convert_to_numpy(value) for value in values]
+
+
+@pytest.mark.tensorflow
+@pytest.mark.jax
+@pytest.mark.parametrize(
+    "normalization", [None, keras_renorm.BatchRenormalization]
+)
+def test_an_agent_learns_as_its_equations_say(normalization):
+    import crossq
+
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    now, then = rng.normal(3.0, 1.0, (2, 16, 5)).astype("float32")
+    actions, noise = rng.uniform(-0.9, 0.9, (2, 16, 2)).astype("float32")
+    rewards, goes_on = rng.normal(size=(2, 16, 1)).astype("float32")
+    goes_on = (goes_on > 0).astype("float32")
+    agent = crossq.Agent(5, 2, normalization, 1e-3, 8)
+
+    # A density by the change of variables, in float64.
+    mean, log_stddev = np.split(numpy([agent.actor(then)])[0], 2, axis=-1)
+    raw = mean.astype("float64") + np.exp(log_stddev) * noise
+    density = -((raw - mean) ** 2) / (2 * np.exp(2 * log_stddev)) - log_stddev
+    density -= np.log(2 * np.pi) / 2 + np.log(1 - np.tanh(raw) ** 2)
+    density = density.sum(axis=-1, keepdims=True)
+    chosen, found = numpy(crossq.choose(agent.actor, then, noise))
+    np.testing.assert_allclose(chosen, np.tanh(raw), rtol=1e-5)
+    np.testing.assert_allclose(found, density, rtol=1e-4)
+
+    # Critics that know two numbers, the targets' one lower.
+    for lower, critics in ((0, agent.critics), (1, agent.targets)):
+        if critics:
+            kernel, bias = critics.layers[-1].weights
+            kernel.assign(np.zeros(kernel.shape))
+            bias.assign(np.array([[4.0], [2.5]]) - lower)
+    after = 2.5 - (normalization is None) - density  # alpha is 1
+    goal = rewards + 0.99 * goes_on * after
+    loss = np.mean((np.array([4.0, 2.5]) - goal) ** 2)
+    targets = numpy(agent.targets.variables) if agent.targets else []
+    actor = numpy(agent.actor.variables)
+    data = now, actions, rewards, then, goes_on, noise
+    (value,) = numpy([agent.learn(*data)])
+    assert value == pytest.approx(loss, rel=1e-4)
+    for before, now_ in zip(actor, numpy(agent.actor.variables), strict=True):
+        np.testing.assert_array_equal(before, now_)
+    if agent.targets:
+        for before, slow, fast in zip(
+            targets,
+            numpy(agent.targets.variables),
+            numpy(agent.critics.variables),
+            strict=True,
+        ):
+            expected = before + 0.005 * (fast - before)
+            np.testing.assert_allclose(slow, expected, rtol=1e-4, atol=1e-7)
+    else:  # one pass saw both halves
+        layer = next(
+            each for each in agent.critics.layers if hasattr(each, "step")
+        )
+        both = np.concatenate(
+            [np.hstack([now, actions]), np.hstack([then, chosen])]
+        )
+        assert float(layer.step) == 1
+        np.testing.assert_allclose(
+            *numpy([layer.moving_mean, 0.01 * both.mean(axis=0)]), rtol=1e-3
+        )
+        # What it remembers of the gradient has moved, on JAX too.
+        agent.learn(*data)
+        assert np.any(numpy([layer.last_gradient])[0] != 0)
+
+    critics = numpy(agent.critics.variables)
+    agent.improve(now, noise)
+    for before, after in zip(
+        critics, numpy(agent.critics.variables), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+    assert any(
+        np.any(before != after)
+        for before, after in zip(
+            actor, numpy(agent.actor.variables), strict=True
+        )
+    )
+    # The policy is wider than its goal: its entropy counts less from now on.
+    (moved,) = numpy([agent.log_alpha])
+    assert moved == pytest.approx(-1e-3, rel=1e-2)
