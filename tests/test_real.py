@@ -25,7 +25,7 @@ MEASURES = {"loss": ("loss", "low"), "score": ("score", "high")}
 SETTINGS = {"few": "few", "many": "many"}
 CONTENDERS = {"a": "the first", "b": "the second"}
 RATES = {"a": (1.0, 0.1, 0.01), "b": (0.5,)}
-SEEDS = 3
+SEEDS = 6
 STEPS, QUICK_STEPS = 7, 2
 NEEDS = "NEEDED"
 
@@ -68,8 +68,9 @@ def test_a_job_chooses_rates_counts_seeds_and_resumes(run, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "tiny.jsonl").read_text().splitlines()
     trained = [json.loads(line) for line in lines]
-    # A setting: three rates of the first, and three seeds of each.
-    assert len(trained) == 2 * (3 + 3 + 3)
+    # A setting: three rates of the first, and six seeds of each; more than one
+    # worker trains before it is renewed.
+    assert len(trained) == 2 * (3 + 6 + 6)
     assert {entry["steps"] for entry in trained} == {7}
     assert all("numpy" in entry["machine"] for entry in trained)
     summary = json.loads((tmp_path / "tiny.json").read_text())
@@ -78,15 +79,15 @@ def test_a_job_chooses_rates_counts_seeds_and_resumes(run, tmp_path):
     }
     assert set(cells) == {(s, c) for s in ("few", "many") for c in "ab"}
     for (_, contender), cell in cells.items():
-        values = np.array([1.0, 1.25, 1.5]) + (2 if contender == "b" else 0)
+        values = np.arange(1.0, 2.5, 0.25) + (2 if contender == "b" else 0)
         assert cell["rate"] == (0.1 if contender == "a" else 0.5)
         assert cell["values"]["loss"] == values.tolist()
         assert cell["mean"]["loss"] == pytest.approx(values.mean())
         assert cell["spread"]["loss"] == pytest.approx(values.std(ddof=1))
     table = (tmp_path / "tiny.md").read_text()
-    best = "| the first | **1.250 ± 0.250** | **1.250 ± 0.250** |"
+    best = "| the first | **1.625 ± 0.468** | **1.625 ± 0.468** |"
     assert best in table
-    assert "| the second | 3.250 ± 0.250 | 3.250 ± 0.250 |" in table
+    assert "| the second | 3.625 ± 0.468 | 3.625 ± 0.468 |" in table
     assert "| the first | 0.1 | 0.1 |" in table  # the rates
     assert (tmp_path / "tiny.png").stat().st_size > 0
     assert (tmp_path / "drawn.txt").exists()

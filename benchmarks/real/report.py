@@ -58,8 +58,8 @@ def markdown(summary, with_rates=False):
     seeds = " or ".join(map(str, counts))
     return [
         *lines,
-        f"Mean ± standard deviation of {seeds} seeds; the best of a column in "
-        f"bold. {'; '.join(summary['machines'])}.",
+        f"Mean ± standard deviation, the best of a column in bold; seeds: "
+        f"{seeds}. {'; '.join(summary['machines'])}.",
     ]
 
 

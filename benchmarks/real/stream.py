@@ -26,7 +26,7 @@ MEASURES = {
     "auc": ("AUC, all scenes so far", "high"),
     "stream": ("AUC, the stream's scenes", "high"),
     "home": ("AUC, at home", "high"),
-    "loss": ("loss, all scenes so far", "low"),
+    "stream_loss": ("loss, the stream's scenes", "low"),
 }
 SETTINGS = {f"{n}": f"minibatches of {n}" for n in (2, 8)}
 CONTENDERS = {
