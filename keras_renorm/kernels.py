@@ -613,6 +613,8 @@ def _of_nodes(
             backend.set_shape(value, own.moving_mean)
 
         def gradient(*upstream: Tensor) -> tuple[Tensor, ...]:
+            if backend.carry_tangents(upstream):
+                return step(x, *parameters)[1](*upstream)
             count = len(upstream)
             # Constants of all layers, which the gradient of a loop loses.
             known_still = known._replace(shares=(), limits=None)

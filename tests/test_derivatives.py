@@ -342,6 +342,31 @@ def test_third_derivatives(momentum, rng, monkeypatch):
     helpers.assert_close(actual, third(reference), 2e-5)
 
 
+@pytest.mark.parametrize("place", PLACES[:2])
+@pytest.mark.parametrize("shape", [LARGE, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("layer", VARIABLES)
+def test_a_tangent_may_arrive_behind_a_layer(layer, shape, place, rng):
+    layer = VARIABLES[layer]()
+    layer.build(shape)
+    inputs = tf.constant(helpers.inputs_of(rng, shape))
+    factor = tf.Variable(2.0)
+
+    def derivatives():
+        one = tf.constant(1.0)
+        with tf.autodiff.ForwardAccumulator(factor, one) as forward:
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                outputs = layer(inputs, training=True)
+                loss = factor * tf.reduce_sum(outputs**3)
+            gradient = tape.gradient(loss, inputs)
+        return gradient, forward.jvp(gradient)
+
+    if place != "eager":
+        derivatives = tf.function(derivatives, autograph=False)
+    gradient, tangent = derivatives()
+    helpers.assert_close(tangent, gradient / 2, 1e-5)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_forward_mode_moves_no_accumulator(place):
     layer = made(
