@@ -213,7 +213,7 @@ def test_means_in_prose_are_those_of_the_results(page):
         for cell in json.loads(path.read_text())["cells"]
         for name, mean in cell["mean"].items()
     }
-    stated = re.findall(r"\b0\.\d{3} ± 0\.\d{3}\b", page.read_text())
+    stated = re.findall(r"-?\b0\.\d{3} ± 0\.\d{3}\b", page.read_text())
     assert set(stated) <= known, set(stated) - known
 
 

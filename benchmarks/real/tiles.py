@@ -25,7 +25,7 @@ MEASURES = {
     "dim": ("IoU, half as bright", "high"),
     "dim_recalibrated": ("IoU, half as bright, recalibrated on it", "high"),
     "mismatch": ("largest difference of two tilings", "low"),
-    "gap": ("IoU, training − inference", "low"),
+    "gap": ("IoU, training and inference apart", "low"),
 }
 SETTINGS = {
     "1": "minibatch of 1",
@@ -274,7 +274,7 @@ def train(setting, contender, rate, seed, is_tuning):
     inferred = np.concatenate([model(each[None]) for each in x])
     by_batch = as_trained(model, x, int(setting[0]))
     result = {
-        "gap": iou(by_batch, y) - iou(inferred, y),
+        "gap": abs(iou(by_batch, y) - iou(inferred, y)),
         "mismatch": seams(model, image).largest,
     }
     for name, dimmed in (("iou", image), ("dim", image / 2)):
