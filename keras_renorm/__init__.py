@@ -28,3 +28,8 @@ __all__ = [
     "set_statistics",
     "unfreeze_statistics",
 ]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: not the modules that these are made of."""
+    return [*__all__, "__version__"]

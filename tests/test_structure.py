@@ -187,3 +187,7 @@ def test_public_names_have_an_example():
         keras_renorm.diagnostics.ActivationNoise,
     ):
         assert ">>>" in public.__doc__, public
+
+
+def test_tab_completion_offers_public_names_only():
+    assert dir(keras_renorm) == sorted([*keras_renorm.__all__, "__version__"])

@@ -27,75 +27,36 @@ class BatchNormalization(keras.layers.BatchNormalization):
     A replacement for `keras.layers.BatchNormalization`: the same numbers, the
     same weights in the same order, files that load both ways.
 
-    **Training** (`training=True`): normalizes each channel with the mean
-    and variance of the batch,
-
-        y = gamma * (x - batch_mean) / sqrt(batch_variance + epsilon) + beta
-
-    and then moves the moving statistics:
-
+        y = gamma * (x - mean) / sqrt(variance + epsilon) + beta
         moving = moving * momentum + batch * (1 - momentum)
 
-    `batch_variance` is the population variance (divisor: number of
-    elements), here and in the moving average.
+    Training takes mean and population variance of the batch (divisor: number
+    of elements), and then moves the moving statistics. Inference takes these.
 
-    **Inference** (`training=False`, the default): the same with
-    `moving_mean` and `moving_variance`.
-
-    **Frozen.** With `frozen_statistics=True` the layer uses its moving
-    statistics in training too and never changes them; gamma and beta still
-    train. With `trainable = False` nothing trains and nothing moves, as in
-    Keras. Both hold for any `training` flag, and at any depth in other models.
-    Like a change of `trainable`, a change of the attribute takes effect when
-    the model is compiled next; `keras_renorm.freeze_statistics` acts at once.
-
-    **Mask.** Elements under a `False` reach neither statistics nor
-    gradients, even if they hold NaN. What the layer returns there is
-    unspecified, and gradients that arrive there are ignored.
-
-    **Bad batches.** A channel whose batch mean or variance is not finite,
-    and a batch without (unmasked) elements, leave the moving statistics as
-    they are. Loss and gradients still show a NaN or Inf input, so that loss
-    scaling sees it.
-
-    **Derivatives** in reverse mode are those of the formulas, higher ones too;
-    and in forward mode (`tf.autodiff.ForwardAccumulator`), which replicas
-    cannot take of a synchronized training step: an error.
-
-    **Replicas** (`tf.distribute`). With `synchronized=True` the examples of
-    all replicas are normalized together: outputs, gradients and statistics
-    are those of one device with all examples, however they are split, with a
-    mask too. It costs one all-reduce of 2 * channels + 1 numbers forward and
-    one of 2 * channels backward. Without it each replica normalizes its own
-    examples, and moving statistics are averaged over the replicas where they
-    are read: in inference, when saved, from outside. That average leaves out
-    the variance between the replicas' means. Without a strategy
-    `synchronized` changes nothing. On Keras's JAX backend, which sees one
-    batch however it is sharded, statistics are those of the whole batch with
-    and without it.
-
-    **When.** For i.i.d. batches of four examples and more.
-    `BatchRenormalization` is the same there, and corrects where batches are of
-    fewer, or of one class: with two, 0.780 -> 0.844 on cluttered digits, means
-    of ten seeds (`python -m benchmarks.quality --only regimes_cluttered`).
-
-    **Virtual batches.** With a `virtual_batch_size`, training normalizes each
-    group of so many consecutive examples by itself ("ghost batches"); what
-    is left over is a group of its own. The moving statistics still get mean
-    and variance of the whole batch.
-
-    **Recomputation.** In `keras.remat` a step is as it is without: what the
-    backward pass repeats begins with the same statistics, and moves none. On
-    JAX, where it can move none at all, that is an error. A `keras.RematScope`
-    does not recompute the layer itself, which keeps its inputs only.
-
-    **Attributes.** One may assign `momentum` and `epsilon`. They act at once in
-    eager mode and on PyTorch, else when the model is compiled next, and the
-    assignment says so where a graph was made before. The other arguments are
-    fixed once the layer is built.
-
-    Statistics, gamma and beta are float32 under every 16-bit policy, float64
-    under a float64 policy.
+    - **Frozen.** With `frozen_statistics=True` training takes the moving
+      statistics too and keeps them; gamma and beta train. With `trainable =
+      False` nothing trains and nothing moves, as in Keras. Both hold for any
+      `training` flag, at any depth, from the next `compile` on
+      (`keras_renorm.freeze_statistics` acts at once).
+    - **Mask.** Elements under a `False` reach neither statistics nor gradients,
+      even if they hold NaN; the outputs there are unspecified.
+    - **Bad batches.** A channel whose batch mean or variance is not finite, and
+      a batch without (unmasked) elements, leave the moving statistics as they
+      are. Loss and gradients still show it, so that loss scaling sees it.
+    - **Replicas** of a `tf.distribute` strategy. With `synchronized=True` the
+      examples of all are normalized as on one device: one all-reduce of
+      2 * channels + 1 numbers forward and one of 2 * channels backward. Without
+      it each replica normalizes its own, and moving statistics are averaged
+      where they are read, which leaves out the variance between the replicas'
+      means. Keras's JAX backend sees one whole batch either way.
+    - **Virtual batches.** With a `virtual_batch_size`, training normalizes each
+      group of consecutive examples by itself ("ghost batches"), the rest as a
+      group of its own. The moving statistics get those of the whole batch.
+    - **Derivatives** of any order are those of the formulas, in forward mode
+      too (an error where replicas are synchronized). In `keras.remat` a step
+      is as it is without; on JAX, that is an error.
+    - **Types.** Statistics, gamma and beta are float32 under every 16-bit
+      policy, float64 under a float64 policy.
 
     Args:
         axis: The channel axis, an integer. -1 (default) for channels last, 1
@@ -103,20 +64,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         momentum: Share of the old moving statistics kept at each step, in
             [0, 1]. Defaults to 0.99. 0.9 to 0.95 where a run has only a few
             hundred steps. What PyTorch calls momentum is 1 minus this: below
-            0.5 there is a warning.
+            0.5 there is a warning. May be assigned, as `epsilon`; in a graph
+            that takes effect when the model is compiled next.
         epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
-        synchronized: Whether the replicas of a strategy share the statistics
-            of a batch. Defaults to `False`.
-        virtual_batch_size: Number of consecutive examples that training
-            normalizes together, an integer of at least 1, or `None` (default)
-            for the whole batch. Not together with `synchronized`, nor where
-            `axis` is the first axis.
-        frozen_statistics: Whether to normalize with the moving statistics in
-            training too. An attribute as well. Defaults to `False`.
-        center: Whether there is a beta. Defaults to `True`.
-        scale: Whether there is a gamma. Defaults to `True`.
-        beta_initializer, gamma_initializer: Of the two. Default to "zeros" and
-            "ones".
+        synchronized: Whether replicas share the statistics of a batch.
+            Defaults to `False`.
+        virtual_batch_size: Examples that training normalizes together, an
+            integer of at least 1, or `None` (default) for the whole batch. Not
+            with `synchronized`, nor where `axis` is the first axis.
+        frozen_statistics: Whether training takes the moving statistics too. An
+            attribute as well. Defaults to `False`.
+        center, scale: Whether there is a beta, a gamma. Default to `True`.
+        beta_initializer, gamma_initializer: Default to "zeros" and "ones".
         moving_mean_initializer, moving_variance_initializer: Of the moving
             statistics. Default to "zeros" and "ones".
         beta_regularizer, gamma_regularizer: Regularizers. Default to `None`.
@@ -131,13 +90,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
             rank 2 or more. Batch and spatial sizes may be unknown.
         training: Whether to train or to infer. Keras sets it in `fit`.
         mask: Tensor of 0 and 1, or booleans, whose axes are the leading
-            non-channel axes of `inputs`: `(batch,)`, `(batch, time)`, ... It is
-            broadcast over the others. A mask that does not fit these may have
-            the leading axes with the channel axis among them, as `Masking`
-            makes it of inputs with channels first: `(batch, channels)` of
-            `(batch, channels, time)` says which channels of an example count.
-            Where sizes allow both, the mask has no channel axis; an unknown
-            size allows any.
+            non-channel axes of `inputs`, broadcast over the others: `(batch,)`,
+            `(batch, time)`, ... One that does not fit these may have the
+            leading axes with the channel axis among them, as `Masking` makes it
+            of inputs with channels first.
 
     Returns:
         A tensor of the shape of `inputs`, in the policy's compute type.

@@ -38,79 +38,44 @@ class BatchRenormalization(BatchNormalization):
     a batch holds one image or one class, and not at all where it holds many
     random examples: there it is batch normalization. There is nothing to set.
 
-    **Training** (`training=True`):
-
         sigma_B = sqrt(batch_variance + epsilon)
         sigma   = sqrt(moving_variance + epsilon)
         r = clip(sigma_B / sigma, 1 / r_max, r_max) ** g
         d = clip((batch_mean - moving_mean) / sigma, -d_max, d_max) * g
         y = gamma * ((x - batch_mean) / sigma_B * r + d) + beta
 
-    with the moving statistics from before this step, and r and d constant to
-    gradients. Then the moving statistics move and the step counter goes up by
-    one. Where nothing is clipped and g = 1, y is the inference output.
+    That is training, with the moving statistics from before the step, and r and
+    d constant to gradients. Where nothing is clipped and g = 1, y is what
+    inference gives. Inference, frozen statistics, masks, bad batches, replicas
+    and types are as of `BatchNormalization`.
 
-    **How far** is one number of the layer, `layer.current_correction()`:
+    - **How far**, g from 0 to 1, is a number of the layer,
+      `layer.current_correction()`. It goes by how alike the gradients and the
+      means of a batch's examples are, and by whether successive gradients
+      point the same way, in moving averages. A layer begins with g = 1, and
+      with closed limits. (`keras_renorm/gating.py`, and docs/design.md, have
+      the formula.)
+    - **The corrected gradient.** Most of the two means that the gradient of
+      normalization subtracts is replaced by those of earlier minibatches
+      (Chiley et al. 2019). What the layer remembers moves where a gradient is
+      computed: each gradient of a persistent tape counts, second derivatives
+      hold it constant, and forward mode takes Algorithm 1's. Under a float16
+      policy the layer adds a zero to `model.losses`, by which it sees the scale
+      of the loss: a custom loop with loss scaling must add `model.losses`.
+    - **Limits** that are given, here or by assignment, are Algorithm 1 with
+      g = 1; the gradient is corrected then only if `gradient_momentum` was
+      given, by (r_max - 1) / 2 up to 1 in the place of g. They are ramps over
+      the layer's own `step`, which counts training calls, and state: `layer.
+      r_max = 2.0`, or a `LinearRamp`, acts at once, and is saved.
+    - **State.** Beside `BatchNormalization`'s: the step counter and the limits;
+      where the gradient is corrected, five more vectors of a value a channel,
+      and five numbers. Means of weights are weights. Weights that are no state
+      (a limit below its minimum, a NaN) are an error in `layer.set_weights`, at
+      load, and where they are saved.
 
-        g = (1 - (1 - H(worth, 0.35)) (1 - H(n worth, 1.7) H(worth, 0.05)))
-            * (1 - H(persistence, 0.4) (1 - H(1 / n, 0.35)))
-        H(x, h) = x¹² / (x¹² + h¹²)
-        worth = max(mean_c agreement, between / (between + within))
-        between = mean_c ½ (batch_mean - the last batch_mean)² / sigma²
-        within = mean_c Σ (m - batch_mean)² / (n sigma²)
-        agreement = (Σ s)² / (n Σ s²)
-        persistence = cos(mean gradient, the last mean gradient)
-
-    of n examples in a batch, with m the mean of an example, s the sum of the
-    gradient that arrives over it, and mean_c that over channels; sigma² is here
-    at least the variance of the batch. n, between, within, agreement and
-    persistence are moving averages, of the steps before. 1 / worth is the
-    number of independent examples that a batch is worth; persistence is near 1
-    where data are sorted. A layer begins with g = 1, and with closed limits.
-
-    **The corrected gradient.** That of normalization subtracts two means of the
-    minibatch; most of each is replaced by what earlier minibatches had in
-    common, which two accumulators for each channel hold (the control of Chiley
-    et al. 2019, section 3). How much of it: 0.8 g a² / (a² + 0.12²), with the
-    agreement a of a channel. State moves where a gradient is computed: each
-    gradient of a persistent tape counts, and second derivatives hold it
-    constant. Gradients that are not finite do not move it, nor does anything
-    computed under a `tf.autodiff.ForwardAccumulator`, where gradients are
-    Algorithm 1's. Under a float16 policy the layer adds a zero to
-    `model.losses`, by which it sees the scale of the loss: a custom loop with
-    loss scaling must add `model.losses` to its loss.
-
-    **Limits** that are given, here or by assignment, are Algorithm 1 with
-    g = 1, and what is measured counts no more; the gradient is corrected then
-    if `gradient_momentum` was given, by (r_max - 1) / 2 up to 1 in the place of
-    g. They are ramps over the layer's own
-    `step`, a counter of its training calls, and state: `layer.r_max = 2.0`, or
-    a `LinearRamp`, takes effect at once in a model that is compiled and
-    training, and is saved with it.
-
-    **Inference**, **frozen**, **mask** and **bad batches**: as
-    `BatchNormalization`; in the first two nothing is measured, so that it costs
-    nothing. A frozen layer's step counter does not change. Where a batch has
-    no element, r = 1 and d = 0.
-
-    **State.** Beside `BatchNormalization`'s: the step counter and the limits;
-    where the gradient is corrected, five more vectors of a value a channel, and
-    five numbers. Means of weights (federated learning, averages over a run) are
-    weights. The counter may be a fraction, and infinity is stored as 2**60: a
-    limit of a millionth of it is `inf`. Weights that are no state (a limit
-    below its minimum, a NaN, a negative variance) are an error in
-    `layer.set_weights`, at load, and where they are saved. `Model.set_weights`
-    asks no layer: limits below their minima then count as the minima, and
-    assigning a limit sets it anew. (The counter ends at 2**24 on JAX and
-    PyTorch.)
-
-    **When not.** Data sorted by class: shuffle. Batches of one to three
-    examples, or of one class, without spatial axes: group normalization is
-    ahead, 0.969 with two [regimes_digits_dense]. Algorithm 1, where limits are
-    given, takes one class of cluttered digits from batch normalization's 0.239
-    to 0.698, and i.i.d. batches of four from 0.906 to 0.883
-    [regimes_cluttered]. (Means of ten seeds; in brackets, the experiment:
-    `python -m benchmarks.quality --only NAME`.)
+    Not for data sorted by class (shuffle), nor for batches of one to three
+    examples, or of one class, without spatial axes (group normalization is
+    ahead). docs/evidence.md has the figures.
 
     Args:
         axis: The channel axis, an integer. Defaults to -1.
@@ -122,10 +87,10 @@ class BatchRenormalization(BatchNormalization):
             `1 / r_max`. "auto" (default): the layer measures how far to
             correct, up to 3. That opens from step 3 n, when the moving
             statistics know the data, to step 5 n (200 at least), with n = 1 /
-            (1 - momentum):
-            with momentum 0.99, from 300 to 500. Or a number or a `LinearRamp`,
-            for Algorithm 1; `inf` does not clip; `schedules.ioffe2017()` is
-            the paper's. Reading it gives a `LinearRamp`.
+            (1 - momentum): with momentum 0.99, from 300 to 500. Or a number or
+            a `LinearRamp`, for Algorithm 1; `inf` does not clip;
+            `schedules.ioffe2017()` is the paper's. Reading it gives a
+            `LinearRamp`.
         d_max: Largest correction of the offset, >= 0, in standard deviations.
             As `r_max`, up to 5.
         gradient_momentum: Share of the accumulators kept at each step, in
