@@ -11,6 +11,8 @@ import numpy as np
 
 from keras_renorm import arguments, functional
 
+__all__ = ["LinearRamp", "ioffe2017"]
+
 # No limit is lower. With both here, nothing is corrected: plain batch
 # normalization.
 MINIMA = {"r_max": 1.0, "d_max": 0.0}
