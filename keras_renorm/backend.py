@@ -303,7 +303,7 @@ def check_one_process() -> None:
 
 
 def runs_as_one_graph() -> bool:
-    """Whether `as_one_graph` makes a graph here and now."""
+    """Whether `traced_when_eager` makes a graph here and now."""
     return (
         _is("tensorflow")
         and tf.executing_eagerly()
@@ -334,7 +334,7 @@ def drops_what_is_unused() -> bool:
     return _is("tensorflow") and not tf.executing_eagerly()
 
 
-def as_one_graph(function: Any) -> Any:
+def traced_when_eager(function: Any) -> Any:
     """A function of tensors and constants, as a graph where called eagerly.
 
     In eager mode each operation on a vector costs its dispatch, and a step
@@ -354,7 +354,7 @@ def as_one_graph(function: Any) -> Any:
     return called
 
 
-def as_one_node(function: Any) -> Any:
+def shared_call(function: Any) -> Any:
     """A function of tensors and constants, as one node where a graph is made.
 
     To add an operation to a graph takes Python as long as thousands of
@@ -581,7 +581,7 @@ def set_shape(value: Tensor | None, like: Tensor) -> None:
 
 
 def shares_nodes() -> bool:
-    """Whether `as_one_node` makes a node here and now.
+    """Whether `shared_call` makes a node here and now.
 
     Where a graph is made that may hold calls of others, and is not itself one
     that is shared: there nothing is made more than once.
@@ -700,7 +700,7 @@ def forget_traces(method: Any) -> None:
         jax.jit(method).clear_cache()
 
 
-def tell(
+def report(
     receive: Callable[..., None], tensors: Sequence[Tensor], outputs: Tensor
 ) -> Tensor:
     """`outputs`, after `receive(*arrays)` got the values of tensors.
@@ -736,7 +736,7 @@ def tell(
 
 
 def wait() -> None:
-    """Waits until each `receive` of `tell` has been called."""
+    """Waits until each `receive` of `report` has been called."""
     if _is("jax"):
         jax.effects_barrier()
 
@@ -905,14 +905,14 @@ def kept_for_gradient(state: Any) -> Any:
     def copied(value: Any) -> Any:
         return _mapped(lambda x: x.detach().clone(), torch.Tensor, value)
 
-    feedback = state.feedback
-    if feedback is not None:
-        feedback = feedback._replace(is_gated=copied(feedback.is_gated))
+    memory = state.memory
+    if memory is not None:
+        memory = memory._replace(is_gated=copied(memory.is_gated))
     return state._replace(
         moving_mean=copied(state.moving_mean),
         moving_variance=copied(state.moving_variance),
         limits=copied(state.limits),
-        feedback=feedback,
+        memory=memory,
     )
 
 

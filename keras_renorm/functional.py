@@ -268,7 +268,7 @@ class Limits(NamedTuple):
     step: Tensor
 
 
-class Feedback(NamedTuple):
+class GradientMemory(NamedTuple):
     """What a layer remembers of earlier steps; see `gradients`.
 
     All but the last two are accumulators: what a step gives as the gradient of
@@ -304,10 +304,10 @@ class Feedback(NamedTuple):
         """What a step adds to."""
         return self[:6]
 
-    def with_accumulators(self, values: Iterable[Tensor]) -> "Feedback":
+    def with_accumulators(self, values: Iterable[Tensor]) -> "GradientMemory":
         """The same with these in the place of its accumulators."""
         fields: list[Any] = [*values, *self[6:]]
-        return Feedback(*fields)
+        return GradientMemory(*fields)
 
 
 class Parameters(NamedTuple):
@@ -336,7 +336,7 @@ class State(NamedTuple):
         shares: Those of the moving statistics and of the batch's in the new
             moving statistics: momentum and 1 - momentum.
         limits: Those of r and d. `None` is r = 1, d = 0.
-        feedback: What corrects the gradient, or `None`.
+        memory: What corrects the gradient, or `None`.
     """
 
     gamma: Tensor | None
@@ -346,10 +346,10 @@ class State(NamedTuple):
     epsilon: float
     shares: tuple[Tensor, ...]
     limits: Limits | None
-    feedback: Feedback | None
+    memory: GradientMemory | None
 
 
-class Response(NamedTuple):
+class Correction(NamedTuple):
     """What a training step makes of the moments of its batch.
 
     Attributes:
@@ -357,7 +357,7 @@ class Response(NamedTuple):
         d: Correction of the offset, or `None` for 0.
         moving_mean: The new moving mean.
         moving_variance: The new moving variance.
-        held: With `State.feedback`, the share of the gradient, in terms of
+        held: With `State.memory`, the share of the gradient, in terms of
             Algorithm 1's scale, that is taken as if the statistics were
             constants.
         rest: With it, the share that is Algorithm 1's own.
@@ -371,13 +371,13 @@ class Response(NamedTuple):
     rest: Tensor | None = None
 
 
-class Update(NamedTuple):
+class NewStatistics(NamedTuple):
     """What a training step gives its layer besides the outputs.
 
     Attributes:
         moving_mean: The new moving mean, without gradient.
         moving_variance: The new moving variance, without gradient.
-        probe: With `State.feedback`, a zero. Part of the loss, it tells the
+        probe: With `State.memory`, a zero. Part of the loss, it tells the
             backward pass what the loss is multiplied by.
     """
 
@@ -430,7 +430,7 @@ def respond(
     state: State,
     limits: tuple[Tensor, Tensor] | None,
     total: Moments | None = None,
-) -> Response:
+) -> Correction:
     """The correction by the moving statistics before a step, and the new ones.
 
     Both use the one value that is passed in: a graph may order a second read
@@ -464,7 +464,7 @@ def respond(
         updated = moving * state.shares[0] + batch * state.shares[1]
         return ops.where(valid, updated, moving)
 
-    return Response(
+    return Correction(
         r,
         d,
         moved(moving_mean, mean),

@@ -248,7 +248,7 @@ class FusedStep:
             )
         self.kept = tuple(kept)
         shift, residual, variance, *self._reserves = self.kept
-        if self._is_shared or state.feedback is not None:
+        if self._is_shared or state.memory is not None:
             # What the gradient is made of depends on the inputs too.
             residual, variance = self._view.with_derivatives(
                 self._view.inputs, residual, variance

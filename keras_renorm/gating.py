@@ -8,7 +8,7 @@ steps have seen.
 from typing import Any, NamedTuple
 
 from keras_renorm.functional import (
-    Feedback,
+    GradientMemory,
     Moments,
 )
 from keras_renorm.operations import Tensor, ops
@@ -137,7 +137,7 @@ def share_of(examples: Tensor, gate: Tensor) -> Tensor:
 
 def measure(
     moments: Moments,
-    feedback: Feedback,
+    memory: GradientMemory,
     variance: Tensor,
     observation: Observation,
     gradient: Tensor,
@@ -149,13 +149,13 @@ def measure(
     `variance` is what scatter is measured in, σ_B² + ε; or σ² + ε where that
     is more: at first the moving variance may be far below that of the data.
     """
-    averages = Gate(*ops.unstack(feedback.gate, 4))
+    averages = Gate(*ops.unstack(memory.gate, 4))
     mean = moments.mean
     known = ops.logical_and(ops.isfinite(mean + variance), moments.count > 0)
     examples = ops.cast(observation.examples, mean.dtype)
     within = observation.scatter / ops.maximum(examples, 1.0)
-    between = 0.5 * ops.square(mean - feedback.last_mean)
-    cosine, arrives = _cosine(gradient, feedback.last_gradient)
+    between = 0.5 * ops.square(mean - memory.last_mean)
+    cosine, arrives = _cosine(gradient, memory.last_gradient)
     is_first = averages.examples == 0
     seen = Gate(
         ops.where(is_first, averages.between, _mean(between / variance)),
@@ -168,14 +168,14 @@ def measure(
     # Another number of examples is seen at once.
     at_once = ops.ones_like(share) * (1.0 - AGREEMENT_MOMENTUM)
     change = ops.stack([slow, slow, at_once, fast]) * (
-        ops.stack(list(seen)) - feedback.gate
+        ops.stack(list(seen)) - memory.gate
     )
     return [
         (ops.logical_and(ops.all(known), ops.isfinite(change)), change),
-        (known, share * (mean - feedback.last_mean)),
+        (known, share * (mean - memory.last_mean)),
         (
             ops.logical_and(valid, ops.any(gradient != 0)),
-            share * (gradient - feedback.last_gradient),
+            share * (gradient - memory.last_gradient),
         ),
     ]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from keras_renorm import backend, functional, gating, schedules
 from keras_renorm.functional import (
-    Feedback,
+    Correction,
+    GradientMemory,
     Moments,
-    Response,
     State,
 )
 from keras_renorm.operations import Tensor, ops
@@ -34,26 +34,26 @@ OPEN_R_MAX = schedules.R_MAX
 
 def respond(
     moments: Moments, state: State, total: Moments | None = None
-) -> Response:
+) -> Correction:
     """`functional.respond`, and how much of the gradient is to be corrected.
 
     In a graph all layers share the graph of it.
     """
-    response = _respond(
+    correction = _respond(
         _of_presence(moments),
         # The fewer tensors, the sooner the node is made.
         state._replace(gamma=None, beta=None),
         None if total is None else _of_presence(total),
     )
-    for value in (response.r, response.d, response.held):
+    for value in (correction.r, correction.d, correction.held):
         backend.set_shape(value, moments.mean)
-    for value in (*response[2:4], response.rest):
+    for value in (*correction[2:4], correction.rest):
         backend.set_shape(value, state.moving_mean)
     # Or a second derivative would add its gradient to the accumulators.
-    return Response(
+    return Correction(
         *(
             None if value is None else ops.stop_gradient(value)
-            for value in response
+            for value in correction
         )
     )
 
@@ -68,33 +68,35 @@ def _of_presence(moments: Moments) -> Moments:
     return moments
 
 
-@backend.as_one_node
-def _respond(moments: Moments, state: State, total: Moments | None) -> Response:
+@backend.shared_call
+def _respond(
+    moments: Moments, state: State, total: Moments | None
+) -> Correction:
     limits: Any = None
     if state.limits is not None:
         dtype = state.moving_mean.dtype
         limits = functional.current_limits(state.limits, dtype)
-    response = functional.respond(moments, state, limits, total)
-    feedback = state.feedback
-    if feedback is None:
-        return response
-    r: Any = response.r
-    d: Any = response.d
-    is_gated = feedback.is_gated > 0
+    correction = functional.respond(moments, state, limits, total)
+    memory = state.memory
+    if memory is None:
+        return correction
+    r: Any = correction.r
+    d: Any = correction.d
+    is_gated = memory.is_gated > 0
     opening = gating.openness(
-        feedback.agreement, gating.Gate(*ops.unstack(feedback.gate, 4))
+        memory.agreement, gating.Gate(*ops.unstack(memory.gate, 4))
     )
     r = ops.where(is_gated, ops.power(r, opening), r)
     d = ops.where(is_gated, opening * d, d)
-    by_limits = _opening_of(limits[0]) if feedback.corrects_by_limits else 0.0
-    weight = weigh(feedback.agreement) * ops.where(is_gated, opening, by_limits)
+    by_limits = _opening_of(limits[0]) if memory.corrects_by_limits else 0.0
+    weight = weigh(memory.agreement) * ops.where(is_gated, opening, by_limits)
     # σ_B / (σ r) is 1 where r is not clipped.
     ratio = ops.sqrt(
         (moments.variance + state.epsilon)
         / (state.moving_variance + state.epsilon)
     )
     bound = ops.minimum(ratio / r, 1.0)
-    return response._replace(
+    return correction._replace(
         r=r,
         d=d,
         held=weight * bound,
@@ -124,8 +126,8 @@ def weigh(agreement: Tensor) -> Tensor:
 @backend.by_numpy
 def correct(
     moments: Moments,
-    feedback: Feedback,
-    response: Response,
+    memory: GradientMemory,
+    correction: Correction,
     observation: gating.Observation,
     scaling: Tensor,
     epsilon: float,
@@ -145,7 +147,7 @@ def correct(
     where w is the weight of `weigh`. The bounds: a control of gain above 1
     oscillates, and r/σ_B explodes where r is clipped. As z is affine in x̂,
     this is the first formula with other means, and its scale times
-    `response.held + response.rest`.
+    `correction.held + correction.rest`.
 
     A batch of fewer examples than usual changes the accumulators by less
     (`gating.share_of`). They do not change where the gradient that arrives is
@@ -154,8 +156,8 @@ def correct(
 
     Args:
         moments: Those of the batch.
-        feedback: What the layer remembers.
-        response: What the forward pass made of both.
+        memory: What the layer remembers.
+        correction: What the forward pass made of both.
         observation: Of all elements that share `moments`.
         scaling: What the loss is multiplied by. Accumulators hold gradients
             of the loss itself, for a loss scale doubles and halves. 0 where
@@ -164,21 +166,21 @@ def correct(
 
     Returns:
         What takes the place of the two means, and the changes of
-        `Feedback.accumulators`.
+        `GradientMemory.accumulators`.
     """
     # Constants of a second derivative.
-    feedback = feedback.with_accumulators(
-        map(ops.stop_gradient, feedback.accumulators)
+    memory = memory.with_accumulators(
+        map(ops.stop_gradient, memory.accumulators)
     )
-    mean, earlier, agreement, *_ = feedback.accumulators
-    gain = 1.0 - feedback.momentum
+    mean, earlier, agreement, *_ = memory.accumulators
+    gain = 1.0 - memory.momentum
     scaling = ops.where(scaling == 0, 1.0, scaling)
     count = ops.cast(moments.count, observation.offset.dtype)
     divisor = scaling * ops.maximum(count, 1.0)
     offset_mean = observation.offset / divisor
     scale_mean = observation.scale / divisor
-    r: Any = response.r
-    d: Any = response.d
+    r: Any = correction.r
+    d: Any = correction.d
     stddev = ops.sqrt(moments.variance + epsilon)
     square = ops.square(r / stddev) * moments.variance + ops.square(d)  # q
     gained = gain * square
@@ -193,8 +195,8 @@ def correct(
     )
     informed = ops.logical_and(valid, ops.isfinite(learned))
 
-    held: Any = response.held
-    rest: Any = response.rest
+    held: Any = correction.held
+    rest: Any = correction.rest
     whole = held + rest
     means = [
         scaling
@@ -202,15 +204,15 @@ def correct(
         / whole,
         scaling * (held * projection * r + rest * scale_mean) / whole,
     ]
-    share = gating.share_of(observation.examples, feedback.gate)
+    share = gating.share_of(observation.examples, memory.gate)
     changes = [
         (valid, share * error),
         (valid, share * (arrived - forgotten)),
         (informed, share * learned),
         *gating.measure(
             moments,
-            feedback,
-            ops.maximum(moments.variance, response.moving_variance) + epsilon,
+            memory,
+            ops.maximum(moments.variance, correction.moving_variance) + epsilon,
             observation,
             offset_mean,
             valid,

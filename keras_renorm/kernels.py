@@ -14,11 +14,11 @@ import keras
 from keras_renorm import aten, backend, functional, gating, gradients, pooling
 from keras_renorm.backend import tf
 from keras_renorm.functional import (
+    Correction,
     Moments,
+    NewStatistics,
     Parameters,
-    Response,
     State,
-    Update,
 )
 from keras_renorm.fused import FusedStep, FusedView
 from keras_renorm.operations import Tensor, ops
@@ -148,7 +148,7 @@ def normalize_by_batch(
     mask: Tensor | None,
     state: State,
     pool: Pool,
-) -> tuple[Tensor, Update]:
+) -> tuple[Tensor, NewStatistics]:
     """A training step: γ ((x − μ_B) / σ_B · r + d) + β.
 
     Args:
@@ -179,7 +179,7 @@ def normalize_by_batch(
         axis,
         mask,
         pool,
-        is_corrected=state.feedback is not None,
+        is_corrected=state.memory is not None,
         is_forward=is_forward,
     )
     step = _batch_step if is_forward else _shared_batch_step
@@ -193,14 +193,14 @@ def _batch_step(
     mask: Tensor | None,
     state: State,
     pool: Pool,
-) -> tuple[Tensor, Update]:
+) -> tuple[Tensor, NewStatistics]:
     if path != "plain":
         return _written_out_batch(path, inputs, axis, mask, state, pool)
     return _plain_batch(inputs, axis, mask, state, pool)
 
 
 # In forward mode TensorFlow takes no gradient of what a graph's derivative is.
-_shared_batch_step = backend.as_one_graph(_batch_step)
+_shared_batch_step = backend.traced_when_eager(_batch_step)
 
 
 def normalize_by_moving_statistics(
@@ -252,7 +252,7 @@ def _moving_step(
     )
 
 
-_shared_moving_step = backend.as_one_graph(_moving_step)
+_shared_moving_step = backend.traced_when_eager(_moving_step)
 
 
 def _fused_moving(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
@@ -324,14 +324,14 @@ def _written_out(
 
 
 def _renormalized(
-    state: State, response: Response
+    state: State, correction: Correction
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scale γr and offset γd + β; `None` for 1 and 0.
 
     r and d carry no gradient, so renormalization is batch normalization with
     this scale and offset.
     """
-    gamma, beta, r, d = state.gamma, state.beta, response.r, response.d
+    gamma, beta, r, d = state.gamma, state.beta, correction.r, correction.d
     if r is None:
         return gamma, beta
     if gamma is not None:
@@ -341,7 +341,7 @@ def _renormalized(
 
 def _plain_batch(
     inputs: Tensor, axis: int, mask: Tensor | None, state: State, pool: Pool
-) -> tuple[Tensor, Update]:
+) -> tuple[Tensor, NewStatistics]:
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
     kept: tuple[int, ...] = (axis,)
     if pool.virtual_batch_size is not None:
@@ -354,9 +354,9 @@ def _plain_batch(
     )
     held = functional.constant(moments)
     total = held if len(kept) == 1 else functional.total_moments(held)
-    response = gradients.respond(held, state, total)
+    correction = gradients.respond(held, state, total)
     scale = ops.rsqrt(moments.variance + state.epsilon)
-    factor, offset = _renormalized(state, response)
+    factor, offset = _renormalized(state, correction)
     if factor is not None:
         scale = scale * factor
     # The mean's derivative on vectors: what the sums of the offset's gradient
@@ -364,21 +364,21 @@ def _plain_batch(
     of_mean = scale * functional.held_mean(moments)
     offset = of_mean if offset is None else offset + of_mean
     outputs = functional.scale_and_offset(centered, kept, scale, offset, mask)
-    update = Update(response.moving_mean, response.moving_variance)
+    update = NewStatistics(correction.moving_mean, correction.moving_variance)
     return outputs if len(kept) == 1 else restore(outputs), update
 
 
 def _parameters(state: State) -> list[Tensor]:
     """What a step gives gradients of, besides the inputs."""
     values = [state.gamma, state.beta]
-    if state.feedback is not None:
-        values += state.feedback.accumulators
+    if state.memory is not None:
+        values += state.memory.accumulators
     return [value for value in values if value is not None]
 
 
 def _parameter_gradients(
     state: State,
-    response: Response,
+    correction: Correction,
     d_scale: Tensor,
     d_offset: Tensor,
     changes: list[Tensor],
@@ -389,10 +389,10 @@ def _parameter_gradients(
     """
     gradients = []
     if state.gamma is not None:
-        if response.r is None:
+        if correction.r is None:
             gradients.append(d_scale)
         else:
-            gradients.append(response.r * d_scale + response.d * d_offset)
+            gradients.append(correction.r * d_scale + correction.d * d_offset)
     if state.beta is not None:
         gradients.append(d_offset)
     return [*gradients, *changes]
@@ -405,7 +405,7 @@ def _taken_out(
     others: Sequence[Tensor],
     moments: Moments,
     state: State,
-    response: Response,
+    correction: Correction,
     pool: Pool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the gradient of the inputs takes out of the one that arrives.
@@ -423,7 +423,7 @@ def _taken_out(
         accumulators.
     """
     sums = [d_offset, d_scale]
-    if state.feedback is not None:
+    if state.memory is not None:
         parts, distances, examples = by_example()
         sums += [
             ops.sum(ops.square(parts), axis=0),
@@ -432,11 +432,11 @@ def _taken_out(
         ]
     if pool.spans_replicas:
         sums = pooling.sum_over_replicas(sums)
-    if state.feedback is not None:
+    if state.memory is not None:
         return gradients.correct(
             moments,
-            state.feedback,
-            response,
+            state.memory,
+            correction,
             gating.Observation(*sums),
             others[-1],
             state.epsilon,
@@ -446,25 +446,27 @@ def _taken_out(
     return [value * (1 / divisor) for value in sums], []
 
 
-def _backward_scale(scale: Tensor | None, response: Response) -> Any:
+def _backward_scale(scale: Tensor | None, correction: Correction) -> Any:
     """The scale of the gradient of the inputs, from that of the outputs."""
-    if response.held is None:
+    if correction.held is None:
         return scale
-    factor = response.held + response.rest
+    factor = correction.held + correction.rest
     return factor if scale is None else scale * factor
 
 
-def _moved(response: Response) -> list[Tensor]:
+def _moved(correction: Correction) -> list[Tensor]:
     """What a step returns besides its outputs; `_update` reads it."""
-    moved = [response.moving_mean, response.moving_variance]
-    if response.held is not None:
-        moved.append(ops.zeros([], response.held.dtype))
+    moved = [correction.moving_mean, correction.moving_variance]
+    if correction.held is not None:
+        moved.append(ops.zeros([], correction.held.dtype))
     return moved
 
 
-def _update(moved: list[Tensor]) -> Update:
+def _update(moved: list[Tensor]) -> NewStatistics:
     mean, variance, *probe = moved
-    return Update(ops.stop_gradient(mean), ops.stop_gradient(variance), *probe)
+    return NewStatistics(
+        ops.stop_gradient(mean), ops.stop_gradient(variance), *probe
+    )
 
 
 def _step_of(
@@ -494,15 +496,15 @@ def _forward(
     mask: Tensor | None,
     state: State,
     pool: Pool,
-) -> tuple[Any, Response, Tensor]:
+) -> tuple[Any, Correction, Tensor]:
     run = _step_of(path, inputs, axis, mask, state, pool)
-    response = gradients.respond(run.moments, state)
-    return run, response, run.outputs(*_renormalized(state, response))
+    correction = gradients.respond(run.moments, state)
+    return run, correction, run.outputs(*_renormalized(state, correction))
 
 
 def _backward(
     run: Any,
-    response: Response,
+    correction: Correction,
     upstream: Tensor,
     others: Sequence[Tensor],
     state: State,
@@ -510,12 +512,12 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of the inputs and of `_parameters`."""
     changes: list[Tensor] = []
-    scale, _ = _renormalized(state, response)
-    is_alone = state.feedback is None and not pool.spans_replicas
+    scale, _ = _renormalized(state, correction)
+    is_alone = state.memory is None and not pool.spans_replicas
     if is_alone and run.has_gradient:
         d_x, d_scale, d_offset = run.gradients(upstream, scale)
     else:
-        scale = _backward_scale(scale, response)
+        scale = _backward_scale(scale, correction)
         held, d_scale, d_offset = run.sums(upstream, scale)
         means, changes = _taken_out(
             d_offset,
@@ -524,24 +526,24 @@ def _backward(
             others,
             run.moments,
             state,
-            response,
+            correction,
             pool,
         )
         d_x = run.inputs_gradient(held, scale, *means)
     return d_x, *_parameter_gradients(
-        state, response, d_scale, d_offset, changes
+        state, correction, d_scale, d_offset, changes
     )
 
 
-@backend.as_one_node
+@backend.shared_call
 def _forward_node(
     *arguments: Any,
-) -> tuple[Tensor, Response, tuple[Tensor, ...]]:
-    run, response, outputs = _forward(*arguments)
-    return outputs, response, run.kept
+) -> tuple[Tensor, Correction, tuple[Tensor, ...]]:
+    run, correction, outputs = _forward(*arguments)
+    return outputs, correction, run.kept
 
 
-@backend.as_one_node
+@backend.shared_call
 def _backward_node(
     path: str,
     inputs: Tensor,
@@ -550,12 +552,12 @@ def _backward_node(
     state: State,
     pool: Pool,
     kept: Sequence[Tensor],
-    response: Response,
+    correction: Correction,
     upstream: Tensor,
     others: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     run = _step_of(path, inputs, axis, mask, state, pool, kept)
-    return _backward(run, response, upstream, others, state, pool)
+    return _backward(run, correction, upstream, others, state, pool)
 
 
 def _written_out_batch(
@@ -565,25 +567,25 @@ def _written_out_batch(
     mask: Tensor | None,
     state: State,
     pool: Pool,
-) -> tuple[Tensor, Update]:
+) -> tuple[Tensor, NewStatistics]:
     """`_plain_batch` with its gradient, or the corrected one, written out.
 
     No group has statistics of its own here; the layer sees to that.
     """
     given = _parameters(state)
     known = backend.kept_for_gradient(state)
-    if path not in ("fused", "aten") or state.feedback is not None:
+    if path not in ("fused", "aten") or state.memory is not None:
         # The corrected gradient is a sum, too coarse in 16 bits.
         inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
 
     def step(x: Tensor, *parameters: Tensor) -> Any:
         own = _with_parameters(known, parameters)
-        run, response, outputs = _forward(path, x, axis, mask, own, pool)
+        run, correction, outputs = _forward(path, x, axis, mask, own, pool)
 
         def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            return _backward(run, response, upstream, others, own, pool)
+            return _backward(run, correction, upstream, others, own, pool)
 
-        return (outputs, *_moved(response)), gradient
+        return (outputs, *_moved(correction)), gradient
 
     if backend.shares_nodes():
         step = _of_nodes(step, path, axis, mask, known, pool)
@@ -607,9 +609,11 @@ def _of_nodes(
 
     def step_of_nodes(x: Tensor, *parameters: Tensor) -> Any:
         own = _with_parameters(known, parameters)
-        outputs, response, kept = _forward_node(path, x, axis, mask, own, pool)
+        outputs, correction, kept = _forward_node(
+            path, x, axis, mask, own, pool
+        )
         backend.set_shape(outputs, x)
-        for value in response:
+        for value in correction:
             backend.set_shape(value, own.moving_mean)
 
         def gradient(*upstream: Tensor) -> tuple[Tensor, ...]:
@@ -633,7 +637,7 @@ def _of_nodes(
                     _with_parameters(known_still, parameters),
                     pool,
                     kept,
-                    response,
+                    correction,
                     *(arrived[0], arrived[1:]),
                 )
                 for result, like in zip(results, tensors[count:], strict=True):
@@ -648,7 +652,7 @@ def _of_nodes(
 
             return backend.custom_gradient(taken)(*upstream, x, *parameters)
 
-        return (outputs, *_moved(response)), gradient
+        return (outputs, *_moved(correction)), gradient
 
     return step_of_nodes
 
@@ -660,7 +664,7 @@ def _with_parameters(state: State, values: Sequence[Tensor]) -> State:
         None if each is None else next(rest)
         for each in (state.gamma, state.beta)
     )
-    feedback = state.feedback
-    if feedback is not None:
-        feedback = feedback.with_accumulators(rest)
-    return state._replace(gamma=gamma, beta=beta, feedback=feedback)
+    memory = state.memory
+    if memory is not None:
+        memory = memory.with_accumulators(rest)
+    return state._replace(gamma=gamma, beta=beta, memory=memory)

@@ -46,7 +46,7 @@ class Memory:
             self._graph, self._calls = graph, []
         # Gamma and beta stay what they are, and gradients are of those that
         # the second pass reads. (On PyTorch an assignment writes over values.)
-        state = state._replace(gamma=None, beta=None, feedback=None)
+        state = state._replace(gamma=None, beta=None, memory=None)
         state = keras.tree.map_structure(
             lambda value: ops.copy(value) if ops.is_tensor(value) else value,
             state,
@@ -74,7 +74,7 @@ class Memory:
         first = call.states[call.repeated % len(call.states)]
         call.repeated += 1
         return first._replace(
-            gamma=state.gamma, beta=state.beta, feedback=state.feedback
+            gamma=state.gamma, beta=state.beta, memory=state.memory
         )
 
     def _find(self, key: Any) -> _Call | None:

@@ -150,7 +150,8 @@ def test_a_run_after_one_that_failed_begins_unfrozen(data):
     model, callback = make_model(), FreezeStatistics(0.5)
     with pytest.raises(RuntimeError, match="a full disk"):
         fit(model, data, [callback, Failure()], epochs=2)
-    assert model.layers[1].statistics_stand
+    assert model.layers[1].uses_moving_statistics
+    assert model.layers[1].statistics_stand  # its name before
     values = fit(model, data, [callback], epochs=2)
     assert [int(value["step"]) for value in values] == [8, 8]
 
@@ -329,7 +330,7 @@ def test_a_run_that_is_taken_up_in_the_last_part_ends_unfrozen(data, tmp_path):
     resumed, whole = make_model(), make_model()
     assert len(fit(resumed, data, callbacks())) == 1  # the fifth epoch
     assert int(resumed.layers[1].step) == 12  # those of three
-    assert not resumed.layers[1].statistics_stand
+    assert not resumed.layers[1].uses_moving_statistics
     fit(whole, data, callbacks())
     for ours, expected in zip(resumed.weights, whole.weights, strict=True):
         assert_close(np.array(ours), np.array(expected), 1e-6)
@@ -344,7 +345,7 @@ def test_a_copy_made_in_the_last_part_is_not_frozen(data):
     copies = []
     fit(make_model(), data, [FreezeStatistics(0.5), Copies()], epochs=2)
     assert len(copies) == 4
-    assert not any(copy.layers[1].statistics_stand for copy in copies)
+    assert not any(copy.layers[1].uses_moving_statistics for copy in copies)
 
 
 class Rates(keras.callbacks.Callback):

@@ -971,7 +971,7 @@ def test_no_warning_of_retracing(kind, rng):
 def test_layers_share_a_graph_and_nothing_else(rng):
     calls = []
 
-    @backend.as_one_graph
+    @backend.traced_when_eager
     def scaled(inputs, factor, axis):
         calls.append(axis)
         return ops.sum(inputs, axis=axis) * factor
@@ -991,7 +991,7 @@ def test_layers_share_a_graph_and_nothing_else(rng):
 def test_a_graph_is_for_all_sizes(rng):
     seen = []
 
-    @backend.as_one_graph
+    @backend.traced_when_eager
     def total(inputs, vector):
         seen.append(tuple(inputs.shape))
         return ops.sum(inputs, axis=0) * vector

@@ -110,7 +110,8 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
         return [
             layer
             for layer in chosen
-            if layer.trainable and not getattr(layer, "statistics_stand", False)
+            if layer.trainable
+            and not getattr(layer, "uses_moving_statistics", False)
         ]
 
     def _recalibrate(self) -> None:

@@ -218,12 +218,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return value
 
     @property
-    def statistics_stand(self) -> bool:
+    def uses_moving_statistics(self) -> bool:
         """Whether training uses the moving statistics now, and keeps them.
 
         `frozen_statistics`, or `hold_statistics`.
         """
         return self._frozen_statistics or self._holds_statistics
+
+    # Its name before, for a version.
+    statistics_stand = uses_moving_statistics
 
     def hold_statistics(self, value: bool) -> None:
         """Freezes the statistics for a while, or ends that.
@@ -328,7 +331,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         inputs = backend.with_size(inputs, axis, channels)
         if mask is not None:
             mask = functional.align_mask(mask, inputs, axis)
-        if training and self.trainable and not self.statistics_stand:
+        if training and self.trainable and not self.uses_moving_statistics:
             outputs = self._train(inputs, axis, mask)
         else:
             outputs = self._infer(inputs, axis, mask)
@@ -336,7 +339,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _train(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
         dtype = kernels.statistics_dtype(inputs.dtype)
-        inputs, parameters, feedback = self._feedback(
+        inputs, parameters, memory = self._gradient_memory(
             inputs, self._read_parameters(dtype), dtype
         )
         if backend.is_traced(inputs):
@@ -348,19 +351,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 backend.constant(1.0 - self.momentum, dtype),
             ),
             self._limits(),
-            feedback,
+            memory,
         )
         first_passes, second_pass = backend.remat_calls(inputs)
         is_repeated = bool(first_passes) or second_pass is not None
-        if is_repeated and feedback and self.compute_dtype == "float16":
-            if feedback.corrects_by_limits:  # it was asked for
+        if is_repeated and memory and self.compute_dtype == "float16":
+            if memory.corrects_by_limits:  # it was asked for
                 raise NotImplementedError(
                     "`gradient_momentum` must be None in `keras.remat` under "
                     "a float16 policy: the second pass does not see by what "
                     "the loss is multiplied. Received: gradient_momentum="
-                    f"{feedback.momentum}."
+                    f"{memory.momentum}."
                 )
-            state = state._replace(feedback=None)
+            state = state._replace(memory=None)
         if second_pass is not None:
             state = self._calls.recall(second_pass, state)
         if first_passes:
@@ -449,9 +452,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """How far r and d may go; `None` where there is no correction."""
         return None
 
-    def _feedback(
+    def _gradient_memory(
         self, inputs: Tensor, parameters: functional.Parameters, dtype: str
-    ) -> tuple[Tensor, functional.Parameters, functional.Feedback | None]:
+    ) -> tuple[Tensor, functional.Parameters, functional.GradientMemory | None]:
         """What a step starts from, and what it remembers; `None`: nothing."""
         return inputs, parameters, None
 

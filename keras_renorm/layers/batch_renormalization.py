@@ -11,7 +11,7 @@ from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.operations import Tensor, ops
 from keras_renorm.schedules import LinearRamp
 
-# Of the accumulators; see `functional.Feedback`.
+# Of the accumulators; see `functional.GradientMemory`.
 GRADIENT_MOMENTUM = 0.9
 
 
@@ -388,9 +388,9 @@ class BatchRenormalization(BatchNormalization):
             )
         )
 
-    def _feedback(
+    def _gradient_memory(
         self, inputs: Tensor, parameters: functional.Parameters, dtype: str
-    ) -> tuple[Tensor, functional.Parameters, functional.Feedback | None]:
+    ) -> tuple[Tensor, functional.Parameters, functional.GradientMemory | None]:
         # Nothing is remembered of tens of calls in a training step: all begin
         # with the same memory, and what they add to it would be many times what
         # there is to add. And a recurrent cell may be the body of a loop.
@@ -407,7 +407,7 @@ class BatchRenormalization(BatchNormalization):
             replaced=[self.last_mean, self.last_gradient],
             dtype=dtype,
         )
-        feedback = functional.Feedback(
+        memory = functional.GradientMemory(
             *(
                 *accumulators,
                 backend.read(self.gated, dtype),
@@ -415,7 +415,7 @@ class BatchRenormalization(BatchNormalization):
                 self._corrects_by_limits,
             )
         )
-        return inputs, parameters._replace(gamma=gamma, beta=beta), feedback
+        return inputs, parameters._replace(gamma=gamma, beta=beta), memory
 
     @property
     def is_gated(self) -> bool:

@@ -88,7 +88,9 @@ def unfreeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
 def _freeze(
     model: keras.Model, layers: list[BatchNormalization], value: bool
 ) -> None:
-    changed = [layer for layer in layers if layer.statistics_stand != value]
+    changed = [
+        layer for layer in layers if layer.uses_moving_statistics != value
+    ]
     for layer in layers:
         layer.frozen_statistics = value
         if not value:

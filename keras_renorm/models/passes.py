@@ -107,7 +107,7 @@ class Reports:
             self._calls.append((place, layer, report))
 
         tensors = [ops.convert_to_tensor(leaf) for leaf in tree.flatten(found)]
-        return backend.tell(receive, tensors, outputs)
+        return backend.report(receive, tensors, outputs)
 
     def _hooked(
         self, layer: Any, call: Callable[..., Any], hook: Hook

@@ -122,7 +122,7 @@ class Comparison:
         return bool(
             id(layer) not in (self._training or ())
             or not layer.trainable
-            or getattr(layer, "statistics_stand", False)
+            or getattr(layer, "uses_moving_statistics", False)
         )
 
     def _run_both(self, x: Any, named: dict[str, Any]) -> tuple[Any, Any]:
