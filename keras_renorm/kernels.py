@@ -398,7 +398,7 @@ def _parameter_gradients(
     return [*gradients, *changes]
 
 
-def _taken_out(
+def _subtracted_means(
     d_offset: Tensor,
     d_scale: Tensor,
     by_example: Callable[[], tuple[Tensor, Tensor, Tensor]],
@@ -408,10 +408,10 @@ def _taken_out(
     correction: Correction,
     pool: Pool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What the gradient of the inputs takes out of the one that arrives.
+    """The two means that the gradient of the inputs subtracts.
 
-    The means, over all that share `moments`, of what was summed on a replica;
-    corrected, if that is asked for. `by_example` then gives the gradient's sums
+    Over all that share `moments`, of sums of a replica; corrected, if that is
+    asked for. `by_example` then gives the gradient's sums
     of each example, `(examples, channels)`, the distances of each example's
     mean of the inputs from the batch's, likewise, and the number of examples
     that have an element, a vector. `others` are the gradients that arrive at
@@ -419,8 +419,8 @@ def _taken_out(
     beta remain the replica's own: the optimizer adds them up.
 
     Returns:
-        What is taken out everywhere, and along x̂; and what to add to the
-        accumulators.
+        The mean to subtract everywhere and the one along x̂; and the changes of
+        the accumulators.
     """
     sums = [d_offset, d_scale]
     if state.memory is not None:
@@ -519,7 +519,7 @@ def _backward(
     else:
         scale = _backward_scale(scale, correction)
         held, d_scale, d_offset = run.sums(upstream, scale)
-        means, changes = _taken_out(
+        means, changes = _subtracted_means(
             d_offset,
             d_scale,
             lambda: run.by_example(upstream),
