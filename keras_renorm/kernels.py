@@ -624,21 +624,20 @@ def _of_nodes(
             known_still = known._replace(shares=(), limits=None)
 
             def taken(*tensors: Tensor) -> Any:
-                arrived, (inputs, *parameters) = (
-                    tensors[:count],
-                    tensors[count:],
-                )
+                arriving, *others = tensors[:count]
+                inputs, *values = tensors[count:]
                 results = _backward_node(
                     path,
                     # Others need their shape only, and would keep them.
-                    inputs if path == "fused" else arrived[0],
+                    inputs if path == "fused" else arriving,
                     axis,
                     mask,
-                    _with_parameters(known_still, parameters),
+                    _with_parameters(known_still, values),
                     pool,
                     kept,
                     correction,
-                    *(arrived[0], arrived[1:]),
+                    arriving,
+                    others,
                 )
                 for result, like in zip(results, tensors[count:], strict=True):
                     backend.set_shape(result, like)
