@@ -622,9 +622,12 @@ class _Graphs:
     def of(self, arguments: Sequence[Any]) -> tuple[Any, list[Tensor]]:
         """The graph for these arguments, and those of them that it takes."""
         leaves = tf.nest.flatten(arguments)
-        kind = tuple(
-            (leaf.dtype, _sizes(leaf)) if tf.is_tensor(leaf) else leaf
-            for leaf in leaves
+        kind = (
+            must_be_deterministic(),
+            *(
+                (leaf.dtype, _sizes(leaf)) if tf.is_tensor(leaf) else leaf
+                for leaf in leaves
+            ),
         )
         if kind not in self._graphs:
             self._graphs[kind] = self._trace(arguments, leaves)

@@ -183,16 +183,16 @@ mismatches, in_tiles = {}, {}
 for name, normalization in IN_TILES.items():
     keras.utils.set_random_seed(0)
     encoder = Encoder(normalization, **of_network)
-    model = unet(encoder, normalization, channels=1, classes=2)
-    fit(model, x_patches, y_patches, 3e-3, batch_size=1)
-    served = keras.Sequential([model, layers.Softmax()])
+    network = unet(encoder, normalization, channels=1, classes=2)
+    fit(network, x_patches, y_patches, 3e-3, batch_size=1)
+    served = keras.Sequential([network, layers.Softmax()])
     mismatches[name] = tile_mismatch(
         served, wanted[0][None], tile, halo, whole=False, verbose=False
     )
     in_tiles[name] = [predict_in_tiles(served, wanted[0], tile, halo)]
     if name in ("Keras BN", "renorm"):
         own = segmentation.cut(wanted[0], patch)
-        keras_renorm.recalibrate(model, own, batch_size=4, verbose=False)
+        keras_renorm.recalibrate(network, own, batch_size=4, verbose=False)
         found = predict_in_tiles(served, wanted[0], tile, halo)
         in_tiles[name].append(found)
 
