@@ -7,7 +7,7 @@ the numbers are the same to rounding whichever it is.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -142,6 +142,23 @@ def _is_compiled_by_xla(inputs: Tensor) -> bool:
     return False
 
 
+class Way(NamedTuple):
+    """How a training step is computed.
+
+    Attributes:
+        path: Which computation; see `choose`.
+        axis: The channel axis, non-negative.
+        mask: `None`, or a boolean tensor of the rank of the inputs, its sizes
+            1 or theirs.
+        pool: Who shares statistics.
+    """
+
+    path: str
+    axis: int
+    mask: Tensor | None
+    pool: Pool
+
+
 def normalize_by_batch(
     inputs: Tensor,
     axis: int,
@@ -183,20 +200,14 @@ def normalize_by_batch(
         is_forward=is_forward,
     )
     step = _batch_step if is_forward else _shared_batch_step
-    return step(path, inputs, axis, mask, state, pool)
+    return step(Way(path, axis, mask, pool), inputs, state)
 
 
 def _batch_step(
-    path: str,
-    inputs: Tensor,
-    axis: int,
-    mask: Tensor | None,
-    state: State,
-    pool: Pool,
+    way: Way, inputs: Tensor, state: State
 ) -> tuple[Tensor, NewStatistics]:
-    if path != "plain":
-        return _written_out_batch(path, inputs, axis, mask, state, pool)
-    return _plain_batch(inputs, axis, mask, state, pool)
+    step = _plain_batch if way.path == "plain" else _written_out_batch
+    return step(way, inputs, state)
 
 
 # In forward mode TensorFlow takes no gradient of what a graph's derivative is.
@@ -340,8 +351,9 @@ def _renormalized(
 
 
 def _plain_batch(
-    inputs: Tensor, axis: int, mask: Tensor | None, state: State, pool: Pool
+    way: Way, inputs: Tensor, state: State
 ) -> tuple[Tensor, NewStatistics]:
+    _, axis, mask, pool = way
     inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
     kept: tuple[int, ...] = (axis,)
     if pool.virtual_batch_size is not None:
@@ -470,15 +482,13 @@ def _update(moved: list[Tensor]) -> NewStatistics:
 
 
 def _step_of(
-    path: str,
+    way: Way,
     inputs: Tensor,
-    axis: int,
-    mask: Tensor | None,
     state: State,
-    pool: Pool,
     kept: Sequence[Tensor] | None = None,
 ) -> Any:
     """Plain operations where these are differentiated, or a mean is large."""
+    path, axis, mask, pool = way
     if path == "fused":
         return FusedStep(inputs, axis, state, pool, kept)
     if path == "aten" and not backend.records_operations():
@@ -490,14 +500,9 @@ def _step_of(
 
 
 def _forward(
-    path: str,
-    inputs: Tensor,
-    axis: int,
-    mask: Tensor | None,
-    state: State,
-    pool: Pool,
+    way: Way, inputs: Tensor, state: State
 ) -> tuple[Any, Correction, Tensor]:
-    run = _step_of(path, inputs, axis, mask, state, pool)
+    run = _step_of(way, inputs, state)
     correction = gradients.respond(run.moments, state)
     return run, correction, run.outputs(*_renormalized(state, correction))
 
@@ -537,36 +542,28 @@ def _backward(
 
 @backend.shared_call
 def _forward_node(
-    *arguments: Any,
+    way: Way, inputs: Tensor, state: State
 ) -> tuple[Tensor, Correction, tuple[Tensor, ...]]:
-    run, correction, outputs = _forward(*arguments)
+    run, correction, outputs = _forward(way, inputs, state)
     return outputs, correction, run.kept
 
 
 @backend.shared_call
 def _backward_node(
-    path: str,
+    way: Way,
     inputs: Tensor,
-    axis: int,
-    mask: Tensor | None,
     state: State,
-    pool: Pool,
     kept: Sequence[Tensor],
     correction: Correction,
     upstream: Tensor,
     others: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    run = _step_of(path, inputs, axis, mask, state, pool, kept)
-    return _backward(run, correction, upstream, others, state, pool)
+    run = _step_of(way, inputs, state, kept)
+    return _backward(run, correction, upstream, others, state, way.pool)
 
 
 def _written_out_batch(
-    path: str,
-    inputs: Tensor,
-    axis: int,
-    mask: Tensor | None,
-    state: State,
-    pool: Pool,
+    way: Way, inputs: Tensor, state: State
 ) -> tuple[Tensor, NewStatistics]:
     """`_plain_batch` with its gradient, or the corrected one, written out.
 
@@ -574,33 +571,26 @@ def _written_out_batch(
     """
     given = _parameters(state)
     known = backend.kept_for_gradient(state)
-    if path not in ("fused", "aten") or state.memory is not None:
+    if way.path not in ("fused", "aten") or state.memory is not None:
         # The corrected gradient is a sum, too coarse in 16 bits.
         inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
 
     def step(x: Tensor, *parameters: Tensor) -> Any:
         own = _with_parameters(known, parameters)
-        run, correction, outputs = _forward(path, x, axis, mask, own, pool)
+        run, correction, outputs = _forward(way, x, own)
 
         def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            return _backward(run, correction, upstream, others, own, pool)
+            return _backward(run, correction, upstream, others, own, way.pool)
 
         return (outputs, *_moved(correction)), gradient
 
     if backend.shares_nodes():
-        step = _of_nodes(step, path, axis, mask, known, pool)
+        step = _of_nodes(step, way, known)
     outputs, *moved = backend.custom_gradient(step)(inputs, *given)
     return outputs, _update(moved)
 
 
-def _of_nodes(
-    step: Any,
-    path: str,
-    axis: int,
-    mask: Tensor | None,
-    known: State,
-    pool: Pool,
-) -> Any:
+def _of_nodes(step: Any, way: Way, known: State) -> Any:
     """The step of `_written_out_batch` as two nodes: forward, and backward.
 
     A node has no gradient. So of the gradient a derivative is taken by doing
@@ -609,9 +599,7 @@ def _of_nodes(
 
     def step_of_nodes(x: Tensor, *parameters: Tensor) -> Any:
         own = _with_parameters(known, parameters)
-        outputs, correction, kept = _forward_node(
-            path, x, axis, mask, own, pool
-        )
+        outputs, correction, kept = _forward_node(way, x, own)
         backend.set_shape(outputs, x)
         for value in correction:
             backend.set_shape(value, own.moving_mean)
@@ -627,13 +615,10 @@ def _of_nodes(
                 arriving, *others = tensors[:count]
                 inputs, *values = tensors[count:]
                 results = _backward_node(
-                    path,
+                    way,
                     # Others need their shape only, and would keep them.
-                    inputs if path == "fused" else arriving,
-                    axis,
-                    mask,
+                    inputs if way.path == "fused" else arriving,
                     _with_parameters(known_still, values),
-                    pool,
                     kept,
                     correction,
                     arriving,

@@ -172,11 +172,15 @@ class Trainer:
         )
 
     def recalibrate(self, x):
-        """Of `plain`, which gets the weights of the model."""
+        """Of `plain`, which gets the weights of the model.
+
+        In random order: the files of some sets are sorted by class.
+        """
         for new, old in zip(self.plain.layers, self.model.layers, strict=True):
             by_name = {weight.name: weight for weight in old.weights}
             for weight in new.weights:
                 weight.assign(by_name[weight.name])
+        x = np.random.default_rng(0).permutation(x)
         keras_renorm.recalibrate(self.plain, x, verbose=False)
 
 
