@@ -9,8 +9,6 @@ advice.py`, have changed. `tests/test_documents.py` fails where it was
 forgotten. Needs matplotlib.
 """
 
-import ast
-import collections
 import json
 import re
 import runpy
@@ -371,61 +369,6 @@ def monitor():
     return [*table(head, rows), "", machine_of(results)]
 
 
-# Of the guide on tiles: setting, measures and title of a column.
-TILES = (
-    ("1", ("iou", "recalibrated"), "minibatch of 1"),
-    ("2", ("iou", "recalibrated"), "of 2"),
-    ("1", ("dim", "dim_recalibrated"), "of 1, then half as bright"),
-    ("1 lamps", ("iou", "recalibrated"), "of 1, a lamp each"),
-)
-
-
-def tiles():
-    """IoU before and after recalibration, and seams, of what was trained."""
-    # As text: the job's own imports would start TensorFlow.
-    job = (ROOT / "benchmarks/real/tiles.py").read_text(encoding="utf-8")
-    labels = re.search(r"^CONTENDERS = (\{.*?\})", job, re.M | re.S)
-    runs = (RESULTS / "real/tiles.jsonl").read_text(encoding="utf-8")
-    runs = [json.loads(line) for line in runs.splitlines()]
-
-    def found(contender, setting, measure):
-        values = sorted(
-            run[measure]
-            for run in runs
-            if (run["contender"], run["setting"]) == (contender, setting)
-            and run["seed"] < 1_000
-        )
-        return " – ".join(
-            f"{each:.2f}" for each in dict.fromkeys(values[:1] + values[-1:])
-        )
-
-    rows = [
-        [
-            label,
-            *(
-                " → ".join(
-                    dict.fromkeys(
-                        found(contender, setting, each) for each in measures
-                    )
-                )
-                for setting, measures, _ in TILES
-            ),
-            found(contender, "1", "mismatch"),
-        ]
-        for contender, label in ast.literal_eval(labels[1]).items()
-    ]
-    titles = [title for *_, title in TILES]
-    counts = collections.Counter(
-        (run["contender"], run["setting"]) for run in runs
-    )
-    return [
-        *table(["", *titles, "largest seam"], rows),
-        "",
-        f"Seeds: {min(counts.values())} to {max(counts.values())}; empty: not "
-        f"run yet. {runs[0]['machine']}.",
-    ]
-
-
 # By path: tests import this file alone.
 REAL = runpy.run_path(str(Path(__file__).parent / "real" / "report.py"))
 
@@ -464,7 +407,6 @@ PARTS = {
     "PyTorch": pytorch,
     "networks on a GPU": gpu_networks,
     "monitor": monitor,
-    "recipes for tiles": tiles,
 }
 
 
