@@ -354,23 +354,25 @@ def traced_when_eager(function: Any) -> Any:
     return called
 
 
-def shared_call(function: Any) -> Any:
+def shared_call(function: Any, stays: bool = False) -> Any:
     """A function of tensors and constants, as one node where a graph is made.
 
     To add an operation to a graph takes Python as long as thousands of
     elements take to compute, and a network repeats the operations of a step in
-    each layer. The node is a call of a graph that all layers share, and stays
-    one: to put its operations in the place of the node, and to optimize them
-    there, takes longer still (the first step of a MobileNetV2 three times as
-    long as with Keras's layers). Eagerly, under a distribution strategy, and on
-    JAX, it is the function itself, on PyTorch what `by_numpy` makes.
+    each layer. The node is a call of a graph that all layers share.
+    TensorFlow's optimizer puts its operations in the place of the node, unless
+    it `stays`: that makes the first step of a network sooner, since neither
+    the operations nor their optimization is repeated, but each call takes some
+    tens of microseconds, which a small tensor feels. Eagerly, under a
+    distribution strategy, and on JAX, it is the function itself, on PyTorch
+    what `by_numpy` makes.
 
     No gradient passes through the node, and to take one is an error. Its
     outputs have no known size: set it.
     """
     if _is("torch"):
         return by_numpy(function)
-    graphs = _Graphs(function, {"_noinline": True})
+    graphs = _Graphs(function, {"_noinline": True} if stays else None)
 
     @functools.wraps(function)
     def called(*arguments: Any) -> Any:

@@ -540,16 +540,14 @@ def _backward(
     )
 
 
-@backend.shared_call
-def _forward_node(
+def _forward_of(
     way: Way, inputs: Tensor, state: State
 ) -> tuple[Tensor, Correction, tuple[Tensor, ...]]:
     run, correction, outputs = _forward(way, inputs, state)
     return outputs, correction, run.kept
 
 
-@backend.shared_call
-def _backward_node(
+def _backward_of(
     way: Way,
     inputs: Tensor,
     state: State,
@@ -560,6 +558,16 @@ def _backward_node(
 ) -> tuple[Tensor, ...]:
     run = _step_of(way, inputs, state, kept)
     return _backward(run, correction, upstream, others, state, way.pool)
+
+
+# Forward and backward as nodes of a graph, by whether they stay nodes.
+_NODES = {
+    stays: tuple(
+        backend.shared_call(function, stays)
+        for function in (_forward_of, _backward_of)
+    )
+    for stays in (True, False)
+}
 
 
 def _written_out_batch(
@@ -597,9 +605,12 @@ def _of_nodes(step: Any, way: Way, known: State) -> Any:
     the step again, operation by operation.
     """
 
+    # Those of small tensors do not; see `choose`.
+    forward, backward = _NODES[way.path == "fused"]
+
     def step_of_nodes(x: Tensor, *parameters: Tensor) -> Any:
         own = _with_parameters(known, parameters)
-        outputs, correction, kept = _forward_node(way, x, own)
+        outputs, correction, kept = forward(way, x, own)
         backend.set_shape(outputs, x)
         for value in correction:
             backend.set_shape(value, own.moving_mean)
@@ -614,7 +625,7 @@ def _of_nodes(step: Any, way: Way, known: State) -> Any:
             def taken(*tensors: Tensor) -> Any:
                 arriving, *others = tensors[:count]
                 inputs, *values = tensors[count:]
-                results = _backward_node(
+                results = backward(
                     way,
                     # Others need their shape only, and would keep them.
                     inputs if way.path == "fused" else arriving,
