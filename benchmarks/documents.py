@@ -175,9 +175,9 @@ def lines_of(name, column):
 
 
 def advice():
-    """The rows of `diagnostics/advice.py`, as sentences."""
+    """The rows of `_report/advice.py`, as sentences."""
     # By path: the package would start TensorFlow.
-    path = ROOT / "keras_renorm" / "diagnostics" / "advice.py"
+    path = ROOT / "keras_renorm" / "diagnostics" / "_report" / "advice.py"
     rows = runpy.run_path(str(path))["ROWS"]
     first, *others = rows
     return [

@@ -9,7 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import arguments, functional
+from keras_renorm._checks import (
+    check_integer,
+    check_number,
+    is_number,
+    python_value,
+)
 
 __all__ = ["LinearRamp", "ioffe2017"]
 
@@ -20,7 +25,7 @@ CLOSED = (MINIMA["r_max"], MINIMA["d_max"])
 # Ioffe 2017, section 4.2: where the limits end, in runs of 130,000 steps.
 R_MAX, D_MAX = 3.0, 5.0
 _PAPER_TOTAL_STEPS = 130_000
-# By then a layer has measured how far to correct; see `gradients`. Limits that
+# By then a layer has measured how far to correct; see `gating`. Limits that
 # open within fewer steps let trainings on inputs of 0.001 diverge.
 LEAST_END = 200
 # Infinity is stored as a number that survives sums, means and squares of
@@ -28,6 +33,23 @@ LEAST_END = 200
 _UNLIMITED = 2.0**60
 # How far an average of equal numbers may be off them.
 _ROUNDING = 1e-4
+
+
+def interpolate(
+    xp: Any, initial_value: Any, final_value: Any, elapsed: Any, span: Any
+) -> Any:
+    """The value of a linear ramp, elementwise.
+
+    `xp` is the namespace that computes it, `numpy` or `keras.ops`. `elapsed`
+    are the steps since the ramp began (negative before), `span` is how many
+    it takes, both as floats. Values are picked, not multiplied by zero, at
+    both ends: they may be infinite there.
+    """
+    progress = elapsed / xp.maximum(span, 1.0)
+    between = initial_value + (final_value - initial_value) * progress
+    value = xp.where(elapsed <= 0, initial_value, between)
+    # Last, so that a ramp of no length has switched at its step.
+    return xp.where(elapsed >= span, final_value, value)
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
@@ -73,10 +95,10 @@ class LinearRamp:
 
     def __post_init__(self) -> None:
         for name in ("initial_value", "final_value"):
-            value = arguments.check_number(name, getattr(self, name))
+            value = check_number(name, getattr(self, name))
             object.__setattr__(self, name, value)
         for name in ("begin_step", "end_step"):
-            step = arguments.check_integer(name, getattr(self, name), 0)
+            step = check_integer(name, getattr(self, name), 0)
             object.__setattr__(self, name, step)
         if self.end_step < self.begin_step:
             raise ValueError(
@@ -102,7 +124,7 @@ class LinearRamp:
     def __call__(self, step: Any) -> Any:
         """The value at `step`: a float, or an array for an array of steps."""
         with np.errstate(invalid="ignore"):  # inf - inf, never picked
-            value = functional.interpolate(
+            value = interpolate(
                 np,
                 self.initial_value,
                 self.final_value,
@@ -133,7 +155,7 @@ class LinearRamp:
     def __eq__(self, other: object) -> bool:
         if isinstance(other, LinearRamp):
             return self._key() == other._key()
-        other = arguments.plain(other)
+        other = python_value(other)
         if isinstance(other, numbers.Real):
             return self.is_flat and self.initial_value == other
         return NotImplemented
@@ -192,7 +214,7 @@ def ioffe2017(
     """
     if total_steps is None:
         return _PAPER_R_MAX, _PAPER_D_MAX
-    total_steps = arguments.check_integer("total_steps", total_steps, 1)
+    total_steps = check_integer("total_steps", total_steps, 1)
     factor = total_steps / _PAPER_TOTAL_STEPS
     return _PAPER_R_MAX.scale_steps(factor), _PAPER_D_MAX.scale_steps(factor)
 
@@ -292,10 +314,10 @@ def limit(name: str, value: Any) -> LinearRamp:
         ValueError: If it ever goes below the limit's minimum, or is NaN.
     """
     minimum = MINIMA[name]
-    value = arguments.plain(value)
+    value = python_value(value)
     if isinstance(value, LinearRamp):
         ramp = value
-    elif arguments.is_number(value):
+    elif is_number(value):
         value = float(value)
         if math.isnan(value):
             raise ValueError(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_renorm import backend
+from keras_renorm._backend.variables import to_numpy
 
 # Keras's `fit` takes one step after the other on PyTorch.
 SEVERAL_STEPS = (pytest.mark.tensorflow, pytest.mark.jax)
@@ -42,10 +42,6 @@ def randomize(layer, rng):
     ):
         if variable is not None:
             variable.assign(rng.uniform(low, high, channels))
-
-
-def to_numpy(tensor):
-    return backend.to_numpy(tensor)
 
 
 def statistics(layer):

@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import pytest
 
-from keras_renorm import BatchNormalization, BatchRenormalization, kernels
-from keras_renorm.aten import AtenStep
-from keras_renorm.plain import PlainStep
+from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm._step import choice, training
+from keras_renorm._step.aten import AtenStep
+from keras_renorm._step.plain import PlainStep
 from tests import helpers
 from tests.reference import Reference, from_rows, to_rows
 from tests.test_corrected_gradient import examples_of
@@ -67,14 +68,14 @@ def stepped(layer, inputs, upstream):
 def steps(monkeypatch):
     """Which class each step was of, as a list."""
     found = []
-    step_of = kernels._step_of
+    step_of = training._step_of
 
     def noted(*arguments):
         step = step_of(*arguments)
         found.append(type(step))
         return step
 
-    monkeypatch.setattr(kernels, "_step_of", noted)
+    monkeypatch.setattr(training, "_step_of", noted)
     return found
 
 
@@ -173,7 +174,7 @@ def test_large_means(layer, rng, steps):
 
 def test_which_inputs_the_operators_take():
     def path(inputs, mask=None):
-        return kernels.choose(inputs, 1, mask)
+        return choice.choose(inputs, 1, mask)
 
     floats = torch.ones(3, 4)
     assert path(floats) == "aten"

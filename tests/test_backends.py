@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from keras_renorm import BatchNormalization, backend
+from keras_renorm import BatchNormalization
+from keras_renorm._backend import runtime
 from tests import helpers
 
 # Everything that the package has a file for, but what needs the backend
@@ -76,8 +77,8 @@ def test_synchronized_processes_of_torch_are_an_error(
     x = helpers.inputs_of(rng, (8, 3))
     layer(x, training=True)
     before = helpers.statistics(layer)
-    monkeypatch.setattr(backend.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(backend.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(runtime.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.distributed, "get_world_size", lambda: 2)
     layer(x)  # what is served has statistics already
     if not is_synchronized:
         layer(x, training=True)

@@ -209,10 +209,10 @@ def test_all_masked_batch_outputs_are_finite_and_counted(rng):
 def test_no_correction_where_there_is_no_element(rng):
     from keras import ops
 
-    from keras_renorm import functional
+    from keras_renorm._step.correction import renorm_correction
 
     zeros, ones = ops.zeros((3,)), ops.ones((3,))
-    r, d = functional.renorm_correction(
+    r, d = renorm_correction(
         zeros,
         zeros,
         ops.zeros(()) > 0,
@@ -230,12 +230,12 @@ def test_no_correction_where_there_is_no_element(rng):
 def test_no_gradient_passes_through_the_correction():
     import tensorflow as tf
 
-    from keras_renorm import functional
+    from keras_renorm._step.correction import renorm_correction
 
     mean, variance = tf.constant([1.0, 2.0]), tf.constant([3.0, 4.0])
     with tf.GradientTape() as tape:
         tape.watch([mean, variance])
-        r, d = functional.renorm_correction(
+        r, d = renorm_correction(
             mean,
             variance,
             True,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_renorm import BatchNormalization, BatchRenormalization
-from keras_renorm.fused import FusedView
+from keras_renorm._step.fused import FusedView
 from tests import helpers
 
 pytestmark = pytest.mark.tensorflow
@@ -301,7 +301,7 @@ def test_second_derivatives_of_the_corrected_gradient(graph):
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_third_derivatives(momentum, rng, monkeypatch):
     # What could be missing is of the size of 1 / elements a channel.
-    monkeypatch.setattr("keras_renorm.kernels.SMALL_ELEMENTS", 1)
+    monkeypatch.setattr("keras_renorm._step.choice.SMALL_ELEMENTS", 1)
     shape = (4, 3, 3, 8)
     along = rng.normal(size=(2, *shape))
 

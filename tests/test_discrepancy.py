@@ -524,7 +524,9 @@ def test_keras_layers_with_renorm(rng):
 
 
 def test_quantiles_of_many_batches_rest_on_some(rng, monkeypatch):
-    monkeypatch.setattr("keras_renorm.diagnostics.modes.record.KEPT_BATCHES", 8)
+    monkeypatch.setattr(
+        "keras_renorm.diagnostics._report.record.KEPT_BATCHES", 8
+    )
     layer = BatchNormalization()
     x = helpers.inputs_of(rng, (4 * 50, 3))
     x[:, 0] += np.linspace(0, 20, len(x), dtype="float32")

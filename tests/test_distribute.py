@@ -219,7 +219,7 @@ def test_large_tensors_are_synchronized(
     split = SPLITS[split]
     axis = arguments.get("axis", -1)
     shape = (sum(split), 64, 64, 8) if axis == -1 else (sum(split), 8, 64, 64)
-    monkeypatch.setattr("keras_renorm.kernels.SMALL_ELEMENTS", 1_000)
+    monkeypatch.setattr("keras_renorm._step.choice.SMALL_ELEMENTS", 1_000)
     x = helpers.inputs_of(rng, shape, axis)
     x *= np.linspace(0.5, 2, len(x), dtype="float32").reshape(-1, 1, 1, 1)
     upstream = rng.normal(size=shape).astype("float32")
@@ -235,7 +235,7 @@ def test_synchronized_16_bit_inputs_are_rounded_once(
 ):
     split = SPLITS["unequal"]
     shape = (sum(split), 32, 32, 4)
-    monkeypatch.setattr("keras_renorm.kernels.SMALL_ELEMENTS", 1_000)
+    monkeypatch.setattr("keras_renorm._step.choice.SMALL_ELEMENTS", 1_000)
     with strategy.scope():
         layer = make(BatchNormalization, shape, synchronized=True, dtype=dtype)
     single = make(BatchNormalization, shape)
@@ -324,7 +324,7 @@ def test_gradients_of_constant_channels(dtype, is_masked, strategy, rng):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_second_derivatives(dtype, strategy, rng, monkeypatch):
     # In float32 by the fused operators.
-    monkeypatch.setattr("keras_renorm.kernels.SMALL_ELEMENTS", 1)
+    monkeypatch.setattr("keras_renorm._step.choice.SMALL_ELEMENTS", 1)
     split = SPLITS["unequal"]
     shape = (sum(split), 4)
     x = helpers.inputs_of(rng, shape, dtype=dtype)
@@ -429,7 +429,7 @@ def test_forward_mode(synchronized, strategy, rng):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("sizes", [(4,), (64, 64, 8)], ids=["small", "fused"])
 def test_one_all_reduce_each_way(kind, sizes, strategy, rng, monkeypatch):
-    monkeypatch.setattr("keras_renorm.kernels.SMALL_ELEMENTS", 1_000)
+    monkeypatch.setattr("keras_renorm._step.choice.SMALL_ELEMENTS", 1_000)
     sent = []
     context = tf.distribute.ReplicaContext
     all_reduce = context.all_reduce

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import keras_renorm
-from keras_renorm import gating, gradients
+from keras_renorm._step import gating
+from keras_renorm._step.gradient import HALF_WEIGHT_AGREEMENT, HIGHEST_WEIGHT
 from tests import helpers
 
 ROOT = Path(__file__).parent.parent
@@ -241,6 +242,6 @@ def test_formulas_have_the_numbers_of_the_code():
 
 
 def test_the_design_says_how_much_of_the_gradient_is_corrected():
-    square = f"{gradients.HALF_WEIGHT_AGREEMENT:g}²"
-    formula = f"{gradients.HIGHEST_WEIGHT:g} g a² / (a² + {square})"
+    square = f"{HALF_WEIGHT_AGREEMENT:g}²"
+    formula = f"{HIGHEST_WEIGHT:g} g a² / (a² + {square})"
     assert formula in (ROOT / "docs/design.md").read_text()

@@ -346,7 +346,7 @@ def test_what_is_often_mistaken(call, kind, message):
 
 
 def test_data_that_may_never_end_is_warned_of(rng, monkeypatch):
-    monkeypatch.setattr("keras_renorm.models.batches.MANY_BATCHES", 3)
+    monkeypatch.setattr("keras_renorm.models._data.batches.MANY_BATCHES", 3)
     x = rng.normal(4.0, 1.0, (4, 3)).astype("float32")
     model = keras.Sequential([keras.Input((3,)), BatchNormalization()])
     message = r"^`dataset` goes on after 3 batches\. If it never ends, give"

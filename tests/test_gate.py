@@ -6,11 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_renorm import (
-    BatchNormalization,
-    BatchRenormalization,
-    gating,
-)
+from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm._step import gating
 from tests import helpers
 from tests.reference import (
     GatedReference,

@@ -203,7 +203,8 @@ def test_several_steps_an_execution_are_the_same():
     expected = gated_steps.trained()
     actual = gated_steps.trained(steps_per_execution=5)
     for key, value in expected.items():
-        helpers.assert_close(actual[key], value, 1e-5)
+        # Two graphs, in which TensorFlow rounds in another order.
+        helpers.assert_close(actual[key], value, 5e-5)
 
 
 def test_the_scale_of_the_loss_is_not_in_the_state():

@@ -1,4 +1,4 @@
-"""Every path through `kernels` computes the same numbers."""
+"""Every path of `choice.choose` computes the same numbers."""
 
 import functools
 import gc
@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_renorm import (
-    BatchNormalization,
-    BatchRenormalization,
-    backend,
-    kernels,
-)
+from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm._backend import runtime, tracing
+from keras_renorm._step import choice
 from tests import helpers
 from tests.reference import (
     CorrectedReference,
@@ -187,7 +184,7 @@ def test_one_element_a_channel_has_no_variance_on_any_device(
         return outputs
 
     monkeypatch.setattr("tensorflow.raw_ops.FusedBatchNormV3", on_cuda)
-    monkeypatch.setattr(kernels, "SMALL_ELEMENTS", 1)
+    monkeypatch.setattr(choice, "SMALL_ELEMENTS", 1)
     # A corrected gradient is not zero.
     arguments = {} if kind is BatchNormalization else UNCORRECTED
     # An epsilon that no other test has, or will find, a graph of.
@@ -322,7 +319,7 @@ def expected_step(reference, rows, d_rows, limits, examples, is_held):
 def test_each_step_equals_the_reference(place, dtype, held, rng, monkeypatch):
     """On every axis, with every layer."""
     if place != "small in a graph":
-        monkeypatch.setattr(kernels, "SMALL_ELEMENTS", 1)
+        monkeypatch.setattr(choice, "SMALL_ELEMENTS", 1)
     shape = (4, 6, 5, 8)
     # XLA takes seconds to compile each.
     axes = (3, 1) if place == "xla" else range(4)
@@ -429,7 +426,7 @@ def test_what_is_chosen(rng):
 
         @tf.function(input_signature=[spec], **options)
         def traced(inputs):
-            chosen["path"] = kernels.choose(inputs, axis, None)
+            chosen["path"] = choice.choose(inputs, axis, None)
             return inputs
 
         traced.get_concrete_function()
@@ -449,18 +446,18 @@ def test_what_is_chosen(rng):
     assert record((None, 24, 24, 8)) == "fused"
     assert record((None, 64)) == "matrix"
     inputs, mask = tf.zeros(LARGE), tf.ones((32, 1, 1, 1), tf.bool)
-    assert kernels.choose(inputs, 3, None) == "fused"
-    assert kernels.choose(inputs, 3, mask) == "plain"
+    assert choice.choose(inputs, 3, None) == "fused"
+    assert choice.choose(inputs, 3, mask) == "plain"
 
 
 def test_what_is_chosen_with_moving_statistics():
-    """By the operation that made the inputs; see `kernels.choose`."""
+    """By the operation that made the inputs; see `choice.choose`."""
     chosen = {}
 
     def record(before, shape=(4, 6, 6, 3), dtype="float32", axis=3, **options):
         @tf.function(input_signature=[tf.TensorSpec(shape, dtype)], **options)
         def traced(inputs):
-            chosen["path"] = kernels.choose(
+            chosen["path"] = choice.choose(
                 before(inputs), axis, None, is_moving=True
             )
             return inputs
@@ -660,7 +657,7 @@ def operations(function, *arguments):
 
 def test_xla_is_recognized_wherever_it_comes_from():
     # If this fails, TensorFlow has changed how it marks what it compiles:
-    # see `kernels._is_compiled_by_xla`. The fused training operator computes
+    # see `choice._is_compiled_by_xla`. The fused training operator computes
     # E[x^2] - E[x]^2 there.
     layer = BatchNormalization()
     layer.build(LARGE)
@@ -901,7 +898,7 @@ def test_nothing_infinite_is_computed(layer, mode, checked_numerics, rng):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    monkeypatch.setattr(runtime, "has_gpu", lambda: True)
 
 
 @pytest.mark.parametrize("is_deterministic", [True, False])
@@ -910,9 +907,9 @@ def test_a_deterministic_gpu_gets_no_operator_that_is_not(
     layer, is_deterministic, a_gpu, monkeypatch, rng
 ):
     # That of the gradient by given statistics.
-    assert not backend.is_op_determinism_enabled()
+    assert not runtime.is_op_determinism_enabled()
     monkeypatch.setattr(
-        backend, "is_op_determinism_enabled", lambda: is_deterministic
+        runtime, "is_op_determinism_enabled", lambda: is_deterministic
     )
     if layer == "corrected":
         layer = MATRIX[layer][0](**MATRIX[layer][1])
@@ -930,7 +927,7 @@ def test_a_gpu_gets_no_more_examples_than_cudnn_takes(a_gpu, monkeypatch):
     def chosen(shape, axis):
         inputs = tf.zeros(shape)
         return [
-            kernels.choose(inputs, axis, None, is_moving=is_moving)
+            choice.choose(inputs, axis, None, is_moving=is_moving)
             for is_moving in (True, False)
         ]
 
@@ -939,7 +936,7 @@ def test_a_gpu_gets_no_more_examples_than_cudnn_takes(a_gpu, monkeypatch):
     assert chosen((65_536, 2, 1), 1) == ["plain", "plain"]
     # Rows, not examples.
     assert chosen((65_536, 2), 1) == ["fused", "fused"]
-    monkeypatch.setattr(backend, "has_gpu", lambda: False)
+    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
     assert chosen((65_536, 2, 1), 2) == ["fused", "fused"]
 
 
@@ -977,7 +974,7 @@ def test_no_warning_of_retracing(kind, rng):
 def test_layers_share_a_graph_and_nothing_else(rng):
     calls = []
 
-    @backend.traced_when_eager
+    @tracing.traced_when_eager
     def scaled(inputs, factor, axis):
         calls.append(axis)
         return ops.sum(inputs, axis=axis) * factor
@@ -997,7 +994,7 @@ def test_layers_share_a_graph_and_nothing_else(rng):
 def test_a_graph_is_for_all_sizes(rng):
     seen = []
 
-    @backend.traced_when_eager
+    @tracing.traced_when_eager
     def total(inputs, vector):
         seen.append(tuple(inputs.shape))
         return ops.sum(inputs, axis=0) * vector
@@ -1061,7 +1058,7 @@ def test_a_graph_of_many_layers_holds_calls_of_shared_graphs(
     # An epsilon that no other test has left a graph of.
     layers = [kind(epsilon=0.0345) for _ in range(3)]
     inputs = tf.constant(helpers.inputs_of(rng, shape))
-    is_large = math.prod(shape) >= kernels.SMALL_ELEMENTS
+    is_large = math.prod(shape) >= choice.SMALL_ELEMENTS
     for layer in layers:
         layer.build(inputs.shape)
 

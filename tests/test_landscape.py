@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_renorm import (
-    BatchNormalization,
-    BatchRenormalization,
-    backend,
-)
+from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm._backend import tracing
+from keras_renorm._landscape.objective import Objective
 from keras_renorm.diagnostics import (
     effective_smoothness,
     gradient_predictiveness,
     internal_covariate_shift,
     loss_along_gradient,
 )
-from keras_renorm.diagnostics.landscape.objective import Objective
 from tests import helpers
 
 FUNCTIONS = [
@@ -731,7 +728,7 @@ def test_gradients_are_dense_and_zero_where_nothing_depends():
         return ops.sum(ops.take(weights[0], rows, axis=0) * 2.0)
 
     weights = [ops.ones((3, 2)), ops.ones((2,))]
-    _, graph = backend.value_and_gradients(function)
+    _, graph = tracing.value_and_gradients(function)
     value, (table, unused) = graph(weights, ops.convert_to_tensor([2, 0, 2]))
     assert float(value) == 12.0
     assert not getattr(table, "is_sparse", hasattr(table, "indices"))
@@ -746,7 +743,7 @@ def test_another_backend_is_an_error(monkeypatch):
         "Received: openvino."
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        backend.value_and_gradients(ops.sum)
+        tracing.value_and_gradients(ops.sum)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

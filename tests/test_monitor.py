@@ -15,20 +15,20 @@ from keras_renorm import (
     BatchNormalization,
     BatchRenormalization,
     freeze_statistics,
-    gating,
     get_statistics,
     unfreeze_statistics,
 )
+from keras_renorm._step import gating
 from keras_renorm.callbacks import RenormMonitor, RenormScheduler
-from keras_renorm.callbacks.clock import Clock
-from keras_renorm.callbacks.messages import limits_messages
-from keras_renorm.diagnostics import discrepancy
-from keras_renorm.diagnostics.modes.step import (
+from keras_renorm.callbacks._monitor.clock import Clock
+from keras_renorm.callbacks._monitor.messages import limits_messages
+from keras_renorm.callbacks._monitor.readings import (
     batch_statistic,
     has_moved,
     read_moved,
     read_state,
 )
+from keras_renorm.diagnostics import discrepancy
 from keras_renorm.schedules import ioffe2017
 from tests import helpers, networks
 

@@ -11,71 +11,71 @@ ROOT = Path(keras_renorm.__file__).parent
 # File and name (`_flatten_layers` is Keras's and tf_keras's): why, and the test
 # that fails when a release breaks it.
 USED = {
-    ("kernels.py", "_get_control_flow_context"): (
+    ("_step/choice.py", "_get_control_flow_context"): (
         "TensorFlow: whether XLA compiles the graph (and a class name in it)",
         "test_kernels.py::test_xla_is_recognized_wherever_it_comes_from",
     ),
-    ("models/copying.py", "_compile_config"): (
+    ("models/_surgery/copying.py", "_compile_config"): (
         "Keras: its public part has names in the place of functions",
         "test_convert.py"
         "::test_functions_that_no_file_could_name_are_the_copys_too",
     ),
-    ("models/in_place.py", "_track_variable"): (
+    ("models/_surgery/in_place.py", "_track_variable"): (
         "Keras: a built layer takes no other variables by public means",
         "test_in_place.py::test_there_and_back_is_the_same_to_the_bit",
     ),
-    ("models/in_place.py", "_tracker"): (
+    ("models/_surgery/in_place.py", "_tracker"): (
         "the same",
         "test_in_place.py::test_there_and_back_is_the_same_to_the_bit",
     ),
-    ("models/in_place.py", "_untrack_variable"): (
+    ("models/_surgery/in_place.py", "_untrack_variable"): (
         "the same",
         "test_in_place.py::test_there_and_back_is_the_same_to_the_bit",
     ),
-    ("models/tf_keras_layers.py", "_flatten_layers"): (
+    ("models/_surgery/tf_keras_layers.py", "_flatten_layers"): (
         "tf_keras: its graph; tf_keras no longer changes",
         "test_legacy.py::test_inference_is_the_same",
     ),
-    ("models/from_tf_keras.py", "_nodes_by_depth"): (
+    ("models/_surgery/from_tf_keras.py", "_nodes_by_depth"): (
         "the same",
         "test_legacy.py::test_inference_is_the_same",
     ),
-    ("models/finding.py", "_flatten_layers"): (
+    ("models/_layers/finding.py", "_flatten_layers"): (
         "Keras: layers inside custom layers",
         "test_callbacks.py::test_layers_inside_custom_layers_are_found",
     ),
 }
 # Those that are no attribute in the source: names in strings, and modules.
 HIDDEN = {
-    ("models/configuration.py", "_<argument> of any object"): (
+    ("models/_layers/configuration.py", "_<argument> of any object"): (
         "a function that a configuration cannot hold",
         "test_convert.py"
         "::test_functions_that_no_file_could_name_are_the_copys_too",
     ),
-    ("models/graphs.py", "names in `_BOOKKEEPING`"): (
+    ("models/_layers/graphs.py", "names in `_BOOKKEEPING`"): (
         "Keras: what changes on a model without a new graph; one that is gone "
         "costs a trace",
         "test_landscape.py::test_training_between_calls_traces_nothing_anew",
     ),
-    ("backend.py", "forwardprop_util"): (
+    ("_backend/derivatives.py", "forwardprop_util"): (
         "TensorFlow: whether a derivative in forward mode is being taken",
         "test_derivatives.py::test_forward_mode",
     ),
-    ("backend.py", "kwargs, gen, recompute_fn"): (
+    ("_backend/repetition.py", "kwargs, gen, recompute_fn"): (
         "in `tf.recompute_grad` and `torch.utils.checkpoint`: which call of "
         "`keras.remat` a second call of a layer belongs to",
         "test_recomputation.py::test_a_recomputed_step_is_the_same",
     ),
-    ("backend.py", "_functorch"): (
+    ("_backend/derivatives.py", "_functorch"): (
         "PyTorch: whether a function of `torch.func` is at work",
         "test_aten.py::test_forward_mode_and_transforms",
     ),
-    ("backend.py", "is_op_determinism_enabled"): (
+    ("_backend/runtime.py", "is_op_determinism_enabled"): (
         "TensorFlow: whether operators must be deterministic",
         "test_kernels.py"
         "::test_a_deterministic_gpu_gets_no_operator_that_is_not",
     ),
-    ("models/from_tf_keras.py", "_keras_mask"): (
+    ("models/_surgery/from_tf_keras.py", "_keras_mask"): (
         "Keras and tf_keras: whether a tensor of a graph has a mask",
         "test_legacy.py::test_another_mask_is_an_error",
     ),

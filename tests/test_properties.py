@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_renorm import BatchNormalization, BatchRenormalization, kernels
+from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm._step import choice
 from tests import helpers
 from tests.reference import Reference, from_rows, to_rows
 
@@ -200,8 +201,8 @@ def check(case, jit_compile=False):
         kept = np.broadcast_to(np.expand_dims(mask, case.axis), case.shape)
         inputs[~kept] = np.nan
     inputs = ops.cast(inputs, dtype)
-    small = 0 if case.is_fused else kernels.SMALL_ELEMENTS
-    with mock.patch.object(kernels, "SMALL_ELEMENTS", small):
+    small = 0 if case.is_fused else choice.SMALL_ELEMENTS
+    with mock.patch.object(choice, "SMALL_ELEMENTS", small):
         actual = run(layer, case, inputs, upstream, jit_compile)
     assert keras.backend.standardize_dtype(actual[0].dtype) == dtype
     compare(

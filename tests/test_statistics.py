@@ -19,7 +19,11 @@ from keras_renorm import (
     unfreeze_statistics,
 )
 from keras_renorm.diagnostics import discrepancy
-from keras_renorm.models.finding import choose_layers, find_layers, names_of
+from keras_renorm.models._layers.finding import (
+    choose_layers,
+    find_layers,
+    names_of,
+)
 from tests import helpers, networks
 
 KINDS = [layers.BatchNormalization, BatchNormalization, BatchRenormalization]

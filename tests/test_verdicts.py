@@ -13,10 +13,11 @@ from sklearn.datasets import load_digits
 
 import keras_renorm
 from keras_renorm import BatchNormalization, BatchRenormalization
-from keras_renorm.diagnostics import advice, discrepancy
-from keras_renorm.diagnostics.modes.conditions import Case
-from keras_renorm.diagnostics.modes.measurement import Measurement
-from keras_renorm.diagnostics.modes.verdict import RULES, _Found, verdicts_of
+from keras_renorm.diagnostics import discrepancy
+from keras_renorm.diagnostics._report import advice
+from keras_renorm.diagnostics._report.conditions import Case
+from keras_renorm.diagnostics._report.measurement import Measurement
+from keras_renorm.diagnostics._report.verdict import RULES, _Found, verdicts_of
 
 ROOT = Path(__file__).parents[1]
 SEEDS = [0, 1]

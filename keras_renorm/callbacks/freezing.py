@@ -8,13 +8,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_renorm import arguments
+from keras_renorm._checks import check_number
 from keras_renorm.layers.batch_normalization import BatchNormalization
+from keras_renorm.models._layers.graphs import trace_anew
 from keras_renorm.models.freeze import (
     normalization_layers,
     warn_of_untrained,
 )
-from keras_renorm.models.graphs import trace_anew
 
 # A loss that rises by more than this share of itself after the freezing, and by
 # more than it rose from any epoch to the next before, is not by chance.
@@ -80,7 +80,7 @@ class FreezeStatistics(keras.callbacks.Callback):
 
     def __init__(self, begin: float = 0.8) -> None:
         super().__init__()
-        self.begin = arguments.check_number("begin", begin)
+        self.begin = check_number("begin", begin)
         if not 0 < self.begin < 1:
             raise ValueError(
                 "`begin` must be greater than 0 and less than 1. Received: "

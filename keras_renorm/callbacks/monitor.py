@@ -6,12 +6,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import arguments
-from keras_renorm.callbacks.clock import Clock
-from keras_renorm.callbacks.messages import batches_message, limits_messages
-from keras_renorm.callbacks.sharing import SharesData
-from keras_renorm.diagnostics.modes.comparison import comparison
-from keras_renorm.diagnostics.modes.step import (
+from keras_renorm._checks import check_boolean, check_integer
+from keras_renorm.callbacks._monitor.clock import Clock
+from keras_renorm.callbacks._monitor.messages import (
+    batches_message,
+    limits_messages,
+)
+from keras_renorm.callbacks._monitor.readings import (
     LayerState,
     draw_steps,
     figures_of,
@@ -21,9 +22,11 @@ from keras_renorm.diagnostics.modes.step import (
     read_moved,
     read_state,
 )
+from keras_renorm.callbacks._sharing import SharesData
+from keras_renorm.diagnostics._report.comparison import comparison
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.batches import Batches
-from keras_renorm.models.finding import (
+from keras_renorm.models._data.batches import Batches
+from keras_renorm.models._layers.finding import (
     Choice,
     check_no_keras_renorm,
     describe,
@@ -133,8 +136,8 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         layers: Choice = None,
     ) -> None:
         super().__init__()
-        self.every = arguments.check_integer("every", every, minimum=1)
-        self.per_layer = arguments.check_boolean("per_layer", per_layer)
+        self.every = check_integer("every", every, minimum=1)
+        self.per_layer = check_boolean("per_layer", per_layer)
         self.dataset = dataset
         self.log_dir = log_dir
         self.layers = layers

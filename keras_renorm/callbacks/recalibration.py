@@ -7,10 +7,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_renorm import backend
-from keras_renorm.callbacks.sharing import SharesData
-from keras_renorm.models.finding import require_layers
-from keras_renorm.models.passes import NotFiniteError
+from keras_renorm._backend.variables import to_numpy
+from keras_renorm.callbacks._sharing import SharesData
+from keras_renorm.models._data.passes import NotFiniteError
+from keras_renorm.models._layers.finding import require_layers
 from keras_renorm.models.recalibrate import statistics_pass
 
 
@@ -140,7 +140,7 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
         Of the first of each: a change of all changes some of these.
         """
         return tuple(
-            backend.to_numpy(ops.reshape(variable, (-1,))[:256]).tobytes()
+            to_numpy(ops.reshape(variable, (-1,))[:256]).tobytes()
             for variable in (
                 *self.model.trainable_variables,
                 *(layer.moving_mean for layer in self._chosen()),

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_renorm import arguments, backend, schedules
+from keras_renorm import schedules
+from keras_renorm._backend import runtime
+from keras_renorm._checks import check_integer
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.finding import find_layers
+from keras_renorm.models._layers.finding import find_layers
 from keras_renorm.schedules import LinearRamp
 
 Limit = float | LinearRamp | Callable[[int], float]
@@ -93,7 +95,7 @@ class RenormScheduler(keras.callbacks.Callback):
             if value is not None and not _is_function(value):
                 schedules.limit(name, value)
         if total_steps is not None:
-            total_steps = arguments.check_integer("total_steps", total_steps, 1)
+            total_steps = check_integer("total_steps", total_steps, 1)
             if not self._is_scaled:
                 raise ValueError(
                     "`total_steps` must be None where both limits are given: "
@@ -112,7 +114,7 @@ class RenormScheduler(keras.callbacks.Callback):
         self._is_warned = False
         # The last values of the functions, by layer and limit.
         self._asked: dict[tuple[int, str], float] = {}
-        self._reaches_batches = backend.lets_callbacks_reach_batches()
+        self._reaches_batches = runtime.lets_callbacks_reach_batches()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Sets the ramps: everything that needs no function."""

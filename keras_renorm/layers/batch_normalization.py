@@ -8,16 +8,25 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
-from keras_renorm import (
-    arguments,
-    backend,
-    functional,
-    kernels,
-    pooling,
-    recomputation,
+from keras_renorm._backend import repetition, runtime, watching
+from keras_renorm._backend.operations import Tensor, ops
+from keras_renorm._backend.variables import read, to_numpy
+from keras_renorm._checks import (
+    Intended,
+    check_boolean,
+    check_epsilon,
+    check_integer,
+    check_known,
+    check_momentum,
+    warn,
+    warn_of_low_momentum,
 )
-from keras_renorm.operations import Tensor, ops
-from keras_renorm.pooling import Pool
+from keras_renorm._step import choice, pooling, recomputation
+from keras_renorm._step.inference import normalize_by_moving_statistics
+from keras_renorm._step.moments import align_mask
+from keras_renorm._step.pooling import Pool
+from keras_renorm._step.records import GradientMemory, Limits, Parameters, State
+from keras_renorm._step.training import normalize_by_batch
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
@@ -148,7 +157,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             virtual_batch_size
         )
         _check_sharing(synchronized, virtual_batch_size)
-        arguments.warn_of_low_momentum(momentum)
+        warn_of_low_momentum(momentum)
         super().__init__(
             axis=self.checks["axis"](axis),
             momentum=self.checks["momentum"](momentum),
@@ -163,7 +172,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             gamma_regularizer=gamma_regularizer,
             beta_constraint=beta_constraint,
             gamma_constraint=gamma_constraint,
-            trainable=arguments.check_boolean("trainable", trainable),
+            trainable=check_boolean("trainable", trainable),
             dtype=dtype,
             name=name,
             **layer_arguments,
@@ -177,17 +186,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     # Arguments that may be assigned to as well.
     checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
-        "axis": partial(arguments.check_integer, "axis"),
-        "momentum": arguments.check_momentum,
-        "epsilon": arguments.check_epsilon,
-        "synchronized": partial(arguments.check_boolean, "synchronized"),
+        "axis": partial(check_integer, "axis"),
+        "momentum": check_momentum,
+        "epsilon": check_epsilon,
+        "synchronized": partial(check_boolean, "synchronized"),
         "virtual_batch_size": lambda value: (
             None
             if value is None
-            else arguments.check_integer("virtual_batch_size", value, minimum=1)
+            else check_integer("virtual_batch_size", value, minimum=1)
         ),
-        "center": partial(arguments.check_boolean, "center"),
-        "scale": partial(arguments.check_boolean, "scale"),
+        "center": partial(check_boolean, "center"),
+        "scale": partial(check_boolean, "scale"),
     }
     # Whether a graph has momentum and epsilon, as constants.
     _is_traced = False
@@ -211,7 +220,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     "other layers."
                 )
         elif self._is_traced:
-            arguments.warn(
+            warn(
                 f"`{name}` takes effect when the model is compiled next: "
                 f"graphs that were made before have the old {name}."
             )
@@ -243,9 +252,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     @frozen_statistics.setter
     def frozen_statistics(self, value: bool) -> None:
-        self._frozen_statistics = arguments.check_boolean(
-            "frozen_statistics", value
-        )
+        self._frozen_statistics = check_boolean("frozen_statistics", value)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates gamma, beta, moving_mean and moving_variance, in order."""
@@ -266,7 +273,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             )
         weight = {
             "shape": (channels,),
-            "dtype": kernels.statistics_dtype(self.variable_dtype),
+            "dtype": choice.statistics_dtype(self.variable_dtype),
             "autocast": False,
         }
         if self.scale:
@@ -328,9 +335,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Normalizes `inputs`; moves the statistics in a training step."""
         axis = self._channel_axis(len(inputs.shape))
         channels = self.moving_mean.shape[0]
-        inputs = backend.with_size(inputs, axis, channels)
+        inputs = watching.with_size(inputs, axis, channels)
         if mask is not None:
-            mask = functional.align_mask(mask, inputs, axis)
+            mask = align_mask(mask, inputs, axis)
         if training and self.trainable and not self.uses_moving_statistics:
             outputs = self._train(inputs, axis, mask)
         else:
@@ -338,22 +345,22 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return ops.cast(outputs, self.compute_dtype)
 
     def _train(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-        dtype = kernels.statistics_dtype(inputs.dtype)
+        dtype = choice.statistics_dtype(inputs.dtype)
         inputs, parameters, memory = self._gradient_memory(
             inputs, self._read_parameters(dtype), dtype
         )
-        if backend.is_traced(inputs):
+        if runtime.is_traced(inputs):
             self.__dict__["_is_traced"] = True
-        state = functional.State(
+        state = State(
             *parameters,
             (
-                backend.constant(self.momentum, dtype),
-                backend.constant(1.0 - self.momentum, dtype),
+                runtime.constant(self.momentum, dtype),
+                runtime.constant(1.0 - self.momentum, dtype),
             ),
             self._limits(),
             memory,
         )
-        first_passes, second_pass = backend.remat_calls(inputs)
+        first_passes, second_pass = repetition.remat_calls(inputs)
         is_repeated = bool(first_passes) or second_pass is not None
         if is_repeated and memory and self.compute_dtype == "float16":
             if memory.corrects_by_limits:  # it was asked for
@@ -369,9 +376,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if first_passes:
             self._calls.remember(first_passes, inputs, state)
         pool = Pool(self.synchronized, self.virtual_batch_size)
-        outputs, update = kernels.normalize_by_batch(
-            inputs, axis, mask, state, pool
-        )
+        outputs, update = normalize_by_batch(inputs, axis, mask, state, pool)
         if second_pass is None:
             self.moving_mean.assign(update.moving_mean)
             self.moving_variance.assign(update.moving_variance)
@@ -383,7 +388,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _infer(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
         parameters = self._read_parameters(
-            kernels.statistics_dtype(inputs.dtype)
+            choice.statistics_dtype(inputs.dtype)
         )
         if not self.synchronized:
             moving_mean, moving_variance = pooling.average_over_replicas(
@@ -392,14 +397,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
             parameters = parameters._replace(
                 moving_mean=moving_mean, moving_variance=moving_variance
             )
-        return kernels.normalize_by_moving_statistics(
+        return normalize_by_moving_statistics(
             inputs, axis, mask, parameters, self.trainable
         )
 
-    def _read_parameters(self, dtype: str) -> functional.Parameters:
+    def _read_parameters(self, dtype: str) -> Parameters:
         """The weights, each read once, in the type to compute in."""
         gamma, beta, moving_mean, moving_variance = (
-            None if weight is None else backend.read(weight, dtype)
+            None if weight is None else read(weight, dtype)
             for weight in (
                 self.gamma,
                 self.beta,
@@ -407,7 +412,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 self.moving_variance,
             )
         )
-        return functional.Parameters(
+        return Parameters(
             gamma, beta, moving_mean, moving_variance, self.epsilon
         )
 
@@ -437,7 +442,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 if not name.startswith("renorm")
             }
             known |= {"input_shape", "input_dim"}
-            arguments.check_known(given, known, cls.__name__)
+            check_known(given, known, cls.__name__)
         return given
 
     def _channel_axis(self, rank: int) -> int:
@@ -448,13 +453,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
             )
         return self.axis % rank
 
-    def _limits(self) -> functional.Limits | None:
+    def _limits(self) -> Limits | None:
         """How far r and d may go; `None` where there is no correction."""
         return None
 
     def _gradient_memory(
-        self, inputs: Tensor, parameters: functional.Parameters, dtype: str
-    ) -> tuple[Tensor, functional.Parameters, functional.GradientMemory | None]:
+        self, inputs: Tensor, parameters: Parameters, dtype: str
+    ) -> tuple[Tensor, Parameters, GradientMemory | None]:
         """What a step starts from, and what it remembers; `None`: nothing."""
         return inputs, parameters, None
 
@@ -497,7 +502,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
         An average of valid weights is one; an extrapolation may be none.
         """
-        arrays = [backend.to_numpy(value) for value in weights]
+        arrays = [to_numpy(value) for value in weights]
         for variable, array in zip(self.weights, arrays, strict=True):
             if array.shape != tuple(variable.shape):
                 raise ValueError(
@@ -532,8 +537,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 config.pop(name, None)
         # Of a layer of ours, whose maker was told.
         if "frozen_statistics" in config and "momentum" in config:
-            momentum = arguments.check_momentum(config["momentum"])
-            config["momentum"] = arguments.Intended(momentum)
+            momentum = check_momentum(config["momentum"])
+            config["momentum"] = Intended(momentum)
         return cls(**config)
 
 

@@ -6,12 +6,22 @@ from typing import Any, ClassVar, Literal
 import keras
 import numpy as np
 
-from keras_renorm import arguments, backend, functional, gating, schedules
+from keras_renorm import schedules
+from keras_renorm._backend import repetition, runtime
+from keras_renorm._backend.operations import Tensor, ops
+from keras_renorm._backend.variables import (
+    Accumulator,
+    read,
+    to_numpy,
+    with_accumulators,
+)
+from keras_renorm._checks import check_number
+from keras_renorm._step import gating
+from keras_renorm._step.records import GradientMemory, Limits, Parameters
 from keras_renorm.layers.batch_normalization import BatchNormalization
-from keras_renorm.operations import Tensor, ops
 from keras_renorm.schedules import LinearRamp
 
-# Of the accumulators; see `functional.GradientMemory`.
+# Of the accumulators; see `GradientMemory`.
 GRADIENT_MOMENTUM = 0.9
 
 
@@ -19,7 +29,7 @@ def _check_gradient_momentum(value: Any) -> float | None:
     """`value` as a float in [0, 1), or `None`."""
     if value is None:
         return None
-    momentum = arguments.check_number("gradient_momentum", value)
+    momentum = check_number("gradient_momentum", value)
     if not 0 <= momentum < 1:
         raise ValueError(
             '`gradient_momentum` must be at least 0 and below 1, "auto" or '
@@ -222,7 +232,7 @@ class BatchRenormalization(BatchNormalization):
         values, steps = schedules.store_ramps(self._initial_ramps)
         dtype = self.moving_mean.dtype
         # No integers: a mean of weights would be cut.
-        counter = backend.counter_dtype(dtype)
+        counter = runtime.counter_dtype(dtype)
         self.step = self._add_state("step", 0, counter)
         self.limit_values = self._add_state("limit_values", values, dtype)
         self.limit_steps = self._add_state("limit_steps", steps, counter)
@@ -230,8 +240,8 @@ class BatchRenormalization(BatchNormalization):
             return
         make = (
             self._add_statistic
-            if backend.keeps_state_backwards()
-            else backend.Accumulator
+            if runtime.keeps_state_backwards()
+            else Accumulator
         )
         # All of the gradient is corrected until there is evidence that the
         # means of batches are good.
@@ -339,18 +349,18 @@ class BatchRenormalization(BatchNormalization):
         if not self.is_gated or self.gate is None:
             return 1.0
         agreement, gate = (
-            backend.read(weight, weight.dtype)
+            read(weight, weight.dtype)
             for weight in (self.gradient_agreement, self.gate)
         )
         opening = gating.openness(agreement, gating.Gate(*ops.unstack(gate, 4)))
-        return float(backend.to_numpy(opening))
+        return float(to_numpy(opening))
 
     def current_step(self) -> int:
         """How many training calls the layer has seen."""
         return 0 if self.step is None else round(self._step())
 
     def _step(self) -> float:
-        return float(backend.to_numpy(self.step))
+        return float(to_numpy(self.step))
 
     def _ramp(self, row: int) -> LinearRamp:
         if not self.built:
@@ -358,8 +368,8 @@ class BatchRenormalization(BatchNormalization):
         return schedules.stored_ramp(
             list(schedules.MINIMA)[row],
             self.name,
-            backend.to_numpy(self.limit_values)[row],
-            backend.to_numpy(self.limit_steps)[row],
+            to_numpy(self.limit_values)[row],
+            to_numpy(self.limit_steps)[row],
         )
 
     def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
@@ -376,27 +386,30 @@ class BatchRenormalization(BatchNormalization):
             schedules.store_ramps([ramp]),
             strict=True,
         ):
-            rows = backend.to_numpy(variable)
+            rows = to_numpy(variable)
             rows[row] = new[0]
             variable.assign(rows)
 
-    def _limits(self) -> functional.Limits:
-        return functional.Limits(
+    def _limits(self) -> Limits:
+        return Limits(
             *(
-                backend.read(weight, weight.dtype)
+                read(weight, weight.dtype)
                 for weight in (self.limit_values, self.limit_steps, self.step)
             )
         )
 
     def _gradient_memory(
-        self, inputs: Tensor, parameters: functional.Parameters, dtype: str
-    ) -> tuple[Tensor, functional.Parameters, functional.GradientMemory | None]:
+        self, inputs: Tensor, parameters: Parameters, dtype: str
+    ) -> tuple[Tensor, Parameters, GradientMemory | None]:
         # Nothing is remembered of tens of calls in a training step: all begin
         # with the same memory, and what they add to it would be many times what
         # there is to add. And a recurrent cell may be the body of a loop.
-        if self.gradient_momentum is None or backend.is_called_step_by_step():
+        if (
+            self.gradient_momentum is None
+            or repetition.is_called_step_by_step()
+        ):
             return inputs, parameters, None
-        (inputs, gamma, beta), accumulators = backend.with_accumulators(
+        (inputs, gamma, beta), accumulators = with_accumulators(
             [inputs, parameters.gamma, parameters.beta],
             added=[
                 self.gradient_mean,
@@ -407,10 +420,10 @@ class BatchRenormalization(BatchNormalization):
             replaced=[self.last_mean, self.last_gradient],
             dtype=dtype,
         )
-        memory = functional.GradientMemory(
+        memory = GradientMemory(
             *(
                 *accumulators,
-                backend.read(self.gated, dtype),
+                read(self.gated, dtype),
                 self.gradient_momentum,
                 self._corrects_by_limits,
             )
@@ -424,7 +437,7 @@ class BatchRenormalization(BatchNormalization):
             return False
         if self.gated is None:
             return not self._is_given
-        return bool(backend.to_numpy(self.gated) > 0)
+        return bool(to_numpy(self.gated) > 0)
 
     def _end_step(self) -> None:
         self.step.assign_add(1)

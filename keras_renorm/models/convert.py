@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_renorm import arguments, schedules
+from keras_renorm import schedules
+from keras_renorm._checks import check_boolean
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models import from_tf_keras
-from keras_renorm.models.copying import copy_model
-from keras_renorm.models.finding import Choice, describe, require_layers
-from keras_renorm.models.in_place import check_built, replace_in_place
-from keras_renorm.models.state import is_untrained
-from keras_renorm.models.translation import (
+from keras_renorm.models._layers.finding import Choice, describe, require_layers
+from keras_renorm.models._layers.state import is_untrained
+from keras_renorm.models._surgery import from_tf_keras
+from keras_renorm.models._surgery.copying import copy_model
+from keras_renorm.models._surgery.in_place import check_built, replace_in_place
+from keras_renorm.models._surgery.translation import (
     KERAS,
     arguments_of,
     check_arguments,
@@ -162,7 +163,7 @@ def convert(
     check_class(to)
     check_arguments(layer_arguments, to, "convert", _OWN)
     to(**layer_arguments)  # raises before anything is built
-    for name in _FIXED if arguments.check_boolean("in_place", in_place) else ():
+    for name in _FIXED if check_boolean("in_place", in_place) else ():
         if name in layer_arguments:
             raise TypeError(
                 f"`{name}` must not be given where in_place=True: layers keep "
@@ -249,7 +250,7 @@ def _converted(
     in_place: bool,
     custom_objects: Mapping[str, Callable[..., Any]] | None = None,
 ) -> keras.Model:
-    arguments.check_boolean("in_place", in_place)
+    check_boolean("in_place", in_place)
     if from_tf_keras.is_tf_keras(model):
         if in_place or layers is not None:
             raise ValueError(

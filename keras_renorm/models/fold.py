@@ -9,10 +9,15 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_renorm import arguments, backend
-from keras_renorm.models.configuration import config_of
-from keras_renorm.models.copying import check_has_graph, copy_model, graph_of
-from keras_renorm.models.finding import Choice, built_layers, has_graph
+from keras_renorm._backend.variables import to_numpy
+from keras_renorm._checks import check_model
+from keras_renorm.models._layers.configuration import config_of
+from keras_renorm.models._layers.finding import Choice, built_layers, has_graph
+from keras_renorm.models._surgery.copying import (
+    check_has_graph,
+    copy_model,
+    graph_of,
+)
 
 # The kernel that makes the outputs, and the axis of it that counts them. A
 # depthwise kernel has two: inputs, and outputs for each.
@@ -85,7 +90,7 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
     >>> [type(layer).__name__ for layer in fold(model).layers]
     ['Dense']
     """
-    check_has_graph(arguments.check_model(model))
+    check_has_graph(check_model(model))
     normalizations = built_layers(model, layers)
     chosen = {id(layer) for layer in normalizations}
     pairs, reasons = _find_pairs(model)
@@ -264,7 +269,7 @@ def _folded(before: Any, normalization: Any) -> tuple[np.ndarray, np.ndarray]:
     def values_of(weight: Any, default: float) -> Any:
         if weight is None:
             return default
-        return backend.to_numpy(weight).astype("float64")
+        return to_numpy(weight).astype("float64")
 
     mean = values_of(normalization.moving_mean, 0.0)
     variance = values_of(normalization.moving_variance, 1.0)
@@ -295,6 +300,4 @@ def _write_folded(pair: _Pair, new: Any) -> None:
     getattr(new, name).assign(pair.kernel)
     new.bias.assign(pair.bias)
     if hasattr(new, "depthwise_kernel"):
-        new.depthwise_kernel.assign(
-            backend.to_numpy(pair.before.depthwise_kernel)
-        )
+        new.depthwise_kernel.assign(to_numpy(pair.before.depthwise_kernel))

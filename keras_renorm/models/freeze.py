@@ -5,9 +5,9 @@ import warnings
 import keras
 
 from keras_renorm.layers.batch_normalization import BatchNormalization
-from keras_renorm.models.finding import Choice, choose_layers, describe
-from keras_renorm.models.graphs import trace_anew
-from keras_renorm.models.state import is_untrained
+from keras_renorm.models._layers.finding import Choice, choose_layers, describe
+from keras_renorm.models._layers.graphs import trace_anew
+from keras_renorm.models._layers.state import is_untrained
 
 
 def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:

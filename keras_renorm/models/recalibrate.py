@@ -10,19 +10,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_renorm import arguments, backend, functional
-from keras_renorm.models.arrays import examples_of
-from keras_renorm.models.batches import Batches
-from keras_renorm.models.feeding import Feed
-from keras_renorm.models.finding import (
-    Choice,
-    built_layers,
-    check_no_keras_renorm,
-    describe,
-    names_of,
+from keras_renorm._backend.operations import Tensor
+from keras_renorm._backend.variables import to_numpy
+from keras_renorm._checks import check_boolean, check_number
+from keras_renorm._step.moments import (
+    Moments,
+    centered_moments,
+    scale_and_offset,
 )
-from keras_renorm.models.graphs import compiled, kept
-from keras_renorm.models.passes import (
+from keras_renorm.models._data.arrays import examples_of
+from keras_renorm.models._data.batches import Batches
+from keras_renorm.models._data.feeding import Feed
+from keras_renorm.models._data.passes import (
     Calls,
     LayerCall,
     Reports,
@@ -30,8 +29,15 @@ from keras_renorm.models.passes import (
     example_moments,
     reached_layers,
 )
-from keras_renorm.models.totals import Total, warn_of_likeness
-from keras_renorm.operations import Tensor
+from keras_renorm.models._data.totals import Total, warn_of_likeness
+from keras_renorm.models._layers.finding import (
+    Choice,
+    built_layers,
+    check_no_keras_renorm,
+    describe,
+    names_of,
+)
+from keras_renorm.models._layers.graphs import compiled, kept
 
 
 def recalibrate(
@@ -196,7 +202,7 @@ class StatisticsPass:
         )
         before = {
             id(layer): [
-                backend.to_numpy(weight)
+                to_numpy(weight)
                 for weight in (layer.moving_mean, layer.moving_variance)
             ]
             for layer in self.layers
@@ -253,7 +259,7 @@ class StatisticsPass:
 
         If the arguments are those of `run`.
         """
-        prior = arguments.check_number("prior_examples", prior_examples)
+        prior = check_number("prior_examples", prior_examples)
         if not 0 <= prior < math.inf:
             raise ValueError(
                 "`prior_examples` must be finite and not negative. Received: "
@@ -261,9 +267,7 @@ class StatisticsPass:
             )
         is_by_layer = prior > 0
         if layer_by_layer is not None:
-            is_by_layer = arguments.check_boolean(
-                "layer_by_layer", layer_by_layer
-            )
+            is_by_layer = check_boolean("layer_by_layer", layer_by_layer)
         data = Batches(dataset, steps, batch_size, self._model(), is_drawn=True)
         if is_by_layer:
             data.check_repeatable()
@@ -348,7 +352,7 @@ class StatisticsPass:
 
     def _hook(self, layer: Any, call: LayerCall, by_batch: bool) -> Tensor:
         values, axis, mask = aligned_inputs(layer, call.inputs, call.mask)
-        centered, moments = functional.centered_moments(values, (axis,), mask)
+        centered, moments = centered_moments(values, (axis,), mask)
         self._called.append(layer)
         if by_batch:
             outputs = _normalized(layer, centered, axis, moments, mask)
@@ -377,7 +381,7 @@ def _normalized(
     layer: Any,
     centered: Tensor,
     axis: int,
-    moments: functional.Moments,
+    moments: Moments,
     mask: Tensor | None,
 ) -> Tensor:
     """A batch, as batch normalization normalizes it."""
@@ -387,7 +391,5 @@ def _normalized(
     offset = layer.beta
     if offset is not None:
         offset = ops.cast(offset, scale.dtype)
-    outputs = functional.scale_and_offset(
-        centered, (axis,), scale, offset, mask
-    )
+    outputs = scale_and_offset(centered, (axis,), scale, offset, mask)
     return ops.cast(outputs, layer.compute_dtype)

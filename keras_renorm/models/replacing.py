@@ -9,7 +9,7 @@ from typing import Any
 
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
-from keras_renorm.models.translation import (
+from keras_renorm.models._surgery.translation import (
     KERAS,
     check_arguments,
     check_class,

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_renorm import backend
-from keras_renorm.models.finding import (
+from keras_renorm._backend.variables import to_numpy
+from keras_renorm.models._layers.finding import (
     LISTED,
     Choice,
     built_layers,
@@ -66,7 +66,7 @@ def get_statistics(model: keras.Model, *, layers: Choice = None) -> Statistics:
     """
     chosen = built_layers(model, layers)
     return {
-        f"{name}/{kind}": backend.to_numpy(getattr(layer, kind))
+        f"{name}/{kind}": to_numpy(getattr(layer, kind))
         for name, layer in zip(names_of(model, chosen), chosen, strict=True)
         for kind in _KINDS
     }

@@ -1,0 +1,226 @@
+"""State: reading it, keeping it, and changing it in a backward pass."""
+
+import inspect
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import Variable
+
+from keras_renorm._backend.derivatives import carry_tangents, custom_gradient
+from keras_renorm._backend.operations import Tensor, ops
+from keras_renorm._backend.runtime import as_tensor, runs_on, tf, torch
+from keras_renorm._backend.tracing import mapped
+
+
+def read(variable: Any, dtype: str) -> Tensor:
+    """The value of a variable as it is now, in a type."""
+    if runs_on("tensorflow"):
+        return tf.cast(tf.convert_to_tensor(variable.value), dtype)
+    return ops.cast(variable.value, dtype)
+
+
+def kept_for_gradient(state: Any) -> Any:
+    """State of which a backward pass may read what is no parameter.
+
+    On PyTorch a copy: there an assignment writes over the values.
+    """
+    if not runs_on("torch"):
+        return state
+
+    def copied(value: Any) -> Any:
+        return mapped(lambda x: x.detach().clone(), torch.Tensor, value)
+
+    memory = state.memory
+    if memory is not None:
+        memory = memory._replace(is_gated=copied(memory.is_gated))
+    return state._replace(
+        moving_mean=copied(state.moving_mean),
+        moving_variance=copied(state.moving_variance),
+        limits=copied(state.limits),
+        memory=memory,
+    )
+
+
+class Accumulator(Variable):
+    """A weight to which an optimizer adds what comes as its gradient. On JAX.
+
+    A gradient of JAX is a pure function: what it changes can leave it as a
+    gradient only. For that Keras has weights that ask for it: an optimizer
+    neither scales nor clips what comes for them, and makes no slots. It puts
+    it in the place of the value. (Its float8 layers remember so.) Here that
+    is added to the value: then calls of a layer add up, and a step without
+    one, in which zeros come, changes nothing.
+    """
+
+    @property
+    def overwrite_with_gradient(self) -> bool:
+        """`True`, unless who asks would lose what the weight holds.
+
+        Raises:
+            NotImplementedError: Where an optimizer accumulates gradients, of
+                which it takes the largest for such a weight; or replaces
+                weights by their average, which such a weight has not.
+        """
+        optimizer = _calling_optimizer()
+        for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+            value = getattr(optimizer, name, None)
+            if value and (
+                optimizer.use_ema or name != "ema_overwrite_frequency"
+            ):
+                raise NotImplementedError(
+                    f"`{name}` must be None on Keras's JAX backend where a "
+                    "layer has a `gradient_momentum`: the optimizer would "
+                    "lose what the layer remembers. Make the layers with "
+                    f"gradient_momentum=None. Received: {name}={value}."
+                )
+        return True
+
+    @overwrite_with_gradient.setter
+    def overwrite_with_gradient(self, value: bool) -> None:
+        """Nothing to set: it always is."""
+
+    def assign(self, value: Any) -> Any:
+        """Sets the value; for an optimizer, adds to it."""
+        if _calling_optimizer() is not None:
+            value = self.value + ops.cast(value, self.dtype)
+        return super().assign(value)
+
+    # What `is_read_again` saw.
+    _last_read: Any = None
+
+    def is_read_again(self) -> bool:
+        """Whether it was asked before, of the value that it has now."""
+        value = self.value
+        is_known = self._last_read is not None and self._last_read() is value
+        self._last_read = weakref.ref(value)
+        return is_known
+
+
+def _calling_optimizer() -> Any:
+    """The optimizer that calls what calls this, or `None`."""
+    frame: Any = inspect.currentframe()
+    caller = frame.f_back.f_back.f_locals.get("self")
+    is_optimizer = isinstance(caller, keras.optimizers.Optimizer)
+    return caller if is_optimizer else None
+
+
+def with_accumulators(
+    tensors: Sequence[Tensor | None],
+    added: Sequence[Any],
+    replaced: Sequence[Any],
+    dtype: str,
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Inputs and parameters of a step, and the values of its accumulators.
+
+    What the step gives as the gradient of such a value is added to the
+    variable, once for each time that a gradient of the tensors is computed. Of
+    the variables that are `replaced`, the value and what is added to it take
+    the place of what the variable holds: of several calls of a layer in a step
+    the first one counts, the last of which a gradient is computed.
+    That waits for the additions: the backward pass of a graph computes what
+    its results need, and nothing else. In a `keras.StatelessScope`, where the
+    value of a variable is a tensor, nothing is added, now or later; nor in
+    forward mode, which would add what is no gradient.
+
+    On JAX what is to be added is the gradient of the variable, and who takes
+    it adds it: an optimizer of Keras does (`Accumulator`).
+    """
+    first, *parameters = tensors
+    tensors = [as_tensor(first), *parameters]
+    values = [read(variable, dtype) for variable in (*added, *replaced)]
+    if runs_on("jax"):
+        for index, variable in enumerate(replaced, len(added)):
+            if variable.is_read_again():
+                values[index] = ops.stop_gradient(values[index])
+    if runs_on("jax") or carry_tangents(tensors):
+        return tensors, values
+    if runs_on("torch"):
+        # The variables are written over before the gradient is taken.
+        values = [value.clone() for value in values]
+    targets = _targets([*added, *replaced])
+    given = [each for each in tensors if each is not None]
+
+    @custom_gradient
+    def begin(*arguments: Tensor) -> Any:
+        def gradient(*upstream: Tensor) -> tuple[Any, ...]:
+            of_tensors, changes = upstream[: len(given)], upstream[len(given) :]
+            read_values = arguments[len(given) + len(added) :]
+            of_tensors = _after_adding(
+                targets, changes, read_values, of_tensors
+            )
+            # PyTorch makes no zeros that nobody asks for.
+            rest = (
+                None if runs_on("torch") else ops.zeros_like(each)
+                for each in changes
+            )
+            return *of_tensors, *rest
+
+        return arguments, gradient
+
+    results = iter(begin(*given, *values))
+    tensors = [None if each is None else next(results) for each in tensors]
+    return tensors, list(results)
+
+
+def _targets(variables: Sequence[Any]) -> list[Any]:
+    """What a backward pass adds to; `None` in a `keras.StatelessScope`."""
+    targets = [variable.value for variable in variables]
+    if runs_on("tensorflow"):
+        return [
+            each if isinstance(each, tf.Variable) else None for each in targets
+        ]
+    # In a scope an assigned tensor is the value; outside it is copied.
+    value = targets[0].detach().clone()
+    variables[0].assign(value)
+    if variables[0].value is value:
+        return [None] * len(targets)
+    return targets
+
+
+def _after_adding(
+    targets: Sequence[Any],
+    changes: Sequence[Tensor],
+    read_values: Sequence[Tensor],
+    tensors: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """The tensors, once the changes have been made.
+
+    The last ones are added to `read_values` and not to what a target holds. Of
+    a second derivative zeros come, which are no changes.
+    """
+    added = []
+    olds = [None] * (len(targets) - len(read_values)) + list(read_values)
+    for target, change, old in zip(targets, changes, olds, strict=True):
+        if target is None:
+            continue
+        change = ops.cast(change, target.dtype)
+        if old is not None:
+            new = ops.cast(old, target.dtype) + change - target
+            change = ops.where(change == 0, 0.0, new)
+        if runs_on("torch"):
+            with torch.no_grad():
+                target.add_(change)
+        else:
+            added.append(target.assign_add(change, read_value=False))
+    if runs_on("torch") or tf.executing_eagerly():
+        return tensors
+    with tf.control_dependencies(added):
+        return tuple(map(tf.identity, tensors))
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A copy of the value of a variable, a tensor or an array.
+
+    Neither of the variable itself nor of a tensor of PyTorch, of which NumPy 2
+    warns.
+    """
+    if isinstance(value, Variable):
+        value = read(value, value.dtype)
+    if runs_on("torch") and isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        if value.dtype != torch.bfloat16:  # which NumPy does not know
+            value = value.numpy()
+    return np.array(ops.convert_to_numpy(value))

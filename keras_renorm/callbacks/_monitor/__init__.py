@@ -1,0 +1,1 @@
+"""What `RenormMonitor` reads, counts and says."""

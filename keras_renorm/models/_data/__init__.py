@@ -1,0 +1,1 @@
+"""Passes over data with the layers watched."""

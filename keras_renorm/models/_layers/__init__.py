@@ -1,0 +1,1 @@
+"""Finding the layers of a model, and what belongs to a layer."""

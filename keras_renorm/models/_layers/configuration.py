@@ -1,0 +1,134 @@
+"""Objects of the configuration of others, for copies within a process.
+
+A configuration is made for files: a function in it is a name. A copy needs no
+file, so what cannot be found by a name is passed on itself.
+"""
+
+import types
+import warnings
+from typing import Any
+
+import keras
+
+from keras_renorm.models._layers.finding import find_layers
+
+
+def config_of(owner: Any) -> dict[str, Any]:
+    """`get_config`, without the warning that a lambda in a file is unsafe."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*includes a `lambda`")
+        return dict(owner.get_config())
+
+
+class Configurations:
+    """Configurations whose functions can be read, by this object only."""
+
+    def __init__(self) -> None:
+        # Functions and classes, by the names in their place.
+        self._known: dict[str, Any] = {}
+
+    def read(self, owner: Any) -> dict[str, Any]:
+        """The configuration of a layer, an optimizer or a metric."""
+        config = config_of(owner)
+        self._learn_classes(owner)
+        return self._members(owner, config)
+
+    def make(self, kind: type, config: dict[str, Any]) -> Any:
+        """An object of a class, of such a configuration."""
+        with keras.saving.custom_object_scope(self._known):
+            return kind.from_config(config)  # type: ignore[attr-defined]
+
+    def alike(self, owner: Any) -> Any:
+        """A new object of the same class and configuration."""
+        return self.make(type(owner), self.read(owner))
+
+    def _learn_classes(self, owner: Any) -> None:
+        if isinstance(owner, keras.layers.Layer):
+            for layer in find_layers(owner, keras.layers.Layer):
+                if not is_of_keras(type(layer)):
+                    self._known[type(layer).__name__] = type(layer)
+
+    def _members(self, owner: Any, config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        return {
+            name: self._replaced(node, _member(owner, name))
+            if isinstance(node, dict | list | tuple | str)
+            else node
+            for name, node in config.items()
+        }
+
+    def _replaced(self, node: Any, value: Any) -> Any:
+        """The node of a configuration; `value` is the object it describes."""
+        if isinstance(node, list | tuple):
+            if not isinstance(value, list | tuple):
+                return node
+            if len(value) != len(node):
+                # `layers` of a sequential model is without its input.
+                named = {getattr(part, "name", None): part for part in value}
+                value = [named.get(_name_in(inner)) for inner in node]
+            return type(node)(map(self._replaced, node, value))
+        if _must_be_kept(node, value):
+            return self._stand_in(value)
+        if not isinstance(node, dict):
+            return node
+        if "class_name" in node and "config" in node:
+            # How a model inside was compiled is no part of what it computes.
+            node = {k: v for k, v in node.items() if k != "compile_config"}
+            return {**node, "config": self._members(value, node["config"])}
+        if isinstance(value, dict):
+            return {
+                key: self._replaced(inner, value.get(key))
+                for key, inner in node.items()
+            }
+        return node
+
+    def _stand_in(self, value: Any) -> dict[str, Any]:
+        name = f"keras_renorm>kept {id(value)}"
+        self._known[name] = value  # which keeps the id its own
+        return {
+            "class_name": "function",
+            "config": name,
+            "module": "builtins",
+            "registered_name": name,
+        }
+
+
+def is_of_keras(value: Any) -> bool:
+    """Whether Keras defines a class or a function."""
+    return str(getattr(value, "__module__", "")).split(".")[0] == "keras"
+
+
+def _must_be_kept(node: Any, value: Any) -> bool:
+    """Whether a node represents a function, or an object like one."""
+    if not callable(value) or isinstance(value, keras.layers.Layer | type):
+        return False
+    is_function = isinstance(value, types.FunctionType)
+    if is_of_keras(value if is_function else type(value)):
+        # Keras finds its own functions by a plain name.
+        return is_function and isinstance(node, dict)
+    return True
+
+
+def _name_in(node: Any) -> Any:
+    """The name of the layer of a serialized node; empty for another."""
+    config = node.get("config") if isinstance(node, dict) else None
+    return config.get("name", "") if isinstance(config, dict) else ""
+
+
+def _member(owner: Any, name: str) -> Any:
+    """What an object keeps of an argument of its constructor, if it matters."""
+    for attribute in (name, f"_{name}"):
+        try:
+            value = getattr(owner, attribute, None)
+        except Exception:  # a property that cannot be read yet
+            continue
+        if getattr(value, "__self__", None) is owner:  # its own method
+            continue
+        if (
+            callable(value)
+            or isinstance(value, list | tuple | dict)
+            or hasattr(value, "get_config")
+        ):
+            return value
+    return None

@@ -1,0 +1,226 @@
+"""What a layer is beyond its configuration: state, flags, attributes."""
+
+import copy
+import inspect
+import re
+import tempfile
+from collections.abc import Callable, Collection
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_renorm._backend.variables import to_numpy
+from keras_renorm.models._layers.finding import own_variables
+
+# Values that a copy may share: data, and Keras's objects without state.
+_DATA = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    np.ndarray,
+    np.generic,
+    inspect.Signature,
+    keras.regularizers.Regularizer,
+    keras.constraints.Constraint,
+    keras.initializers.Initializer,
+    keras.dtype_policies.DTypePolicy,
+)
+
+
+# What a callback does for a while.
+_PASSING = {"_holds_statistics", "_is_traced"}
+
+
+def hand_on(
+    old: Any,
+    new: Any,
+    counterpart: Callable[[Any], Any],
+    changed: Collection[str] = (),
+) -> None:
+    """Gives a copy of an object the state that its configuration lacks.
+
+    That is: changes since it was made, and state that Keras does not
+    write down: names, flags, a scope in which it was made.
+
+    Args:
+        old: A layer, a variable or an operation.
+        new: Its copy.
+        counterpart: From a value of the model to the value in its place in
+            the copy; raises `LookupError` where there is none.
+        changed: Attributes that are others on purpose.
+
+    Raises:
+        ValueError: If something belongs to it alone.
+    """
+    known = _attributes(new)
+    for name, value in _attributes(old).items():
+        if name in _PASSING:
+            continue
+        if name in known:
+            if name not in changed and _are_different_data(value, known[name]):
+                setattr(new, name, copy.copy(value))
+        elif type(new) is type(old) and not _is_of_a_run(value):
+            try:
+                if callable(getattr(type(old), name, None)):
+                    raise LookupError(name)
+                setattr(new, name, counterpart(value))
+            except (LookupError, ValueError) as error:
+                raise ValueError(
+                    "`model` must have no layers with attributes that a copy "
+                    "cannot have (`keras_renorm.convert` and "
+                    "`keras_renorm.revert` change any model with "
+                    f"in_place=True). Received: layer {old.name} of class "
+                    f"{type(old).__name__}, with {name}={value!r}."
+                ) from error
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """What an object has as its own; PyTorch keeps layers apart."""
+    return vars(owner) | dict(getattr(owner, "named_children", dict)())
+
+
+def _are_different_data(one: Any, other: Any) -> bool:
+    if not (_is_data(one) and _is_data(other)):
+        return False
+    try:
+        return not bool(one == other)
+    except ValueError:  # arrays
+        return True
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, _DATA):
+        return True
+    if isinstance(value, list | tuple):
+        return all(map(_is_data, value))
+    return isinstance(value, dict) and all(
+        map(_is_data, [*value.keys(), *value.values()])
+    )
+
+
+def _is_of_a_run(value: Any) -> bool:
+    """Whether `fit` left it on a model: its history."""
+    return isinstance(value, keras.callbacks.Callback)
+
+
+def adapt_alike(old: Any, new: Any) -> None:
+    """Quantizes a layer, and gives it LoRA weights, as another is.
+
+    What its configuration says it is already. One that a custom layer makes is
+    as it was made.
+    """
+    mode = getattr(old, "quantization_mode", None)
+    if mode and not getattr(new, "quantization_mode", None):
+        settings = getattr(old, "quantization_config", None)
+        new.quantize(mode, **({"config": settings} if settings else {}))
+    if getattr(old, "lora_enabled", False) and not new.lora_enabled:
+        new.enable_lora(old.lora_rank, lora_alpha=old.lora_alpha)
+
+
+def copy_variable(variable: keras.Variable) -> keras.Variable:
+    """A new variable with all that a variable is."""
+    new = keras.Variable(
+        to_numpy(variable),
+        trainable=variable.trainable,
+        dtype=variable.dtype,
+        name=variable.name,
+    )
+    hand_on(variable, new, lambda value: value)
+    return new
+
+
+def copy_state(old: Any, new: Any) -> None:
+    """Gives a layer the state of another of its class.
+
+    All that Keras saves, the same way; then the rest: the state
+    of random generators, and of a stateful recurrent layer, and what variables
+    are beside their values. Of the layers inside, nothing.
+
+    Raises:
+        ValueError: If the layers have other variables.
+    """
+    try:
+        new.load_own_variables(_saved(old))
+        copy_assets(old, new)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise not_made_anew(old) from error
+    variables = [own_variables(old), own_variables(new)]
+    if getattr(old, "stateful", False) and hasattr(old, "states"):
+        variables[0] += keras.tree.flatten(old.states)
+        variables[1] += keras.tree.flatten(new.states)
+    pairs = list(zip(*map(_in_order, variables), strict=False))
+    if len({*map(len, variables), len(pairs)}) > 1 or any(
+        (one.shape, one.dtype) != (two.shape, two.dtype) for one, two in pairs
+    ):
+        raise not_made_anew(old)
+    for variable, copied in pairs:
+        copied.assign(to_numpy(variable))
+        # The setter: on PyTorch it does more than keep the flag.
+        copied.trainable = variable.trainable
+        hand_on(variable, copied, lambda value: value)
+
+
+def _in_order(variables: list[keras.Variable]) -> list[keras.Variable]:
+    """By name: quantization and LoRA add some later than construction does.
+
+    Not by the numbers that Keras gives: those of a copy are others.
+    """
+    return sorted(
+        variables, key=lambda variable: re.sub(r"\d+", "", variable.name)
+    )
+
+
+def reload(layer: Any) -> None:
+    """Lets a layer update all that depends on its new weights.
+
+    `set_weights` does not; loading does.
+    """
+    layer.load_own_variables(_saved(layer))
+
+
+def _saved(layer: Any) -> dict[str, np.ndarray]:
+    store: dict[str, Any] = {}
+    layer.save_own_variables(store)
+    # Copies: JAX gives the memory of a variable away.
+    return {name: to_numpy(value) for name, value in store.items()}
+
+
+def copy_assets(old: Any, new: Any) -> None:
+    """Copies the files of a layer of its own: vocabularies."""
+    if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
+
+
+def not_made_anew(layer: Any) -> ValueError:
+    """The error for a layer whose copy has other variables."""
+    return ValueError(
+        "`model` must have layers that their configuration makes anew, with "
+        "the same weights, and what they hold must be in one place "
+        "(`keras_renorm.convert` and `keras_renorm.revert` change any model "
+        f"with in_place=True). Received: layer {layer.name} of class "
+        f"{type(layer).__name__}."
+    )
+
+
+def is_untrained(layer: Any) -> bool:
+    """Whether moving statistics are as they were made: mean 0, variance 1.
+
+    Or as other initializers of the layer make them.
+    """
+    return not layer.built or all(
+        np.array_equal(
+            to_numpy(weight),
+            to_numpy(initializer(weight.shape, weight.dtype)),
+        )
+        for weight, initializer in (
+            (layer.moving_mean, layer.moving_mean_initializer),
+            (layer.moving_variance, layer.moving_variance_initializer),
+        )
+    )
