@@ -4,9 +4,8 @@
 
 In README.md and docs/ a line `<!-- results: NAME -->` begins a part that
 this file writes, up to `<!-- end -->`; `PARTS` has the names. Run it after
-results in benchmarks/results, or the rows of `keras_renorm/diagnostics/
-advice.py`, have changed. `tests/test_documents.py` fails where it was
-forgotten. Needs matplotlib.
+results in benchmarks/results, or the rows of `advice.py`, have changed.
+`tests/test_documents.py` fails where it was forgotten. Needs matplotlib.
 """
 
 import json

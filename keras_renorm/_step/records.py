@@ -100,6 +100,26 @@ class State(NamedTuple):
     limits: Limits | None
     memory: GradientMemory | None
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """What a step gives gradients of, besides the inputs."""
+        values = [self.gamma, self.beta]
+        if self.memory is not None:
+            values += self.memory.accumulators
+        return [value for value in values if value is not None]
+
+    def with_trained(self, values: Iterable[Tensor]) -> "State":
+        """The same with these in the place of what is `trained`."""
+        rest = iter(values)
+        gamma, beta = (
+            None if value is None else next(rest)
+            for value in (self.gamma, self.beta)
+        )
+        memory = self.memory
+        if memory is not None:
+            memory = memory.with_accumulators(rest)
+        return self._replace(gamma=gamma, beta=beta, memory=memory)
+
 
 class Correction(NamedTuple):
     """What a training step makes of the moments of its batch.
@@ -121,6 +141,28 @@ class Correction(NamedTuple):
     moving_variance: Tensor
     held: Tensor | None = None
     rest: Tensor | None = None
+
+    def scale_and_offset(
+        self, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Scale γr and offset γd + β; `None` for 1 and 0.
+
+        r and d carry no gradient, so renormalization is batch normalization
+        with this scale and offset.
+        """
+        r, d = self.r, self.d
+        if r is None:
+            return gamma, beta
+        if gamma is not None:
+            r, d = gamma * r, gamma * d
+        return r, d if beta is None else d + beta
+
+    def backward_scale(self, scale: Tensor | None) -> Tensor | None:
+        """The scale of the gradient of the inputs, from that of the outputs."""
+        if self.held is None:
+            return scale
+        factor = self.held + self.rest
+        return factor if scale is None else scale * factor
 
 
 class NewStatistics(NamedTuple):

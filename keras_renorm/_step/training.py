@@ -98,22 +98,6 @@ def _batch_step(
 _shared_batch_step = tracing.traced_when_eager(_batch_step)
 
 
-def _renormalized(
-    state: State, correction: Correction
-) -> tuple[Tensor | None, Tensor | None]:
-    """Scale γr and offset γd + β; `None` for 1 and 0.
-
-    r and d carry no gradient, so renormalization is batch normalization with
-    this scale and offset.
-    """
-    gamma, beta, r, d = state.gamma, state.beta, correction.r, correction.d
-    if r is None:
-        return gamma, beta
-    if gamma is not None:
-        r, d = gamma * r, gamma * d
-    return r, d if beta is None else d + beta
-
-
 def _plain_batch(
     way: Way, inputs: Tensor, state: State
 ) -> tuple[Tensor, NewStatistics]:
@@ -132,7 +116,7 @@ def _plain_batch(
     total = held if len(kept) == 1 else total_moments(held)
     correction = respond(held, state, total)
     scale = ops.rsqrt(moments.variance + state.epsilon)
-    factor, offset = _renormalized(state, correction)
+    factor, offset = correction.scale_and_offset(state.gamma, state.beta)
     if factor is not None:
         scale = scale * factor
     # The mean's derivative on vectors: what the sums of the offset's gradient
@@ -144,14 +128,6 @@ def _plain_batch(
     return outputs if len(kept) == 1 else restore(outputs), update
 
 
-def _parameters(state: State) -> list[Tensor]:
-    """What a step gives gradients of, besides the inputs."""
-    values = [state.gamma, state.beta]
-    if state.memory is not None:
-        values += state.memory.accumulators
-    return [value for value in values if value is not None]
-
-
 def _parameter_gradients(
     state: State,
     correction: Correction,
@@ -159,7 +135,7 @@ def _parameter_gradients(
     d_offset: Tensor,
     changes: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of `_parameters`, from those of γr and γd + β.
+    """Gradients of `State.trained`, from those of γr and γd + β.
 
     As those of the accumulators, their changes.
     """
@@ -222,14 +198,6 @@ def _subtracted_means(
     return [value * (1 / divisor) for value in sums], []
 
 
-def _backward_scale(scale: Tensor | None, correction: Correction) -> Any:
-    """The scale of the gradient of the inputs, from that of the outputs."""
-    if correction.held is None:
-        return scale
-    factor = correction.held + correction.rest
-    return factor if scale is None else scale * factor
-
-
 def _moved(correction: Correction) -> list[Tensor]:
     """What a step returns besides its outputs; `_update` reads it."""
     moved = [correction.moving_mean, correction.moving_variance]
@@ -268,7 +236,8 @@ def _forward(
 ) -> tuple[Any, Correction, Tensor]:
     run = _step_of(way, inputs, state)
     correction = respond(run.moments, state)
-    return run, correction, run.outputs(*_renormalized(state, correction))
+    scale, offset = correction.scale_and_offset(state.gamma, state.beta)
+    return run, correction, run.outputs(scale, offset)
 
 
 def _backward(
@@ -279,14 +248,14 @@ def _backward(
     state: State,
     pool: Pool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the inputs and of `_parameters`."""
+    """Gradients of the inputs and of `State.trained`."""
     changes: list[Tensor] = []
-    scale, _ = _renormalized(state, correction)
+    scale, _ = correction.scale_and_offset(state.gamma, state.beta)
     is_alone = state.memory is None and not pool.spans_replicas
     if is_alone and run.has_gradient:
         d_x, d_scale, d_offset = run.gradients(upstream, scale)
     else:
-        scale = _backward_scale(scale, correction)
+        scale = correction.backward_scale(scale)
         held, d_scale, d_offset = run.sums(upstream, scale)
         means, changes = _subtracted_means(
             d_offset,
@@ -341,14 +310,14 @@ def _written_out_batch(
 
     No group has statistics of its own here; the layer sees to that.
     """
-    given = _parameters(state)
+    given = state.trained
     known = kept_for_gradient(state)
     if way.path not in ("fused", "aten") or state.memory is not None:
         # The corrected gradient is a sum, too coarse in 16 bits.
         inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
 
     def step(x: Tensor, *parameters: Tensor) -> Any:
-        own = _with_parameters(known, parameters)
+        own = known.with_trained(parameters)
         run, correction, outputs = _forward(way, x, own)
 
         def gradient(upstream: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -372,7 +341,7 @@ def _of_nodes(step: Any, way: Way, known: State) -> Any:
     forward, backward = _NODES[way.path == "fused"]
 
     def step_of_nodes(x: Tensor, *parameters: Tensor) -> Any:
-        own = _with_parameters(known, parameters)
+        own = known.with_trained(parameters)
         outputs, correction, kept = forward(way, x, own)
         tracing.set_shape(outputs, x)
         for value in correction:
@@ -392,7 +361,7 @@ def _of_nodes(step: Any, way: Way, known: State) -> Any:
                     way,
                     # Others need their shape only, and would keep them.
                     inputs if way.path == "fused" else arriving,
-                    _with_parameters(known_still, values),
+                    known_still.with_trained(values),
                     kept,
                     correction,
                     arriving,
@@ -413,16 +382,3 @@ def _of_nodes(step: Any, way: Way, known: State) -> Any:
         return (outputs, *_moved(correction)), gradient
 
     return step_of_nodes
-
-
-def _with_parameters(state: State, values: Sequence[Tensor]) -> State:
-    """A state with these in the place of its `_parameters`."""
-    rest = iter(values)
-    gamma, beta = (
-        None if each is None else next(rest)
-        for each in (state.gamma, state.beta)
-    )
-    memory = state.memory
-    if memory is not None:
-        memory = memory.with_accumulators(rest)
-    return state._replace(gamma=gamma, beta=beta, memory=memory)
