@@ -22,10 +22,10 @@ def respond(
     In a graph all layers share the graph of it.
     """
     correction = _respond(
-        _of_presence(moments),
+        moments,
         # The fewer tensors, the sooner the node is made.
         state._replace(gamma=None, beta=None),
-        None if total is None else _of_presence(total),
+        total,
     )
     for value in (correction.r, correction.d, correction.held):
         tracing.set_shape(value, moments.mean)
@@ -38,16 +38,6 @@ def respond(
             for value in correction
         )
     )
-
-
-def _of_presence(moments: Moments) -> Moments:
-    """Moments whose count, if it is a number, says only whether it is 0.
-
-    More of it is not asked for, and a graph is made for each number.
-    """
-    if isinstance(moments.count, (int, float)):
-        return moments._replace(count=int(moments.count > 0))
-    return moments
 
 
 @tracing.shared_call
