@@ -131,6 +131,18 @@ def test_imports_point_one_way(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_a_reader_sees_a_file_or_function_at_once(module):
+    path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    assert len(path.read_text().splitlines()) <= 400
+    for node in nodes(path):
+        # A constructor names each argument three times.
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+            lines = node.end_lineno - node.lineno + 1
+            written = len((ast.get_docstring(node) or "").splitlines())
+            assert lines - written <= 60, node.name
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_one_folder_knows_the_backend(module):
     if module.startswith("keras_renorm._backend."):
         return

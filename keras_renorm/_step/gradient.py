@@ -115,15 +115,12 @@ def correct(
     )
     informed = ops.logical_and(valid, ops.isfinite(learned))
 
-    held: Any = correction.held
-    rest: Any = correction.rest
-    whole = held + rest
-    means = [
-        scaling
-        * (held * (projection * d + gain * mean) + rest * offset_mean)
-        / whole,
-        scaling * (held * projection * r + rest * scale_mean) / whole,
-    ]
+    means = _mixed(
+        correction,
+        (projection * d + gain * mean, projection * r),
+        (offset_mean, scale_mean),
+        scaling,
+    )
     share = gating.share_of(observation.examples, memory.gate)
     changes = [
         (valid, share * error),
@@ -141,4 +138,19 @@ def correct(
     ]
     return means, [
         ops.where(condition, change, 0.0) for condition, change in changes
+    ]
+
+
+def _mixed(
+    correction: Correction,
+    earlier: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    scaling: Tensor,
+) -> list[Tensor]:
+    """The two means to subtract: of earlier batches, and of this one."""
+    held: Any = correction.held
+    rest: Any = correction.rest
+    return [
+        scaling * (held * before + rest * now) / (held + rest)
+        for before, now in zip(earlier, own, strict=True)
     ]

@@ -1,24 +1,17 @@
 """Batch normalization."""
 
-import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
-import numpy as np
 
 from keras_renorm._backend import repetition, runtime, watching
 from keras_renorm._backend.operations import Tensor, ops
-from keras_renorm._backend.variables import read, to_numpy
+from keras_renorm._backend.variables import read
 from keras_renorm._checks import (
     Intended,
     check_boolean,
-    check_epsilon,
-    check_integer,
-    check_known,
     check_momentum,
-    warn,
     warn_of_low_momentum,
 )
 from keras_renorm._step import choice, pooling, recomputation
@@ -27,14 +20,18 @@ from keras_renorm._step.moments import align_mask
 from keras_renorm._step.pooling import Pool
 from keras_renorm._step.records import GradientMemory, Limits, Parameters, State
 from keras_renorm._step.training import normalize_by_batch
+from keras_renorm.layers._arguments import CheckedArguments, check_sharing
+from keras_renorm.layers._weights import CheckedWeights
 
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
-class BatchNormalization(keras.layers.BatchNormalization):
+class BatchNormalization(
+    CheckedArguments, CheckedWeights, keras.layers.BatchNormalization
+):
     """Batch normalization that bad batches do not break and that can be frozen.
 
-    A replacement for `keras.layers.BatchNormalization`: the same numbers, the
-    same weights in the same order, files that load both ways.
+    `keras.layers.BatchNormalization`'s numbers and weights; its files load both
+    ways.
 
         y = gamma * (x - mean) / sqrt(variance + epsilon) + beta
         moving = moving * momentum + batch * (1 - momentum)
@@ -52,46 +49,37 @@ class BatchNormalization(keras.layers.BatchNormalization):
     - **Bad batches.** A channel whose batch mean or variance is not finite, and
       a batch without (unmasked) elements, leave the moving statistics as they
       are. Loss and gradients still show it, so that loss scaling sees it.
-    - **Replicas** of a `tf.distribute` strategy. With `synchronized=True` the
-      examples of all are normalized as on one device: one all-reduce of
-      2 * channels + 1 numbers forward and one of 2 * channels backward. Without
-      it each replica normalizes its own, and moving statistics are averaged
-      where they are read, which leaves out the variance between the replicas'
-      means. Keras's JAX backend sees one whole batch either way.
+    - **Replicas.** With `synchronized=True` the examples of all replicas of a
+      `tf.distribute` strategy are normalized as on one device. Without it each
+      replica normalizes its own, and moving statistics are averaged where they
+      are read, which leaves out the variance between the replicas' means.
+      Keras's JAX backend sees one whole batch either way.
     - **Virtual batches.** With a `virtual_batch_size`, training normalizes each
       group of consecutive examples by itself ("ghost batches"), the rest as a
       group of its own. The moving statistics get those of the whole batch.
-    - **Derivatives** of any order are those of the formulas, in forward mode
-      too (an error where replicas are synchronized). In `keras.remat` a step
-      is as it is without; on JAX, that is an error.
     - **Types.** Statistics, gamma and beta are float32 under every 16-bit
       policy, float64 under a float64 policy.
+
+    Derivatives of any order are those of the formulas. docs/design.md has how a
+    step is computed, and docs/backends.md what differs between them.
 
     Args:
         axis: The channel axis, an integer. -1 (default) for channels last, 1
             for channels first.
         momentum: Share of the old moving statistics kept at each step, in
-            [0, 1]. Defaults to 0.99. 0.9 to 0.95 where a run has only a few
-            hundred steps. What PyTorch calls momentum is 1 minus this: below
-            0.5 there is a warning. May be assigned, as `epsilon`; in a graph
-            that takes effect when the model is compiled next.
+            [0, 1]. Defaults to 0.99; take 0.9 to 0.95 where a run has only a
+            few hundred steps. (PyTorch's is 1 minus this: below 0.5 there is a
+            warning.) May be assigned, like `epsilon`; in a graph that takes
+            effect when the model is compiled next.
         epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
-        synchronized: Whether replicas share the statistics of a batch.
-            Defaults to `False`.
+        synchronized: Whether replicas share a batch's statistics (`False`).
         virtual_batch_size: Examples that training normalizes together, an
             integer of at least 1, or `None` (default) for the whole batch. Not
             with `synchronized`, nor where `axis` is the first axis.
-        frozen_statistics: Whether training takes the moving statistics too. An
-            attribute as well. Defaults to `False`.
-        center, scale: Whether there is a beta, a gamma. Default to `True`.
-        beta_initializer, gamma_initializer: Default to "zeros" and "ones".
-        moving_mean_initializer, moving_variance_initializer: Of the moving
-            statistics. Default to "zeros" and "ones".
-        beta_regularizer, gamma_regularizer: Regularizers. Default to `None`.
-        beta_constraint, gamma_constraint: Constraints. Default to `None`.
-        trainable: Whether anything trains and moves. Defaults to `True`.
-        dtype: The policy. Defaults to Keras's global one.
-        name: The layer's name.
+        frozen_statistics: Whether training takes the moving statistics too
+            (`False`). An attribute as well.
+        center, scale, beta_initializer, ..., name: As
+            `keras.layers.BatchNormalization`.
         **layer_arguments: The others of `keras.layers.Layer`.
 
     Call arguments:
@@ -100,9 +88,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         training: Whether to train or to infer. Keras sets it in `fit`.
         mask: Tensor of 0 and 1, or booleans, whose axes are the leading
             non-channel axes of `inputs`, broadcast over the others: `(batch,)`,
-            `(batch, time)`, ... One that does not fit these may have the
-            leading axes with the channel axis among them, as `Masking` makes it
-            of inputs with channels first.
+            `(batch, time)`, ... (or with the channel axis among them, as
+            `Masking` makes it of channels first).
 
     Returns:
         A tensor of the shape of `inputs`, in the policy's compute type.
@@ -123,8 +110,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     True
 
     References:
-        Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1. Hoffer, Hubara
-        and Soudry 2017, arXiv:1705.08741, Algorithm 1 (virtual batches).
+        Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1. Virtual batches:
+        Hoffer, Hubara and Soudry 2017, arXiv:1705.08741, Algorithm 1.
     """
 
     def __init__(
@@ -156,7 +143,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         virtual_batch_size = self.checks["virtual_batch_size"](
             virtual_batch_size
         )
-        _check_sharing(synchronized, virtual_batch_size)
+        check_sharing(synchronized, virtual_batch_size)
         warn_of_low_momentum(momentum)
         super().__init__(
             axis=self.checks["axis"](axis),
@@ -183,48 +170,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.frozen_statistics = frozen_statistics
         self._holds_statistics = False
         self._calls = recomputation.Memory()
-
-    # Arguments that may be assigned to as well.
-    checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
-        "axis": partial(check_integer, "axis"),
-        "momentum": check_momentum,
-        "epsilon": check_epsilon,
-        "synchronized": partial(check_boolean, "synchronized"),
-        "virtual_batch_size": lambda value: (
-            None
-            if value is None
-            else check_integer("virtual_batch_size", value, minimum=1)
-        ),
-        "center": partial(check_boolean, "center"),
-        "scale": partial(check_boolean, "scale"),
-    }
-    # Whether a graph has momentum and epsilon, as constants.
-    _is_traced = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.checks and name in vars(self):
-            value = self._changed(name, self.checks[name](value))
-        super().__setattr__(name, value)
-
-    def _changed(self, name: str, value: Any) -> Any:
-        """A valid value of an argument, if the layer may have it from now."""
-        old = vars(self)[name]
-        if value == old:
-            return value
-        if name not in ("momentum", "epsilon"):
-            if self.built:
-                raise ValueError(
-                    f"`{name}` must not change once a layer is built. "
-                    f"Received: {name}={value}, which is {old} in layer "
-                    f"{self.name}. `keras_renorm.convert` makes a model with "
-                    "other layers."
-                )
-        elif self._is_traced:
-            warn(
-                f"`{name}` takes effect when the model is compiled next: "
-                f"graphs that were made before have the old {name}."
-            )
-        return value
 
     @property
     def uses_moving_statistics(self) -> bool:
@@ -256,7 +201,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates gamma, beta, moving_mean and moving_variance, in order."""
-        _check_sharing(self.synchronized, self.virtual_batch_size)
+        check_sharing(self.synchronized, self.virtual_batch_size)
         axis = self._channel_axis(len(input_shape))
         if axis == 0 and self.virtual_batch_size is not None:
             raise ValueError(
@@ -276,24 +221,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
             "dtype": choice.statistics_dtype(self.variable_dtype),
             "autocast": False,
         }
-        if self.scale:
-            self.gamma = self.add_weight(
-                name="gamma",
-                initializer=self.gamma_initializer,
-                regularizer=self.gamma_regularizer,
-                constraint=self.gamma_constraint,
-                trainable=True,
-                **weight,
-            )
-        if self.center:
-            self.beta = self.add_weight(
-                name="beta",
-                initializer=self.beta_initializer,
-                regularizer=self.beta_regularizer,
-                constraint=self.beta_constraint,
-                trainable=True,
-                **weight,
-            )
+        for name, is_wanted in (("gamma", self.scale), ("beta", self.center)):
+            if is_wanted:
+                kinds = ("initializer", "regularizer", "constraint")
+                made_by = {
+                    kind: getattr(self, f"{name}_{kind}") for kind in kinds
+                }
+                setattr(
+                    self, name, self.add_weight(name=name, **made_by, **weight)
+                )
         self.moving_mean = self._add_statistic(
             "moving_mean", self.moving_mean_initializer, **weight
         )
@@ -416,35 +352,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
             gamma, beta, moving_mean, moving_variance, self.epsilon
         )
 
-    @classmethod
-    def _check_layer_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """What is left for `keras.layers.Layer`, which knows what it takes."""
-        if given.get("renorm", False) is False:
-            # As Keras's layer has them where it does not renormalize.
-            unset = {"renorm", "renorm_momentum"}
-            if given.get("renorm_clipping") is None:
-                unset.add("renorm_clipping")
-            given = {k: v for k, v in given.items() if k not in unset}
-        for name, value in given.items():
-            if name.startswith("renorm"):
-                raise TypeError(
-                    f"`{name}` must not be given: batch renormalization "
-                    "is the layer `keras_renorm.BatchRenormalization`. "
-                    f"Received: {name}={value!r}."
-                )
-        if given:
-            known = {
-                name
-                for each in cls.__mro__
-                if issubclass(each, keras.layers.Layer)
-                and "__init__" in vars(each)
-                for name in inspect.signature(vars(each)["__init__"]).parameters
-                if not name.startswith("renorm")
-            }
-            known |= {"input_shape", "input_dim"}
-            check_known(given, known, cls.__name__)
-        return given
-
     def _channel_axis(self, rank: int) -> int:
         if not -rank <= self.axis < rank:
             raise ValueError(
@@ -465,56 +372,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _end_step(self) -> None:
         """Called after each training step that moved the statistics."""
-
-    def load_own_variables(self, store: Any) -> None:
-        """Takes the weights of a file, all of them or none."""
-        expected, received = len(self.weights), len(store.keys())
-        if received != expected:
-            raise ValueError(
-                "The file must hold the weights of this network. Received: "
-                f"{received} of the {expected} weights of layer {self.name}, "
-                f"of class {type(self).__name__}. Weights of a network with "
-                "batch normalization of another class: load them into that "
-                "network, then `keras_renorm.convert` it."
-            )
-        self.set_weights([store[f"{index}"] for index in range(expected)])
-
-    def save_own_variables(self, store: Any) -> None:
-        """Writes the weights, if a layer can take them again."""
-        self._check_state(self.get_weights())
-        # Not Keras's order, which differs from backend to backend.
-        for index, weight in enumerate(self.weights):
-            store[f"{index}"] = weight
-
-    def set_weights(self, weights: Any) -> None:
-        """Sets the weights, all of them or none."""
-        if len(weights) != len(self.weights):
-            raise ValueError(
-                f"`weights` must be {len(self.weights)} arrays, for "
-                f"{[weight.name for weight in self.weights]}. Received: "
-                f"{len(weights)} arrays. Weights of a layer of another class: "
-                "set them there, then `keras_renorm.convert` the model."
-            )
-        super().set_weights(self._check_state(weights))
-
-    def _check_state(self, weights: Any) -> list[np.ndarray]:
-        """Weights, if they are a state of this layer.
-
-        An average of valid weights is one; an extrapolation may be none.
-        """
-        arrays = [to_numpy(value) for value in weights]
-        for variable, array in zip(self.weights, arrays, strict=True):
-            if array.shape != tuple(variable.shape):
-                raise ValueError(
-                    f"`{variable.name}` of layer {self.name} must have shape "
-                    f"{tuple(variable.shape)}. Received: shape={array.shape}."
-                )
-            if variable is self.moving_variance and (array < 0).any():
-                raise ValueError(
-                    f"`moving_variance` of layer {self.name} must be at least "
-                    f"0. Received: {array.min()} in a channel."
-                )
-        return arrays
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, with their present values."""
@@ -540,13 +397,3 @@ class BatchNormalization(keras.layers.BatchNormalization):
             momentum = check_momentum(config["momentum"])
             config["momentum"] = Intended(momentum)
         return cls(**config)
-
-
-def _check_sharing(synchronized: bool, virtual_batch_size: int | None) -> None:
-    if synchronized and virtual_batch_size is not None:
-        raise ValueError(
-            "`virtual_batch_size` must be None where synchronized=True: "
-            "one narrows the examples that share statistics, the other "
-            "widens them. Received: virtual_batch_size="
-            f"{virtual_batch_size}."
-        )

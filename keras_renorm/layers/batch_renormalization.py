@@ -15,31 +15,20 @@ from keras_renorm._backend.variables import (
     to_numpy,
     with_accumulators,
 )
-from keras_renorm._checks import check_number
 from keras_renorm._step import gating
-from keras_renorm._step.records import GradientMemory, Limits, Parameters
+from keras_renorm._step.records import GradientMemory, Parameters
+from keras_renorm.layers._arguments import (
+    GRADIENT_MOMENTUM,
+    check_gradient_momentum,
+    check_groups,
+)
+from keras_renorm.layers._limits import StoredLimits
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.schedules import LinearRamp
 
-# Of the accumulators; see `GradientMemory`.
-GRADIENT_MOMENTUM = 0.9
-
-
-def _check_gradient_momentum(value: Any) -> float | None:
-    """`value` as a float in [0, 1), or `None`."""
-    if value is None:
-        return None
-    momentum = check_number("gradient_momentum", value)
-    if not 0 <= momentum < 1:
-        raise ValueError(
-            '`gradient_momentum` must be at least 0 and below 1, "auto" or '
-            f"None. Received: gradient_momentum={value}."
-        )
-    return momentum
-
 
 @keras.saving.register_keras_serializable(package="keras_renorm")
-class BatchRenormalization(BatchNormalization):
+class BatchRenormalization(StoredLimits, BatchNormalization):
     """Batch normalization for any minibatches: corrects as far as they need it.
 
     Batch normalization trains with the statistics of a batch and infers with
@@ -63,8 +52,7 @@ class BatchRenormalization(BatchNormalization):
       `layer.current_correction()`. It goes by how alike the gradients and the
       means of a batch's examples are, and by whether successive gradients
       point the same way, in moving averages. A layer begins with g = 1, and
-      with closed limits. (`keras_renorm/gating.py`, and docs/design.md, have
-      the formula.)
+      with closed limits. (docs/design.md has the formula.)
     - **The corrected gradient.** Most of the two means that the gradient of
       normalization subtracts is replaced by those of earlier minibatches
       (Chiley et al. 2019). What the layer remembers moves where a gradient is
@@ -177,8 +165,8 @@ class BatchRenormalization(BatchNormalization):
                 if is_given or virtual_batch_size is not None
                 else GRADIENT_MOMENTUM
             )
-        kept = _check_gradient_momentum(gradient_momentum)
-        _check_groups(kept, virtual_batch_size)
+        kept = check_gradient_momentum(gradient_momentum)
+        check_groups(kept, virtual_batch_size)
         super().__init__(
             axis,
             momentum,
@@ -222,20 +210,11 @@ class BatchRenormalization(BatchNormalization):
         self.gated: Any = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Adds the weights `step`, `limit_values` and `limit_steps`.
-
-        Row 0 of the limits is r_max, row 1 d_max; the columns are where the
-        ramp begins and where it ends.
-        """
-        _check_groups(self.gradient_momentum, self.virtual_batch_size)
+        """Adds the step, the limits and what corrects the gradient."""
+        check_groups(self.gradient_momentum, self.virtual_batch_size)
         super().build(input_shape)
-        values, steps = schedules.store_ramps(self._initial_ramps)
         dtype = self.moving_mean.dtype
-        # No integers: a mean of weights would be cut.
-        counter = runtime.counter_dtype(dtype)
-        self.step = self._add_state("step", 0, counter)
-        self.limit_values = self._add_state("limit_values", values, dtype)
-        self.limit_steps = self._add_state("limit_steps", steps, counter)
+        self._add_limits(dtype)
         if self.gradient_momentum is None:
             return
         make = (
@@ -285,41 +264,9 @@ class BatchRenormalization(BatchNormalization):
             weight for weight in super().weights if id(weight) not in known
         ]
 
-    def _add_state(self, name: str, value: Any, dtype: str) -> keras.Variable:
-        return self.add_weight(
-            name=name,
-            shape=np.shape(value),
-            dtype=dtype,
-            initializer=lambda shape, dtype: ops.convert_to_tensor(
-                value, dtype=dtype
-            ),
-            trainable=False,
-            autocast=False,
-            # The same on all replicas, and a counter must not be summed.
-            aggregation="only_first_replica",
-        )
-
-    @property
-    def r_max(self) -> LinearRamp:
-        """Limit of r, as a ramp over `step`; assign a number or a ramp."""
-        return self._ramp(0)
-
-    @r_max.setter
-    def r_max(self, value: float | LinearRamp) -> None:
-        self._set_ramp(0, schedules.limit("r_max", value))
-
-    @property
-    def d_max(self) -> LinearRamp:
-        """Limit of d, as a ramp over `step`; assign a number or a ramp."""
-        return self._ramp(1)
-
-    @d_max.setter
-    def d_max(self, value: float | LinearRamp) -> None:
-        self._set_ramp(1, schedules.limit("d_max", value))
-
     checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
         **BatchNormalization.checks,
-        "gradient_momentum": _check_gradient_momentum,
+        "gradient_momentum": check_gradient_momentum,
     }
 
     def _changed(self, name: str, value: Any) -> Any:
@@ -327,18 +274,6 @@ class BatchRenormalization(BatchNormalization):
             # As if the constructor had been given it.
             self._corrects_by_limits = True
         return super()._changed(name, value)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in schedules.MINIMA:
-            # TensorFlow reads what is there first, which may be no limit.
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def current_limits(self) -> tuple[float, float]:
-        """The values of r_max and d_max that the next training step uses."""
-        step = 0.0 if self.step is None else self._step()
-        return self.r_max(step), self.d_max(step)
 
     def current_correction(self) -> float:
         """How far the next training step corrects, from 0 to 1.
@@ -354,49 +289,6 @@ class BatchRenormalization(BatchNormalization):
         )
         opening = gating.openness(agreement, gating.Gate(*ops.unstack(gate, 4)))
         return float(to_numpy(opening))
-
-    def current_step(self) -> int:
-        """How many training calls the layer has seen."""
-        return 0 if self.step is None else round(self._step())
-
-    def _step(self) -> float:
-        return float(to_numpy(self.step))
-
-    def _ramp(self, row: int) -> LinearRamp:
-        if not self.built:
-            return self._initial_ramps[row]
-        return schedules.stored_ramp(
-            list(schedules.MINIMA)[row],
-            self.name,
-            to_numpy(self.limit_values)[row],
-            to_numpy(self.limit_steps)[row],
-        )
-
-    def _set_ramp(self, row: int, ramp: LinearRamp) -> None:
-        self._is_given = True
-        if self.gated is not None:
-            self.gated.assign(0.0)
-        if not self.built:
-            ramps = list(self._initial_ramps)
-            ramps[row] = ramp
-            self._initial_ramps = tuple(ramps)
-            return
-        for variable, new in zip(
-            (self.limit_values, self.limit_steps),
-            schedules.store_ramps([ramp]),
-            strict=True,
-        ):
-            rows = to_numpy(variable)
-            rows[row] = new[0]
-            variable.assign(rows)
-
-    def _limits(self) -> Limits:
-        return Limits(
-            *(
-                read(weight, weight.dtype)
-                for weight in (self.limit_values, self.limit_steps, self.step)
-            )
-        )
 
     def _gradient_memory(
         self, inputs: Tensor, parameters: Parameters, dtype: str
@@ -439,9 +331,6 @@ class BatchRenormalization(BatchNormalization):
             return not self._is_given
         return bool(to_numpy(self.gated) > 0)
 
-    def _end_step(self) -> None:
-        self.step.assign_add(1)
-
     def load_own_variables(self, store: Any) -> None:
         """Takes the weights of a file, all of them or none.
 
@@ -463,28 +352,6 @@ class BatchRenormalization(BatchNormalization):
             return np.array(float(not self._is_given))
         is_one = weight is self.gradient_agreement
         return np.full(weight.shape, float(is_one))
-
-    def _check_state(self, weights: Any) -> list[np.ndarray]:
-        arrays = super()._check_state(weights)
-        if not self.built:
-            return arrays
-        step, values, steps = (
-            next(i for i, each in enumerate(self.weights) if each is weight)
-            for weight in (self.step, self.limit_values, self.limit_steps)
-        )
-        if not np.isfinite(arrays[step]):
-            raise ValueError(
-                f"`step` of layer {self.name} must be finite. Received: "
-                f"step={arrays[step]}."
-            )
-        # Earlier versions stored infinity.
-        arrays[values], _ = schedules.store_ramps(
-            schedules.stored_ramp(name, self.name, *rows)
-            for name, *rows in zip(
-                schedules.MINIMA, arrays[values], arrays[steps], strict=True
-            )
-        )
-        return arrays
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, with the present limits."""
@@ -525,16 +392,3 @@ class BatchRenormalization(BatchNormalization):
             if limit != "auto":
                 setattr(layer, name, limit)
         return layer
-
-
-def _check_groups(
-    gradient_momentum: float | None, virtual_batch_size: int | None
-) -> None:
-    if gradient_momentum is not None and virtual_batch_size is not None:
-        raise ValueError(
-            "`gradient_momentum` must be None where virtual_batch_size is "
-            "given: groups of one batch share their moving statistics, and "
-            "none of them comes after another. Received: "
-            f"gradient_momentum={gradient_momentum}, "
-            f"virtual_batch_size={virtual_batch_size}."
-        )

@@ -73,36 +73,13 @@ class Grid:
                 "`model` must have one input. Received: "
                 f"{len(inputs)} of model={model.name}."
             )
-        image = _as_array(image)
-        rank = len(inputs[0].shape) if inputs else image.ndim
-        if image.ndim != rank or rank < 3:
-            raise ValueError(
-                "`image` must have the axes of the model's input: images, "
-                "sizes and channels. Received: image.shape="
-                f"{image.shape} for an input of {rank} axes."
-            )
-        if not len(image):
-            raise ValueError(
-                "`image` must hold an image. Received: image.shape="
-                f"{image.shape}."
-            )
-        if not np.isfinite(image).all():
-            raise ValueError(
-                "`image` must be finite: one NaN is all that a tile would show."
-                f" Received: {np.count_nonzero(~np.isfinite(image))} values of "
-                f"{image.size} that are not."
-            )
+        spec = inputs[0].shape if inputs else None
         is_first = _channels_first(model)
-        axes = tuple(range(2, rank) if is_first else range(1, rank - 1))
-        if inputs:
-            channel = 1 if is_first else rank - 1
-            wanted = inputs[0].shape[channel]
-            if wanted not in (None, image.shape[channel]):
-                raise ValueError(
-                    f"`image` must have the {wanted} channels of the model's "
-                    f"input. Received: image.shape={image.shape}."
-                )
-        fixed = [inputs[0].shape[axis] if inputs else None for axis in axes]
+        image = _as_image(image, spec, is_first)
+        axes = tuple(
+            range(2, image.ndim) if is_first else range(1, image.ndim - 1)
+        )
+        fixed = [spec[axis] if spec else None for axis in axes]
         sizes = [image.shape[axis] for axis in axes]
         grid = cls(
             image,
@@ -184,6 +161,35 @@ class Grid:
             Tile(*zip(*found, strict=True))
             for found in itertools.product(*of_axes)
         ]
+
+
+def _as_image(image: Any, spec: Any, is_first: bool) -> np.ndarray:
+    """An array, if it is what a model's input of this shape takes."""
+    image = _as_array(image)
+    rank = image.ndim if spec is None else len(spec)
+    if image.ndim != rank or rank < 3:
+        raise ValueError(
+            "`image` must have the axes of the model's input: images, "
+            "sizes and channels. Received: image.shape="
+            f"{image.shape} for an input of {rank} axes."
+        )
+    if not len(image):
+        raise ValueError(
+            f"`image` must hold an image. Received: image.shape={image.shape}."
+        )
+    if not np.isfinite(image).all():
+        raise ValueError(
+            "`image` must be finite: one NaN is all that a tile would show."
+            f" Received: {np.count_nonzero(~np.isfinite(image))} values of "
+            f"{image.size} that are not."
+        )
+    channel = 1 if is_first else rank - 1
+    if spec is not None and spec[channel] not in (None, image.shape[channel]):
+        raise ValueError(
+            f"`image` must have the {spec[channel]} channels of the model's "
+            f"input. Received: image.shape={image.shape}."
+        )
+    return image
 
 
 def _as_array(image: Any) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Whether the prediction of a pixel depends on the tile that it lies in."""
 
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -244,7 +245,25 @@ def _verdicts(
     is_beyond: Sequence[bool],
 ) -> list[Verdict]:
     """What makes the difference, if there is one."""
-    verdicts = []
+    by_halo = _of_short_halo(grid, needed, is_beyond)
+    seen = _seen(outputs, _rounding(model))
+    if not seen:
+        return by_halo
+    found = _of_layers(model, seen, seeing) + by_halo
+    return found or [
+        Verdict(
+            UNKNOWN,
+            f"{seen} No layer was found that sees a whole tile.",
+            "Look at `report.plot()`: differences along a line are of "
+            "tiles, others may be of a layer that draws random numbers.",
+            (),
+        )
+    ]
+
+
+def _of_short_halo(
+    grid: Grid, needed: Sequence[int], is_beyond: Sequence[bool]
+) -> list[Verdict]:
     short = [
         # A window as large as the image has no other padding than the image.
         window < size and (halo < need or beyond)
@@ -252,25 +271,28 @@ def _verdicts(
             grid.window, grid.sizes, grid.halo, needed, is_beyond, strict=True
         )
     ]
-    if any(short):
-        reaches = "at least " * any(is_beyond) + sizes_of(needed)
-        verdicts.append(
-            Verdict(
-                HALO,
-                f"The network sees {reaches} pixels to each side, the halo has "
-                f"{sizes_of(grid.halo)}: at the edges of tiles it sees padding "
-                "in the place of the image.",
-                f"Give halo={max(needed)} or more, in multiples of what the "
-                "network divides by.",
-                (),
-            )
+    if not any(short):
+        return []
+    reaches = "at least " * any(is_beyond) + sizes_of(needed)
+    return [
+        Verdict(
+            HALO,
+            f"The network sees {reaches} pixels to each side, the halo has "
+            f"{sizes_of(grid.halo)}: at the edges of tiles it sees padding "
+            "in the place of the image.",
+            f"Give halo={max(needed)} or more, in multiples of what the "
+            "network divides by.",
+            (),
         )
-    limit = _rounding(model)
-    seen = ""
-    # Tiles that are all alike differ from the whole only.
+    ]
+
+
+def _seen(outputs: Sequence[TiledOutput], limit: float) -> str:
+    """By how much predictions differ, in words; none, if it is rounding."""
     for name, between in (
-        ("whole", "tiles and the whole image"),
         ("tilings", "two tilings"),
+        # Tiles that are all alike differ from the whole only.
+        ("whole", "tiles and the whole image"),
     ):
         largest = [
             found.largest
@@ -279,51 +301,41 @@ def _verdicts(
             and found.largest > limit * each.size
         ]
         if largest:
-            seen = (
+            return (
                 "The prediction of a pixel differs by up to "
                 f"{max(largest):.2g} between {between}."
             )
-    if not seen:
-        return verdicts
-    normalizing = [each for each in seeing if _normalizes(each)]
-    others = [each for each in seeing if not _normalizes(each)]
+    return ""
+
+
+def _of_layers(model: Any, seen: str, seeing: Sequence[Any]) -> list[Verdict]:
+    normalizing = tuple(names_of(model, filter(_normalizes, seeing)))
+    others = tuple(names_of(model, itertools.filterfalse(_normalizes, seeing)))
     found = []
     if normalizing:
-        names = tuple(names_of(model, normalizing))
         found.append(
             Verdict(
                 BY_TILE,
                 f"{seen} These layers normalize by the statistics of the tile "
-                f"that they see: {', '.join(names)}.",
+                f"that they see: {', '.join(normalizing)}.",
                 "Train with `keras_renorm.BatchRenormalization()` in their "
                 "place, whose statistics are the same in each tile, and "
                 "`keras_renorm.recalibrate` it on the tiles of the image. Or "
                 "predict the whole image at once.",
-                names,
+                normalizing,
             )
         )
     if others:
-        names = tuple(names_of(model, others))
         found.append(
             Verdict(
                 POOLED,
-                f"{seen} These layers see the whole tile: {', '.join(names)}.",
+                f"{seen} These layers see the whole tile: {', '.join(others)}.",
                 "Predict the whole image at once, or in tiles as large as "
                 "memory allows; or train without global pooling and attention.",
-                names,
+                others,
             )
         )
-    if not found and not verdicts:
-        found.append(
-            Verdict(
-                UNKNOWN,
-                f"{seen} No layer was found that sees a whole tile.",
-                "Look at `report.plot()`: differences along a line are of "
-                "tiles, others may be of a layer that draws random numbers.",
-                (),
-            )
-        )
-    return found + verdicts
+    return found
 
 
 def _normalizes(layer: Any) -> bool:
