@@ -327,7 +327,8 @@ def limit(name: str, value: Any) -> LinearRamp:
         ramp = LinearRamp(value, value, 0, 0)
     else:
         raise TypeError(
-            f"`{name}` must be a number or a `LinearRamp`. "
+            f'`{name}` must be a number, a `LinearRamp`, or "auto" for a new '
+            "layer. "
             f"Received: {name}={value!r}."
         )
     if min(ramp.initial_value, ramp.final_value) < minimum:

@@ -163,7 +163,7 @@ def test_keras_layers_with_renorm(rng):
     model = networks.sequential(
         lambda **arguments: KERAS(
             renorm=True,
-            renorm_clipping={"rmax": 2.0, "rmin": 0.25, "dmax": 3.0},
+            renorm_clipping={"rmax": 2.0, "rmin": 0.5, "dmax": 3.0},
             **arguments,
         )
     )
@@ -180,6 +180,15 @@ def test_keras_layers_with_renorm(rng):
     unclipped = networks.sequential(lambda **a: KERAS(renorm=True, **a))
     layer = networks.normalizations(convert(unclipped))[0]
     assert layer.current_limits() == (np.inf, np.inf)
+    # The smallest r of ours is the inverse of the largest: which of two?
+    one_sided = networks.sequential(
+        lambda **a: KERAS(
+            renorm=True, renorm_clipping={"rmax": 3.0, "rmin": 0.5}, **a
+        )
+    )
+    with pytest.warns(UserWarning, match="`rmin` of 1 / rmax"):
+        layer = networks.normalizations(convert(one_sided))[0]
+    assert layer.current_limits() == (2.0, np.inf)
 
 
 @pytest.mark.slow

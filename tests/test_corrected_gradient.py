@@ -223,8 +223,8 @@ def test_wrong_arguments(arguments, message):
 
 def test_a_kind_that_is_no_number():
     message = (
-        "`gradient_momentum` must be a number. Received: "
-        "gradient_momentum='0.9'."
+        '`gradient_momentum` must be at least 0 and below 1, "auto" or None. '
+        "Received: gradient_momentum='0.9'."
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         BatchRenormalization(gradient_momentum="0.9")

@@ -132,14 +132,15 @@ def raises(kind, message):
             {"renorm": True},
             TypeError,
             "`renorm` must not be given: batch renormalization is the layer "
-            "`keras_renorm.BatchRenormalization`. Received: renorm=True.",
+            "`keras_renorm.BatchRenormalization`, whose limits are `r_max` "
+            "and `d_max`. Received: renorm=True.",
         ),
         (
             {"renorm_clipping": {"rmax": 3}},
             TypeError,
             "`renorm_clipping` must not be given: batch renormalization is "
-            "the layer `keras_renorm.BatchRenormalization`. Received: "
-            "renorm_clipping={'rmax': 3}.",
+            "the layer `keras_renorm.BatchRenormalization`, whose limits are "
+            "`r_max` and `d_max`. Received: renorm_clipping={'rmax': 3}.",
         ),
     ],
 )
@@ -165,13 +166,15 @@ LIMITS = [
         "r_max",
         "3",
         TypeError,
-        "`r_max` must be a number or a `LinearRamp`. Received: r_max='3'.",
+        '`r_max` must be a number, a `LinearRamp`, or "auto" for a new '
+        "layer. Received: r_max='3'.",
     ),
     (
         "r_max",
         None,
         TypeError,
-        "`r_max` must be a number or a `LinearRamp`. Received: r_max=None.",
+        '`r_max` must be a number, a `LinearRamp`, or "auto" for a new '
+        "layer. Received: r_max=None.",
     ),
     (
         "r_max",
@@ -190,7 +193,8 @@ LIMITS = [
         "d_max",
         True,
         TypeError,
-        "`d_max` must be a number or a `LinearRamp`. Received: d_max=True.",
+        '`d_max` must be a number, a `LinearRamp`, or "auto" for a new layer. '
+        "Received: d_max=True.",
     ),
     (
         "d_max",

@@ -32,7 +32,7 @@ def tf_keras():
 def renorm(tf_keras, **arguments):
     return tf_keras.layers.BatchNormalization(
         renorm=True,
-        renorm_clipping={"rmax": 2.0, "rmin": 0.25, "dmax": 3.0},
+        renorm_clipping={"rmax": 2.0, "rmin": 0.5, "dmax": 3.0},
         **arguments,
     )
 

@@ -86,9 +86,9 @@ def test_numbers_of_numpy_are_numbers(number):
     assert all(type(each) is float for each in (ramp(0), ramp.final_value))
     assert type(ramp.begin_step) is type(ramp.end_step) is int
     assert ramp == limit("r_max", number) == number
-    with pytest.raises(TypeError, match="`r_max` must be a number or a"):
+    with pytest.raises(TypeError, match="`r_max` must be a number, a"):
         limit("r_max", np.array([2.0]))
-    with pytest.raises(TypeError, match="`r_max` must be a number or a"):
+    with pytest.raises(TypeError, match="`r_max` must be a number, a"):
         limit("r_max", np.array(True))
     with pytest.raises(TypeError, match="`total_steps` must be an integer"):
         ioffe2017(np.array(2.0))

@@ -9,7 +9,7 @@
 # random are the reference.
 #
 # Takes about a minute on two CPU cores (nine trainings). Needs
-# `pip install keras-renorm[tutorials]`. As a script:
+# `pip install ".[tutorials]"`. As a script:
 # `python 01_quickstart.py --seeds 3 --output my_folder`.
 
 # %%

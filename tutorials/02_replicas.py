@@ -15,7 +15,7 @@
 # statistics of each minibatch; and with the whole minibatch on one device.
 #
 # Takes less than a minute on two CPU cores. Needs
-# `pip install keras-renorm[tutorials]`.
+# `pip install ".[tutorials]"`.
 # As a script: `python 02_replicas.py --seeds 3 --output my_folder`.
 
 # %%

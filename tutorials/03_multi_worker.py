@@ -26,7 +26,7 @@
 # Keras 3's `fit` does not run under `MultiWorkerMirroredStrategy` (an error in
 # Keras, with any model: its issue 20585), so this is a training loop of our
 # own. Takes about 20 seconds on two CPU cores. Needs
-# `pip install keras-renorm[tutorials]`.
+# `pip install ".[tutorials]"`.
 
 # %%
 import lesson

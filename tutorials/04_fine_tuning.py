@@ -13,7 +13,7 @@
 #
 # Each twice: with shuffled minibatches, and with minibatches of one class.
 # Takes about a minute and a half on two CPU cores (48 fine-tunings). Needs `pip
-# install keras-renorm[tutorials]`. As a script: `python 04_fine_tuning.py
+# install ".[tutorials]"`. As a script: `python 04_fine_tuning.py
 # --seeds 3 --output my_folder`.
 
 # %%

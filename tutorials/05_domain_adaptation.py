@@ -10,7 +10,7 @@
 # dark brown is near, black is far.
 #
 # Takes about a minute on two CPU cores. Needs
-# `pip install keras-renorm[tutorials]`.
+# `pip install ".[tutorials]"`.
 # As a script: `python 05_domain_adaptation.py --seeds 3 --output my_folder`.
 
 # %%

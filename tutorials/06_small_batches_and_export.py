@@ -14,7 +14,7 @@
 #    in its own runtime.
 #
 # Takes about a minute on two CPU cores. Needs
-# `pip install keras-renorm[tutorials,export]` (without `export`, the runtimes
+# `pip install ".[tutorials,export]"` (without `export`, the runtimes
 # of LiteRT and ONNX are left out).
 # As a script: `python 06_small_batches_and_export.py --output my_folder`.
 

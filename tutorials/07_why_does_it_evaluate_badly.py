@@ -9,7 +9,7 @@
 # look at the accuracy again. A sixth training has nothing wrong.
 #
 # Takes a minute and a quarter on two CPU cores (two seeds). Needs
-# `pip install keras-renorm[tutorials]`. As a script:
+# `pip install ".[tutorials]"`. As a script:
 # `python 07_why_does_it_evaluate_badly.py --seeds 3 --output my_folder`.
 
 # %%

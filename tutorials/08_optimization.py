@@ -11,7 +11,7 @@
 #
 # On scikit-learn's digits, in a minute and a quarter on two CPU cores. `--scale
 # full` is CIFAR-10 with VGG and ResNet-110 (`papers.py`): a GPU and a day or
-# more. Needs `pip install keras-renorm[tutorials]`. As a script: `python
+# more. Needs `pip install ".[tutorials]"`. As a script: `python
 # 08_optimization.py --seeds 3 --output my_folder`.
 
 # %%

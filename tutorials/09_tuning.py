@@ -8,7 +8,7 @@
 # class each, as in the quickstart.
 #
 # Takes two minutes on two CPU cores. Needs
-# `pip install keras-renorm[tutorials]`. As a script:
+# `pip install ".[tutorials]"`. As a script:
 # `python 09_tuning.py --trials 60 --storage study.db`. With `--storage`, trials
 # are kept, and a search that was stopped goes on.
 

@@ -10,7 +10,7 @@
 # Start it with
 #
 # ```bash
-# pip install "keras-renorm[tutorials]" jax
+# pip install ".[tutorials]" jax
 # for i in 0 1; do
 #     python tutorials/10_several_hosts_jax.py --processes 2 --process $i &
 # done; wait

@@ -15,7 +15,7 @@
 # holds it, is installed (`pip install --no-deps stardist`), and else made, too;
 # with `--large volume` it is a made volume, and the network a 3-D one.
 #
-# Takes some minutes on two CPU cores; `pip install keras-renorm[tutorials]`.
+# Takes some minutes on two CPU cores; `pip install ".[tutorials]"`.
 
 # %%
 import lesson

@@ -13,7 +13,7 @@
 # `keras_renorm.BatchRenormalization`, on gymnasium's `Pendulum-v1`, in a few
 # minutes on two CPU cores. MuJoCo: `pip install "gymnasium[mujoco]"`, and
 # `--environment HalfCheetah-v5 --steps 300000 --width 2048 --batch-size 256`.
-# Needs `pip install "keras-renorm[tutorials,reinforcement]"`.
+# Needs `pip install ".[tutorials,reinforcement]"`.
 
 # %%
 import lesson

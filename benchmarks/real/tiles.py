@@ -32,6 +32,8 @@ SETTINGS = {
     "2": "of 2",
     "1 lamps": "of 1, a lamp each",
     "2 lamps": "of 2, a lamp each",
+    "1 long": "of 1, 1,200 steps",
+    "2 long": "of 2, 1,200 steps",
 }
 CONTENDERS = {
     "bn": "batch norm.",
@@ -51,20 +53,19 @@ FILTERS = 8, 16, 32
 PATCH, TILE = 48, 64
 HALO = 24  # The network sees 22 pixels to each side.
 # 0.99 knows too little after so few steps: with it, our layer would still be
-# batch normalization at the end.
+# batch normalization at the end. A setting that is long has the default.
 MOMENTUM = 0.95
+LONG = 4  # times as many steps
 NORMALIZATIONS = {
-    "bn": functools.partial(layers.BatchNormalization, momentum=MOMENTUM),
-    "keras_renorm": functools.partial(
-        layers.BatchNormalization, momentum=MOMENTUM, renorm=True
-    ),
+    "bn": layers.BatchNormalization,
+    "keras_renorm": functools.partial(layers.BatchNormalization, renorm=True),
     "group": functools.partial(layers.GroupNormalization, groups=4),
     "instance": functools.partial(layers.GroupNormalization, groups=-1),
-    "renorm": functools.partial(
-        keras_renorm.BatchRenormalization, momentum=MOMENTUM
-    ),
+    "renorm": keras_renorm.BatchRenormalization,
     "none": functools.partial(layers.Activation, "linear"),
 }
+# Those that keep none are the same whatever the image is.
+KEEPING_STATISTICS = "bn", "keras_renorm", "renorm"
 
 
 @functools.cache
@@ -141,15 +142,18 @@ def under_lamps(image, rng):
     return image * np.repeat(np.repeat(brightness, TILE, 0), TILE, 1)
 
 
-def unet(contender):
+def unet(contender, is_long=False):
     """Down to a quarter of the size, and up with ways across."""
+    arguments = {}
+    if contender in KEEPING_STATISTICS and not is_long:
+        arguments["momentum"] = MOMENTUM
 
     def block(x, filters):
         for _ in range(2):
             x = layers.Conv2D(
                 filters, 3, padding="same", use_bias=contender == "none"
             )(x)
-            x = layers.ReLU()(NORMALIZATIONS[contender]()(x))
+            x = layers.ReLU()(NORMALIZATIONS[contender](**arguments)(x))
         return x
 
     x = inputs = keras.Input((None, None, 1))
@@ -164,10 +168,10 @@ def unet(contender):
     return keras.Model(inputs, outputs)
 
 
-@functools.lru_cache(len(CONTENDERS))
-def compiled(contender):
+@functools.lru_cache(2 * len(CONTENDERS))
+def compiled(contender, is_long=False):
     """A network that many trainings share: tracing takes as long as one."""
-    model = unet(contender)
+    model = unet(contender, is_long)
     optimizer = keras.optimizers.Adam(1e-3)
     optimizer.build(model.trainable_variables)
     model.compile(
@@ -187,11 +191,12 @@ def initialize(model, contender, seed):
         variable.assign(np.zeros(variable.shape, variable.dtype))
 
 
-def fit(model, image, mask, batch_size, rate, has_lamps, rng):
-    """`STEPS` steps, at a rate that falls to zero."""
-    for part in range(PARTS):
+def fit(model, image, mask, batch_size, rate, has_lamps, is_long, rng):
+    """`STEPS` steps, or `LONG` times as many, at a rate that falls to zero."""
+    parts = PARTS * LONG if is_long else PARTS
+    for part in range(parts):
         model.optimizer.learning_rate = (
-            rate * (1 + np.cos(np.pi * part / PARTS)) / 2
+            rate * (1 + np.cos(np.pi * part / parts)) / 2
         )
         count = batch_size * STEPS // PARTS
         x, y = patches(image, mask, count, rng)
@@ -231,7 +236,7 @@ def as_trained(model, x, batch_size):
 
 def recalibrated(model, contender, image):
     """The model with the statistics of the image, where it keeps any."""
-    if contender in ("group", "instance", "none"):
+    if contender not in KEEPING_STATISTICS:
         return model
     if contender == "keras_renorm":
         # `recalibrate` takes no such layer. A plain one infers the same.
@@ -257,10 +262,12 @@ def seams(model, image):
 def trained(setting, contender, rate, seed, is_tuning):
     """The network of one training."""
     image, mask, *_ = halves(is_tuning)
-    model = compiled(contender)
+    is_long = "long" in setting
+    model = compiled(contender, is_long)
     initialize(model, contender, seed)
     rng = np.random.default_rng([seed, 1])
-    fit(model, image, mask, int(setting[0]), rate, "lamps" in setting, rng)
+    has_lamps = "lamps" in setting
+    fit(model, image, mask, int(setting[0]), rate, has_lamps, is_long, rng)
     return model
 
 

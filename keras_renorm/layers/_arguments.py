@@ -79,7 +79,8 @@ class CheckedArguments(keras.layers.Layer):
             if name.startswith("renorm"):
                 raise TypeError(
                     f"`{name}` must not be given: batch renormalization "
-                    "is the layer `keras_renorm.BatchRenormalization`. "
+                    "is the layer `keras_renorm.BatchRenormalization`, whose "
+                    "limits are `r_max` and `d_max`. "
                     f"Received: {name}={value!r}."
                 )
         if given:
@@ -110,13 +111,27 @@ def check_gradient_momentum(value: Any) -> float | None:
     """`value` as a float in [0, 1), or `None`."""
     if value is None:
         return None
+    expected = '`gradient_momentum` must be at least 0 and below 1, "auto" or '
+    if isinstance(value, str):
+        raise TypeError(
+            f"{expected}None. Received: gradient_momentum={value!r}."
+        )
     momentum = check_number("gradient_momentum", value)
     if not 0 <= momentum < 1:
         raise ValueError(
-            '`gradient_momentum` must be at least 0 and below 1, "auto" or '
-            f"None. Received: gradient_momentum={value}."
+            f"{expected}None. Received: gradient_momentum={value}."
         )
     return momentum
+
+
+def check_no_groups(virtual_batch_size: int | None, axis: int) -> None:
+    """Raises for groups where the channels lie on the first axis."""
+    if virtual_batch_size is not None:
+        raise ValueError(
+            "`virtual_batch_size` must be None where the channels are on "
+            "the first axis: its groups are of examples, which lie there. "
+            f"Received: virtual_batch_size={virtual_batch_size}, axis={axis}."
+        )
 
 
 def check_groups(

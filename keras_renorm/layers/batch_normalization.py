@@ -12,6 +12,7 @@ from keras_renorm._checks import (
     Intended,
     check_boolean,
     check_momentum,
+    warn,
     warn_of_low_momentum,
 )
 from keras_renorm._step import choice, pooling, recomputation
@@ -20,7 +21,11 @@ from keras_renorm._step.moments import align_mask
 from keras_renorm._step.pooling import Pool
 from keras_renorm._step.records import GradientMemory, Limits, Parameters, State
 from keras_renorm._step.training import normalize_by_batch
-from keras_renorm.layers._arguments import CheckedArguments, check_sharing
+from keras_renorm.layers._arguments import (
+    CheckedArguments,
+    check_no_groups,
+    check_sharing,
+)
 from keras_renorm.layers._weights import CheckedWeights
 
 
@@ -173,20 +178,20 @@ class BatchNormalization(
 
     @property
     def uses_moving_statistics(self) -> bool:
-        """Whether training uses the moving statistics now, and keeps them.
-
-        `frozen_statistics`, or `hold_statistics`.
-        """
+        """Whether training uses the moving statistics now, and keeps them."""
         return self._frozen_statistics or self._holds_statistics
 
-    # Its name before, for a version.
-    statistics_stand = uses_moving_statistics
+    @property
+    def statistics_stand(self) -> bool:
+        """The name of `uses_moving_statistics` before, for a version."""
+        message = "`statistics_stand` is now `uses_moving_statistics`."
+        warn(message, DeprecationWarning)
+        return self.uses_moving_statistics
 
     def hold_statistics(self, value: bool) -> None:
-        """Freezes the statistics for a while, or ends that.
+        """Freezes the statistics for a while, or ends that, for callbacks.
 
-        For callbacks: it acts like `frozen_statistics`, where steps are traced
-        next, but is no configuration. No file and no copy of the layer has it.
+        Like `frozen_statistics`, but in no configuration, file or copy.
         """
         self._holds_statistics = value
 
@@ -203,13 +208,8 @@ class BatchNormalization(
         """Creates gamma, beta, moving_mean and moving_variance, in order."""
         check_sharing(self.synchronized, self.virtual_batch_size)
         axis = self._channel_axis(len(input_shape))
-        if axis == 0 and self.virtual_batch_size is not None:
-            raise ValueError(
-                "`virtual_batch_size` must be None where the channels are on "
-                "the first axis: its groups are of examples, which lie there. "
-                f"Received: virtual_batch_size={self.virtual_batch_size}, "
-                f"axis={self.axis}."
-            )
+        if axis == 0:
+            check_no_groups(self.virtual_batch_size, self.axis)
         channels = input_shape[axis]
         if channels is None:
             raise ValueError(

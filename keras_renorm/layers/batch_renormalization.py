@@ -67,8 +67,8 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
       r_max = 2.0`, or a `LinearRamp`, acts at once, and is saved.
     - **State.** Beside `BatchNormalization`'s: the step counter and the limits;
       where the gradient is corrected, five more vectors of a value a channel,
-      and five numbers. Means of weights are weights. Weights that are no state
-      (a limit below its minimum, a NaN) are an error in `layer.set_weights`, at
+      and five numbers. Averages of weights are valid. Weights that are not (a
+      limit below its minimum, a NaN) are an error in `layer.set_weights`, at
       load, and where they are saved.
 
     Not for data sorted by class (shuffle), nor for batches of one to three

@@ -1,6 +1,7 @@
 """From one class of batch normalization to another: arguments, weights."""
 
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ import keras
 
 from keras_renorm._backend import runtime
 from keras_renorm._backend.variables import to_numpy
-from keras_renorm._checks import suggestion
+from keras_renorm._checks import suggestion, warn
 from keras_renorm.layers.batch_normalization import BatchNormalization
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 
@@ -93,6 +94,12 @@ def _limits_of_clipping(clipping: dict[str, float] | None) -> dict[str, float]:
     candidates = [float("inf") if highest is None else highest]
     if lowest:
         candidates.append(1 / lowest)
+        if not math.isclose(*candidates, rel_tol=1e-3):
+            warn(
+                "`renorm_clipping` must have an `rmin` of 1 / rmax to be kept: "
+                "the smallest r is 1 / r_max. The narrower of both is taken. "
+                f"Received: renorm_clipping={clipping}."
+            )
     d_max = clipping.get("dmax")
     # The narrower of the two, where they are not each other's inverse.
     return {
