@@ -151,14 +151,14 @@ def warn_of_low_momentum(value: float) -> None:
         )
 
 
-def warn(message: str, category: type[Warning] = UserWarning) -> None:
+def warn(message: str) -> None:
     """Warns of what the first caller outside this package and Keras does."""
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith(
         ("keras_renorm.", "keras.")
     ):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(message, stacklevel=level)
 
 
 def check_epsilon(value: Any) -> float:

@@ -687,3 +687,22 @@ def test_limits_that_are_given_stay():
     assert layer.d_max == LinearRamp(0.0, 2.0, 3, 7)
     again = convert(convert(model, r_max=1.5, d_max=0.5), momentum=0.9)
     assert (again.layers[0].r_max, again.layers[0].d_max) == (1.5, 0.5)
+
+
+@pytest.mark.parametrize("to", [BatchNormalization, BatchRenormalization])
+@pytest.mark.parametrize("held_by", ["layer", "model", "wrapper"])
+def test_what_was_frozen_trains_once_it_is_not(held_by, to):
+    norm = KERAS()
+    holder = (
+        keras.layers.TimeDistributed(norm) if held_by == "wrapper" else norm
+    )
+    model = keras.Sequential([keras.Input((3, 4)), holder])
+    (model if held_by == "model" else holder).trainable = False
+    expected = [weight.name for weight in model.weights[:2]]
+    for each in (model, convert(model, to)):
+        assert not each.trainable_weights
+        each.trainable = True
+        for layer in each.layers:
+            layer.trainable = True
+        names = [weight.name for weight in each.trainable_weights]
+        assert names[:2] == expected

@@ -314,3 +314,20 @@ def test_weights_that_overflow_are_not_folded(dtype, rng):
     assert np.array_equal(helpers.to_numpy(folded(x)), np.zeros((2, 3)))
     bn.moving_variance.assign([1.0, 1.0, 1.0])
     assert not networks.normalizations(fold(model))
+
+
+def test_an_output_has_the_type_that_it_had(rng):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        inputs = keras.Input((4,))
+        x = layers.Dense(3, dtype="float32")(inputs)
+        model = keras.Model(inputs, BatchNormalization(dtype="float32")(x))
+        randomize(model, rng)
+        x = networks.data_of(model, rng)
+        expected, got = (
+            each.predict(x, verbose=0) for each in (model, fold(model))
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert got.dtype == expected.dtype == np.float32
+    helpers.assert_close(got, expected, 1e-5)

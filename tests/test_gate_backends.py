@@ -430,3 +430,64 @@ def test_called_step_by_step_it_is_algorithm_1(kind, rng):
         helpers.assert_close(getattr(norm, name), getattr(plain, name), 1e-6)
     for value in (norm.gradient_mean, norm.last_mean, norm.gate):
         assert not np.any(helpers.to_numpy(value))
+
+
+@pytest.mark.parametrize("join", ["Concatenate", "Add", "Subtract"])
+def test_of_calls_side_by_side_the_first_counts(join, rng):
+    """Whichever gradient a backend computes last."""
+    layer = BatchRenormalization(momentum=0.5)
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    joined = getattr(keras.layers, join)()([layer(each) for each in inputs])
+    model = keras.Model(inputs, keras.layers.Dense(2)(joined))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x = helpers.inputs_of(rng, (8, 3))
+    model.train_on_batch([x, x + 10.0], np.ones((8, 2), "float32"))
+    helpers.assert_close(layer.last_mean, x.mean(0), 1e-5)
+
+
+def test_the_scale_of_the_loss_is_seen_by_a_layer_in_float32(rng):
+    """In a network that computes in float16."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        found = []
+        x = helpers.inputs_of(rng, (64, 4))
+        for steps in (1_000, 4):  # until the scale grows
+            keras.utils.set_random_seed(0)
+            layer = BatchRenormalization(momentum=0.5, dtype="float32")
+            model = keras.Sequential(
+                [keras.Input((4,)), keras.layers.Dense(3), layer]
+            )
+            optimizer = keras.optimizers.LossScaleOptimizer(
+                keras.optimizers.SGD(0.01),
+                initial_scale=64.0,
+                dynamic_growth_steps=steps,
+            )
+            model.compile(optimizer, "mse")
+            model.fit(x, x[:, :3], batch_size=4, shuffle=False, verbose=0)
+            found.append(helpers.to_numpy(layer.gradient_mean))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert np.abs(found[0]).max() > 0
+    helpers.assert_close(found[1], found[0], 1e-3)
+
+
+def test_averages_of_weights_that_swap(rng):
+    """An optimizer averages what it trains; on JAX the memory is among it."""
+    x = helpers.inputs_of(rng, (16, 4))
+    layer = BatchRenormalization(momentum=0.5)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), layer])
+    model.compile(keras.optimizers.Adam(use_ema=True), "mse")
+    kept = []
+
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if keras.backend.backend() != "jax":  # whose steps hold weights
+                kept.append(helpers.to_numpy(layer.last_mean))
+
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=False)
+    y = x[:, :3]
+    model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=[swap, Keep()])
+    last = helpers.to_numpy(layer.last_mean)
+    assert np.any(last)
+    if kept:
+        np.testing.assert_array_equal(last, kept[-1])

@@ -707,6 +707,15 @@ def test_an_adjustment_is_an_error(tf_keras):
         convert(model)
 
 
+def test_a_layer_that_always_trains_is_an_error(tf_keras):
+    """Called with `training=True`, which `predict` of Keras 3 overrides."""
+    inputs = tf_keras.Input((3,))
+    outputs = tf_keras.layers.BatchNormalization(name="bn")(inputs)
+    outputs = tf_keras.layers.Dropout(0.5, name="drop")(outputs, training=True)
+    with pytest.raises(ValueError, match="layer drop, called with training="):
+        convert(tf_keras.Model(inputs, outputs))
+
+
 def test_states_and_flags_of_inner_layers_are_the_models(rng, tf_keras):
     layers = tf_keras.layers
     inputs = tf_keras.Input((4, 3), batch_size=2)

@@ -225,8 +225,8 @@ def test_jax_recomputes_no_step_that_moves_statistics(rng):
     with raises_within(
         "A layer that moves its statistics must not be called in "
         "`keras.remat` on Keras's JAX backend, where nothing but outputs can "
-        "leave it. Call the layer between two such functions, or freeze its "
-        "statistics.",
+        "leave it. Call the layer between two such functions, make the state "
+        "an output by `stateless_call`, or freeze its statistics.",
     ):
         trained(one_block, BatchNormalization(), True, rng)
     compare(one_block, lambda: BatchNormalization(frozen_statistics=True))
@@ -286,3 +286,67 @@ def test_reentrant_recomputation(rng):
         checkpoint(
             lambda x: layer(x, training=True), inputs, use_reentrant=True
         )
+
+
+@pytest.mark.torch
+def test_blocks_that_are_recomputed_one_after_the_other(rng):
+    import torch
+    from torch.utils.checkpoint import checkpoint_sequential
+
+    found = []
+    x = helpers.inputs_of(rng, (6, 4))
+    for is_recomputed in (False, True):
+        norms = [BatchRenormalization(momentum=0.5) for _ in range(2)]
+        for norm in norms:
+            norm.build((None, 4))
+        blocks = [lambda x, norm=norm: norm(x, training=True) for norm in norms]
+        outputs = torch.tensor(x, requires_grad=True)
+        if is_recomputed:
+            outputs = checkpoint_sequential(
+                blocks, 2, outputs, use_reentrant=False
+            )
+        else:
+            for block in blocks:
+                outputs = block(outputs)
+        (outputs**3).sum().backward()
+        found.append([helpers.to_numpy(w) for n in norms for w in n.weights])
+    for one, other in zip(*found, strict=True):
+        helpers.assert_close(one, other, 1e-5)
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"gradient_momentum": None}], ids=str
+)
+def test_jax_recomputes_what_hands_out_its_state(arguments, is_masked, rng):
+    import jax
+
+    layer = BatchRenormalization(momentum=0.5, **arguments)
+    layer.build((None, 5, 4))
+    layer.limit_values.assign([[2.0, 2.0], [1.0, 1.0]])
+    mask = np.arange(5) < np.array([5, 3, 2, 5, 4, 1])[:, None]
+    x = helpers.inputs_of(rng, (6, 5, 4))
+
+    def called(trained, rest, x):
+        return layer.stateless_call(
+            trained, rest, x, training=True, mask=mask if is_masked else None
+        )
+
+    def found(function):
+        def loss(trained, rest, x):
+            outputs, state = function(trained, rest, x)
+            return (outputs**3).mean(), state
+
+        return jax.jit(jax.value_and_grad(loss, (0, 2), has_aux=True))(
+            [each.value for each in layer.trainable_variables],
+            [each.value for each in layer.non_trainable_variables],
+            x,
+        )
+
+    for one, other in zip(
+        jax.tree.leaves(found(called)),
+        jax.tree.leaves(found(jax.checkpoint(called))),
+        strict=True,
+    ):
+        helpers.assert_close(one, other, 1e-5)

@@ -78,7 +78,7 @@ def is_transformed() -> bool:
     return functorch is not None and bool(functorch.peek_interpreter_stack())
 
 
-def custom_gradient(function: Any) -> Any:
+def custom_gradient(function: Any, *constants: Any) -> Any:
     """A function of tensors that has a gradient of its own.
 
     It is differentiated twice as its formulas are. On JAX and PyTorch it must
@@ -86,35 +86,53 @@ def custom_gradient(function: Any) -> Any:
     PyTorch neither to what somebody writes over later, as variables are.
 
     Args:
-        function: Of tensors. It returns a tuple of tensors, and a function from
-            their gradients to those of its arguments.
+        function: Of `constants` and tensors. It returns a tuple of tensors, and
+            a function from their gradients to those of these tensors.
+        *constants: What else it reads, structures. (In a `jax.checkpoint` a
+            function must not refer to tensors.)
     """
-    if runs_on("torch"):
-        return functools.partial(_differentiated, function)
     if runs_on("jax"):
-        return _custom_gradient_of_jax(function)
-    return _custom_gradient_of_tensorflow(function)
+        return _custom_gradient_of_jax(function, constants)
+
+    def of_tensors(*tensors: Tensor) -> Any:
+        return function(*constants, *tensors)
+
+    if runs_on("torch"):
+        return functools.partial(_differentiated, of_tensors)
+    return _custom_gradient_of_tensorflow(of_tensors)
 
 
-def _custom_gradient_of_jax(function: Any) -> Any:
+def _custom_gradient_of_jax(function: Any, constants: Any) -> Any:
     """The outputs, too, have this gradient where it is differentiated.
 
     Of what computes it JAX takes its own derivatives. (A compiler computes only
     once what is here twice.)
     """
+    leaves, form = jax.tree.flatten(constants)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
     def of(outputs: Any) -> Any:
         @jax.custom_gradient
-        def called(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
-            plain, gradient = function(*tensors)
+        def called(
+            read: list[Tensor], *tensors: Tensor
+        ) -> tuple[tuple[Tensor, ...], Any]:
+            filled = list(leaves)
+            for index, value in zip(at, read, strict=True):
+                filled[index] = value
+            plain, gradient = function(
+                *jax.tree.unflatten(form, filled), *tensors
+            )
             return (
-                tuple(plain) if outputs is None else outputs(*tensors),
-                lambda upstream: tuple(gradient(*upstream)),
+                tuple(plain) if outputs is None else outputs(read, *tensors),
+                lambda upstream: (
+                    [jax.numpy.zeros_like(each) for each in read],
+                    *gradient(*upstream),
+                ),
             )
 
         return called
 
-    return of(of(None))
+    return functools.partial(of(of(None)), [leaves[index] for index in at])
 
 
 def _custom_gradient_of_tensorflow(function: Any) -> Any:

@@ -18,6 +18,8 @@ elif runs_on("torch"):
     _REMAT_FILE = checkpoint.__file__
 
 
+_STATELESS_CALL = inspect.unwrap(keras.layers.Layer.stateless_call).__code__
+
 # Of layers that call another once for each step of a sequence.
 _SEQUENCE_FILES = frozenset(
     map(inspect.getfile, (keras.layers.RNN, keras.layers.TimeDistributed))
@@ -43,6 +45,8 @@ def remat_calls(inputs: Tensor) -> tuple[list[Any], Any]:
         return first, None  # it has no stack, and traces both passes itself
     frame = inspect.currentframe()
     while frame is not None:
+        if runs_on("jax") and frame.f_code is _STATELESS_CALL:
+            break  # state is an output
         if frame.f_code.co_filename == _REMAT_FILE:
             key, is_second = _remat_call(frame)
             if is_second:
@@ -84,7 +88,7 @@ def _remat_call(frame: Any) -> tuple[Any, bool]:
             return names["kwargs"], True
         if "gen" in names:
             return names["gen"].gi_frame.f_locals["kwargs"], False
-        if "use_reentrant" in names:
+        if names.get("use_reentrant"):
             raise NotImplementedError(
                 "`use_reentrant` must be False where a layer moves its "
                 "statistics: its second call would not be known. Received: "
@@ -94,8 +98,8 @@ def _remat_call(frame: Any) -> tuple[Any, bool]:
         raise NotImplementedError(
             "A layer that moves its statistics must not be called in "
             "`keras.remat` on Keras's JAX backend, where nothing but outputs "
-            "can leave it. Call the layer between two such functions, or "
-            "freeze its statistics."
+            "can leave it. Call the layer between two such functions, make the "
+            "state an output by `stateless_call`, or freeze its statistics."
         )
     return None, False
 

@@ -203,3 +203,17 @@ def check_no_strategy() -> None:
 def keeps_state_backwards() -> bool:
     """Whether a backward pass can write to variables; else `Accumulator`."""
     return not runs_on("jax")
+
+
+def may_scale_loss(inputs: Any, dtype: str) -> bool:
+    """Whether the loss may be multiplied, so that float16 holds its gradient.
+
+    `dtype` is that of who asks, who may be of float32 in a network of float16.
+    """
+    if runs_on("torch"):
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind) and (
+            torch.get_autocast_dtype(kind) == torch.float16
+        ):
+            return True
+    return "float16" in (dtype, keras.config.dtype_policy().compute_dtype)

@@ -1,8 +1,9 @@
 """State: reading it, keeping it, and changing it in a backward pass."""
 
 import inspect
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -57,14 +58,17 @@ class Accumulator(Variable):
 
     @property
     def overwrite_with_gradient(self) -> bool:
-        """`True`, unless who asks would lose what the weight holds.
+        """`True`, unless an optimizer asks who is to average it.
 
         Raises:
             NotImplementedError: Where an optimizer accumulates gradients, of
                 which it takes the largest for such a weight; or replaces
-                weights by their average, which such a weight has not.
+                weights by their average at any step.
         """
-        optimizer = _calling_optimizer()
+        frame = _frame_of_optimizer()
+        if frame is None:
+            return True
+        optimizer, asking = frame.f_locals["self"], frame.f_back
         for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
             value = getattr(optimizer, name, None)
             if value and (
@@ -76,15 +80,20 @@ class Accumulator(Variable):
                     "lose what the layer remembers. Make the layers with "
                     f"gradient_momentum=None. Received: {name}={value}."
                 )
-        return True
+        # An average, which is not of the optimizer's own steps, it may have:
+        # `keras.callbacks.SwapEMAWeights` takes all, or fails half-way.
+        return asking.f_locals.get("name") != "average"
 
     @overwrite_with_gradient.setter
     def overwrite_with_gradient(self, value: bool) -> None:
         """Nothing to set: it always is."""
 
     def assign(self, value: Any) -> Any:
-        """Sets the value; for an optimizer, adds to it."""
-        if _calling_optimizer() is not None:
+        """Sets the value; what an optimizer gives as a gradient, it adds."""
+        frame = _frame_of_optimizer()
+        if frame is not None:
+            if "gradients" not in frame.f_code.co_name:
+                return self.value  # an average, at the end of `fit`
             value = self.value + ops.cast(value, self.dtype)
         return super().assign(value)
 
@@ -99,12 +108,45 @@ class Accumulator(Variable):
         return is_known
 
 
-def _calling_optimizer() -> Any:
-    """The optimizer that calls what calls this, or `None`."""
+def _frame_of_optimizer() -> Any:
+    """Of a method of an optimizer that calls what calls this, or `None`."""
     frame: Any = inspect.currentframe()
-    caller = frame.f_back.f_back.f_locals.get("self")
-    is_optimizer = isinstance(caller, keras.optimizers.Optimizer)
-    return caller if is_optimizer else None
+    frame = frame.f_back.f_back
+    caller = frame.f_locals.get("self")
+    return frame if isinstance(caller, keras.optimizers.Optimizer) else None
+
+
+class Calls(threading.local):
+    """The calls of a layer in a step, which a thread (a replica) makes.
+
+    A step ends where the first call comes after a gradient was computed.
+    """
+
+    def __init__(self) -> None:
+        self._made = 0
+        self._counted: list[int] = []
+
+    def begin(self) -> Callable[[], bool]:
+        """Begins a call.
+
+        Returns:
+            What a backward pass asks: whether it is of the first call of the
+            step, of those that a gradient was computed of until then.
+        """
+        if self._counted:
+            self._made, self._counted = 0, []
+        index, counted = self._made, self._counted
+        self._made += 1
+
+        def is_first() -> bool:
+            counted.append(index)
+            return index == min(counted)
+
+        return is_first
+
+    def __reduce__(self) -> Any:
+        """A copy has made no calls."""
+        return Calls, ()
 
 
 def with_accumulators(
@@ -112,18 +154,19 @@ def with_accumulators(
     added: Sequence[Any],
     replaced: Sequence[Any],
     dtype: str,
+    calls: Calls,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Inputs and parameters of a step, and the values of its accumulators.
 
     What the step gives as the gradient of such a value is added to the
     variable, once for each time that a gradient of the tensors is computed. Of
     the variables that are `replaced`, the value and what is added to it take
-    the place of what the variable holds: of several calls of a layer in a step
-    the first one counts, the last of which a gradient is computed.
-    That waits for the additions: the backward pass of a graph computes what
-    its results need, and nothing else. In a `keras.StatelessScope`, where the
-    value of a variable is a tensor, nothing is added, now or later; nor in
-    forward mode, which would add what is no gradient.
+    the place of what the variable holds: of several `calls` of a layer in a
+    step the first one counts. That waits for the additions: the backward pass
+    of a graph computes what its results need, and nothing else. In a
+    `keras.StatelessScope`, where the value of a variable is a tensor, nothing
+    is added, now or later; nor in forward mode, which would add what is no
+    gradient.
 
     On JAX what is to be added is the gradient of the variable, and who takes
     it adds it: an optimizer of Keras does (`Accumulator`).
@@ -142,15 +185,16 @@ def with_accumulators(
         values = [value.clone() for value in values]
     targets = _targets([*added, *replaced])
     given = [each for each in tensors if each is not None]
+    is_first = calls.begin()
 
     @custom_gradient
     def begin(*arguments: Tensor) -> Any:
         def gradient(*upstream: Tensor) -> tuple[Any, ...]:
             of_tensors, changes = upstream[: len(given)], upstream[len(given) :]
-            read_values = arguments[len(given) + len(added) :]
-            of_tensors = _after_adding(
-                targets, changes, read_values, of_tensors
-            )
+            olds = [None] * len(added)
+            if is_first():
+                olds += arguments[len(given) + len(added) :]
+            of_tensors = _after_adding(targets, changes, olds, of_tensors)
             # PyTorch makes no zeros that nobody asks for.
             rest = (
                 None if runs_on("torch") else ops.zeros_like(each)
@@ -183,17 +227,16 @@ def _targets(variables: Sequence[Any]) -> list[Any]:
 def _after_adding(
     targets: Sequence[Any],
     changes: Sequence[Tensor],
-    read_values: Sequence[Tensor],
+    olds: Sequence[Tensor | None],
     tensors: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """The tensors, once the changes have been made.
 
-    The last ones are added to `read_values` and not to what a target holds. Of
+    To `olds`, where there are such, and not to what a target holds. Of
     a second derivative zeros come, which are no changes.
     """
     added = []
-    olds = [None] * (len(targets) - len(read_values)) + list(read_values)
-    for target, change, old in zip(targets, changes, olds, strict=True):
+    for target, change, old in zip(targets, changes, olds, strict=False):
         if target is None:
             continue
         change = ops.cast(change, target.dtype)

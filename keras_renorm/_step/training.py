@@ -316,7 +316,10 @@ def _written_out_batch(
         # The corrected gradient is a sum, too coarse in 16 bits.
         inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
 
-    def step(x: Tensor, *parameters: Tensor) -> Any:
+    def step(
+        constants: tuple[Way, State], x: Tensor, *parameters: Tensor
+    ) -> Any:
+        way, known = constants
         own = known.with_trained(parameters)
         run, correction, outputs = _forward(way, x, own)
 
@@ -326,21 +329,26 @@ def _written_out_batch(
         return (outputs, *_moved(correction)), gradient
 
     if tracing.shares_nodes():
-        step = _of_nodes(step, way, known)
-    outputs, *moved = derivatives.custom_gradient(step)(inputs, *given)
+        step = _of_nodes(step)
+    outputs, *moved = derivatives.custom_gradient(step, (way, known))(
+        inputs, *given
+    )
     return outputs, _update(moved)
 
 
-def _of_nodes(step: Any, way: Way, known: State) -> Any:
+def _of_nodes(step: Any) -> Any:
     """The step of `_written_out_batch` as two nodes: forward, and backward.
 
     A node has no gradient. So of the gradient a derivative is taken by doing
     the step again, operation by operation.
     """
-    # Those of small tensors do not; see `choose`.
-    forward, backward = _NODES[way.path == "fused"]
 
-    def step_of_nodes(x: Tensor, *parameters: Tensor) -> Any:
+    def step_of_nodes(
+        constants: tuple[Way, State], x: Tensor, *parameters: Tensor
+    ) -> Any:
+        way, known = constants
+        # Those of small tensors do not stay; see `choose`.
+        forward, backward = _NODES[way.path == "fused"]
         own = known.with_trained(parameters)
         outputs, correction, kept = forward(way, x, own)
         tracing.set_shape(outputs, x)
@@ -349,7 +357,8 @@ def _of_nodes(step: Any, way: Way, known: State) -> Any:
 
         def gradient(*upstream: Tensor) -> tuple[Tensor, ...]:
             if derivatives.carry_tangents(upstream):
-                return step(x, *parameters)[1](*upstream)
+                whole = step(constants, x, *parameters)
+                return whole[1](*upstream)
             count = len(upstream)
             # Constants of all layers, which the gradient of a loop loses.
             known_still = known._replace(shares=(), limits=None)
@@ -371,7 +380,8 @@ def _of_nodes(step: Any, way: Way, known: State) -> Any:
                     tracing.set_shape(result, like)
 
                 def again(*tensors: Tensor) -> Any:
-                    return step(*tensors[count:])[1](*tensors[:count])
+                    whole = step(constants, *tensors[count:])
+                    return whole[1](*tensors[:count])
 
                 return results, lambda *of_results: derivatives.gradients_of(
                     again, tensors, of_results

@@ -12,7 +12,6 @@ from keras_renorm._checks import (
     Intended,
     check_boolean,
     check_momentum,
-    warn,
     warn_of_low_momentum,
 )
 from keras_renorm._step import choice, pooling, recomputation
@@ -181,12 +180,8 @@ class BatchNormalization(
         """Whether training uses the moving statistics now, and keeps them."""
         return self._frozen_statistics or self._holds_statistics
 
-    @property
-    def statistics_stand(self) -> bool:
-        """The name of `uses_moving_statistics` before, for a version."""
-        message = "`statistics_stand` is now `uses_moving_statistics`."
-        warn(message, DeprecationWarning)
-        return self.uses_moving_statistics
+    # Its name before, for a version. (No warning: Keras reads all attributes.)
+    statistics_stand = uses_moving_statistics
 
     def hold_statistics(self, value: bool) -> None:
         """Freezes the statistics for a while, or ends that, for callbacks.
@@ -298,7 +293,8 @@ class BatchNormalization(
         )
         first_passes, second_pass = repetition.remat_calls(inputs)
         is_repeated = bool(first_passes) or second_pass is not None
-        if is_repeated and memory and self.compute_dtype == "float16":
+        is_scaled = runtime.may_scale_loss(inputs, self.compute_dtype)
+        if is_repeated and memory and is_scaled:
             if memory.corrects_by_limits:  # it was asked for
                 raise NotImplementedError(
                     "`gradient_momentum` must be None in `keras.remat` under "
@@ -317,7 +313,7 @@ class BatchNormalization(
             self.moving_mean.assign(update.moving_mean)
             self.moving_variance.assign(update.moving_variance)
             self._end_step()
-            if update.probe is not None and self.compute_dtype == "float16":
+            if update.probe is not None and is_scaled:
                 # So that the backward pass sees the scale of the loss.
                 self.add_loss(update.probe)
         return outputs

@@ -11,6 +11,7 @@ from keras_renorm._backend import repetition, runtime
 from keras_renorm._backend.operations import Tensor, ops
 from keras_renorm._backend.variables import (
     Accumulator,
+    Calls,
     read,
     to_numpy,
     with_accumulators,
@@ -57,9 +58,9 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
       normalization subtracts is replaced by those of earlier minibatches
       (Chiley et al. 2019). What the layer remembers moves where a gradient is
       computed: each gradient of a persistent tape counts, second derivatives
-      hold it constant, and forward mode takes Algorithm 1's. Under a float16
-      policy the layer adds a zero to `model.losses`, by which it sees the scale
-      of the loss: a custom loop with loss scaling must add `model.losses`.
+      hold it constant, and forward mode takes Algorithm 1's (JAX: an error).
+      In float16 the layer adds a zero to `model.losses`, by which it sees the
+      scale of the loss: a custom loop with loss scaling must add those.
     - **Limits** that are given, here or by assignment, are Algorithm 1 with
       g = 1; the gradient is corrected then only if `gradient_momentum` was
       given, by (r_max - 1) / 2 up to 1 in the place of g. They are ramps over
@@ -208,6 +209,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
         self.last_gradient: Any = None
         self.gate: Any = None
         self.gated: Any = None
+        self._gradient_calls = Calls()
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Adds the step, the limits and what corrects the gradient."""
@@ -311,6 +313,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
             ],
             replaced=[self.last_mean, self.last_gradient],
             dtype=dtype,
+            calls=self._gradient_calls,
         )
         memory = GradientMemory(
             *(

@@ -206,12 +206,17 @@ class _Translation(Layers):
     ) -> Any:
         layer = node.layer
         new = self._inner(layer)
-        if type(layer).__name__ in self._custom_objects or isinstance(
-            layer, self._tf_keras.Model
-        ):
+        if type(layer).__name__ in self._custom_objects:
+            return new(*arguments, **named)
+        bound = inspect.signature(layer.call).bind(*arguments, **named)
+        if bound.arguments.get("training") in (True, 1):
+            raise NoCounterpartError(
+                "called with training=True, which `predict` and `evaluate` of "
+                "Keras 3 override"
+            )
+        if isinstance(layer, self._tf_keras.Model):
             return new(*arguments, **named)
         # Keras 3 has arguments of the same names, in another order.
-        bound = inspect.signature(layer.call).bind(*arguments, **named)
         (_, first), *others = bound.arguments.items()
         given = dict(others)
         kinds = self._tf_keras.layers

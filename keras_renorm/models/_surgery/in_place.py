@@ -140,6 +140,7 @@ def _become(
     What every layer has (name, path, calls, `trainable`, scopes) stays, and
     `kept` stay the same variables.
     """
+    new.trainable = True  # Where it is not, no flag says which weights train.
     # Keras lets no built layer have other variables by public means.
     layer._tracker.unlock()
     trains = {}
@@ -163,7 +164,7 @@ def _become(
                     variable.constraint = value.constraint
                 continue
             if isinstance(value, keras.Variable):
-                layer._track_variable(value)  # by kind, whatever its flag
+                layer._track_variable(value)
                 value.trainable = trains.get(name, value.trainable)
             setattr(layer, name, value)
         layer.input_spec = new.input_spec
