@@ -265,3 +265,17 @@ def test_labels_that_are_no_arrays(others, received, rng):
     )
     with helpers.raises(TypeError, message):
         recalibrate(network(), (examples(rng, 4)[0], *others), verbose=False)
+
+
+@pytest.mark.parametrize("reader", [recalibrate, diagnostics.discrepancy])
+@pytest.mark.parametrize("kind", ["dicts", "tuples"])
+def test_two_batches_for_a_model_of_two_inputs(kind, reader, rng):
+    inputs = [keras.Input((4,), name="a"), keras.Input((3,), name="b")]
+    x = layers.Concatenate()(inputs)
+    model = keras.Model(inputs, BatchNormalization(momentum=0.5)(x))
+    batches = [(rng.normal(size=(6, 4)), rng.normal(size=(6, 3)))] * 2
+    if kind == "dicts":
+        batches = [{"a": a, "b": b} for a, b in batches]
+    else:
+        batches = [(pair,) for pair in batches]
+    reader(model, batches, verbose=False)

@@ -760,3 +760,94 @@ def test_statistics_that_are_not_finite_are_reported(rng):
     assert [(each.cause, each.layers) for each in report.verdicts] == [
         ("statistics never trained", ("bad", "good"))
     ]
+
+
+@pytest.mark.parametrize("outputs", ["softmax", "sigmoid", "masked"])
+def test_scores_are_of_what_keras_notes_on_outputs(outputs, rng):
+    """A mask; the logits of probabilities, of which float32 is soon 0 or 1."""
+    if outputs == "masked":
+        inputs = keras.Input((7, 4))
+        x = layers.Dense(1)(BatchNormalization()(layers.Masking()(inputs)))
+        loss, y = "mse", rng.normal(size=(40, 7, 1))
+    else:
+        inputs = keras.Input((4,))
+        units = 3 if outputs == "softmax" else 1
+        dense = layers.Dense(
+            units,
+            kernel_initializer=keras.initializers.RandomNormal(0, 60),
+            activation=outputs,
+        )
+        x = dense(BatchNormalization()(inputs))
+        loss = {
+            "softmax": "sparse_categorical_crossentropy",
+            "sigmoid": "binary_crossentropy",
+        }[outputs]
+        y = rng.integers(max(units, 2), size=(40, 1))
+    model = keras.Model(inputs, x)
+    model.compile("sgd", loss)
+    x = helpers.inputs_of(rng, (40, *model.input_shape[1:]))
+    if outputs == "masked":
+        x[:, 3:] = 0.0
+    expected = model.evaluate(x, y, verbose=0)
+    report = discrepancy(model, (x, y), verbose=False)
+    assert report.inference["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Fragile(keras.Model):
+    """Subclassed: no graph of Keras says what it takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = BatchNormalization()
+        self.dense = layers.Dense(1)
+
+    def call(self, inputs, training=None):
+        return self.dense(self.bn(inputs, training=training))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_after_an_error_reports_are_as_before(is_first, rng):
+    x = helpers.inputs_of(rng, (32, 4))
+    model, other = Fragile(), Fragile()
+    for each in (model, other):
+        each(x)
+    other.set_weights(model.get_weights())
+    expected = discrepancy(model, x, verbose=False).rows
+    failing = other if is_first else model
+    with pytest.raises(ValueError, match=r"ndim=3|unknown TensorShape"):
+        discrepancy(failing, [x[:, None]], verbose=False)
+    rows = discrepancy(failing, x, verbose=False).rows
+    for row, known in zip(rows, expected, strict=True):
+        names = row.keys() - {"layer"}
+        assert {n: row[n] for n in names} == {n: known[n] for n in names}
+
+
+def test_weights_of_labels_stay_as_they_are(rng):
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(9, 4, mask_zero=True)(inputs)
+    model = keras.Model(inputs, layers.Dense(1)(BatchNormalization()(x)))
+    model.compile("sgd", "mse")
+    x = rng.integers(0, 9, (20, 5))
+    y = keras.ops.convert_to_tensor(rng.normal(size=(20, 5, 1)), "float32")
+    weights = keras.ops.convert_to_tensor(
+        rng.uniform(0.5, 1.0, (20, 5)), "float32"
+    )
+    before = np.array(helpers.to_numpy(weights))
+    expected = model.evaluate(x, y, sample_weight=before, verbose=0)
+    for _ in range(2):
+        report = discrepancy(model, [(x, y, weights)], verbose=False)
+        assert report.inference["loss"] == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_array_equal(helpers.to_numpy(weights), before)
+
+
+def test_a_loss_of_ones_own_is_told_the_mode(rng):
+    class Model(keras.Sequential):
+        def compute_loss(self, *arguments, training=True, **named):
+            loss = super().compute_loss(*arguments, training=training, **named)
+            return loss + (1e6 if training else 0.0)
+
+    model = Model([keras.Input((4,)), BatchNormalization(), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x = helpers.inputs_of(rng, (32, 4))
+    report = discrepancy(model, (x, x[:, :1]), verbose=False)
+    assert report.training["loss"] > 1e6 > report.inference["loss"]

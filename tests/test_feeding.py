@@ -353,3 +353,20 @@ def test_data_that_may_never_end_is_warned_of(rng, monkeypatch):
     with pytest.warns(UserWarning, match=message):
         recalibrate(model, (x for _ in range(5)), verbose=False)
     recalibrate(model, (x for _ in range(5)), 4, verbose=False)
+
+
+def test_a_predict_of_ones_own_prepares_single_batches_too(rng):
+    """And arrays of other sizes than the model takes: it may change them."""
+
+    class Halving(keras.Sequential):
+        def predict(self, x, **arguments):
+            return super().predict(np.asarray(x)[:, ::2], **arguments)
+
+    x = helpers.inputs_of(rng, (24, 8))
+    found = []
+    for data in (x, [x[:10], x[10:]], [(x[:10],), (x[10:],)]):
+        layer = BatchNormalization()
+        recalibrate(Halving([keras.Input((4,)), layer]), data, verbose=False)
+        found.append(helpers.to_numpy(layer.moving_mean))
+    for each in found:
+        helpers.assert_close(each, x[:, ::2].mean(0), 1e-5)

@@ -872,3 +872,27 @@ def test_bad_arguments(arguments, error, message):
     for function in FUNCTIONS:
         with pytest.raises(error, match=pattern):
             function(**given)
+
+
+def test_dropout_without_a_seed_is_the_same_at_every_point(rng):
+    x = helpers.inputs_of(rng, (32, 4))
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(16), layers.Dropout(0.5)]
+    )
+    line = loss_along_gradient(
+        model, mean_square, (x, np.zeros((32, 16))), [1e-6] * 3
+    )
+    np.testing.assert_allclose(line.values, line.initial_loss, rtol=1e-4)
+
+
+def test_weights_of_labels_are_the_same_at_every_point(rng):
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(9, 4, mask_zero=True)(inputs)
+    model = keras.Model(inputs, layers.Dense(1)(x))
+    batch = (
+        rng.integers(0, 9, (20, 5)),
+        rng.normal(size=(20, 5, 1)).astype("float32"),
+        rng.uniform(0.5, 1.0, (20, 5)).astype("float32"),
+    )
+    line = loss_along_gradient(model, "mse", batch, [1e-6] * 3)
+    np.testing.assert_allclose(line.values, line.initial_loss, rtol=1e-4)

@@ -478,3 +478,16 @@ def test_a_window_that_is_the_image_needs_no_halo(rng):
 def test_models_that_are_no_such_networks(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         tile_mismatch(make(), np.zeros(ROWS), 16, 8, verbose=False)
+
+
+def test_a_layer_that_takes_no_size_that_is_unknown(rng):
+    """A graph for windows and the whole image: some layers need their sizes."""
+    inputs = keras.Input((None, None, 1))
+    x = layers.Conv2D(2, 3, padding="same")(inputs)
+    x = layers.UpSampling2D(2, interpolation="bilinear")(
+        layers.MaxPooling2D(2)(x)
+    )
+    model = keras.Model(inputs, keras_renorm.BatchNormalization()(x))
+    image = helpers.inputs_of(rng, (1, 64, 64, 1))
+    report = tile_mismatch(model, image, 32, 16, verbose=False)
+    assert report.verdicts == []

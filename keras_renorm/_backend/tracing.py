@@ -250,7 +250,39 @@ def compiled(function: Any, is_eager: bool = False) -> Any:
         return torch.no_grad()(function)
     if runs_on("jax") or is_eager:
         return function
-    return tf.function(function, autograph=False, reduce_retracing=True)
+    graph = tf.function(
+        _with_marks(function), autograph=False, reduce_retracing=True
+    )
+
+    def called(*arguments: Any) -> Any:
+        outputs, marks = graph(*arguments)
+        for leaf, mark in zip(tf.nest.flatten(outputs), marks, strict=True):
+            for attribute, value in mark.items():
+                setattr(leaf, attribute, value)
+        return outputs
+
+    return called
+
+
+def _with_marks(function: Any) -> Any:
+    """A function that also returns what Keras notes on each of its outputs.
+
+    A mask, and the logits of probabilities, which losses read. Outputs of a
+    graph come without.
+    """
+
+    def marked(*arguments: Any) -> Any:
+        outputs = function(*arguments)
+        return outputs, [
+            {
+                attribute: value
+                for attribute, value in getattr(leaf, "__dict__", {}).items()
+                if attribute.startswith("_keras_") and tf.is_tensor(value)
+            }
+            for leaf in tf.nest.flatten(outputs)
+        ]
+
+    return marked
 
 
 def forget_traces(method: Any) -> None:
@@ -302,9 +334,16 @@ def value_and_gradients(function: Any) -> tuple[Any, Any]:
 def _by_torch(function: Any) -> tuple[Any, Any]:
     """`value_and_gradients` on PyTorch, which has no graphs of functions."""
 
+    def same_dropout(*arguments: Any) -> Any:
+        # Without a seed, Keras's dropout draws from PyTorch's generators.
+        devices = {arguments[0][0].device} - {torch.device("cpu")}
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            return function(*arguments)
+
     def evaluated(weights: list[Tensor], *arguments: Any) -> Tensor:
         with torch.no_grad():
-            return function(weights, *arguments)
+            return same_dropout(weights, *arguments)
 
     def differentiated(
         weights: list[Tensor], *arguments: Any
@@ -312,7 +351,7 @@ def _by_torch(function: Any) -> tuple[Any, Any]:
         # The same numbers, at which no other history begins or ends.
         weights = [weight.detach().requires_grad_() for weight in weights]
         with torch.enable_grad():
-            value = function(weights, *arguments)
+            value = same_dropout(weights, *arguments)
         if not value.requires_grad:  # it depends on none
             return value, [torch.zeros_like(weight) for weight in weights]
         gradients = torch.autograd.grad(

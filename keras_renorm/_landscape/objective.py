@@ -138,6 +138,10 @@ def _function(model: keras.Model, loss: Any, training: bool) -> Any:
         weights: list[Tensor], state: list[Tensor], batch: list[Any]
     ) -> Tensor:
         x, y, sample_weight = batch
+        # Keras's masks write into weights on PyTorch.
+        sample_weight = tree.map_structure(
+            lambda leaf: None if leaf is None else ops.copy(leaf), sample_weight
+        )
         model: Any = reference()
         learned, others = _variables(model)
         variables = learned + others

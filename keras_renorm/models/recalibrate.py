@@ -37,7 +37,11 @@ from keras_renorm.models._layers.finding import (
     describe,
     names_of,
 )
-from keras_renorm.models._layers.graphs import compiled, kept
+from keras_renorm.models._layers.graphs import (
+    compiled,
+    forgotten_after_errors,
+    kept,
+)
 
 
 def recalibrate(
@@ -305,14 +309,15 @@ class StatisticsPass:
 
         if verbose and not by_batch:
             print(f"layer {len(done) + 1} of {len(self.layers)}")
-        seen = self._reports.run_over(
-            data,
-            self.layers,
-            partial(self._hook, by_batch=by_batch),
-            self._gather[by_batch],
-            count,
-            verbose,
-        )
+        with forgotten_after_errors(self._model()):
+            seen = self._reports.run_over(
+                data,
+                self.layers,
+                partial(self._hook, by_batch=by_batch),
+                self._gather[by_batch],
+                count,
+                verbose,
+            )
         self._check_elements(data.model, totals)
         reached = reached_layers(
             data.model,

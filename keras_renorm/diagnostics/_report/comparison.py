@@ -25,7 +25,11 @@ from keras_renorm.models._data.passes import (
     reached_layers,
 )
 from keras_renorm.models._layers.finding import Choice, built_layers, names_of
-from keras_renorm.models._layers.graphs import compiled, kept
+from keras_renorm.models._layers.graphs import (
+    compiled,
+    forgotten_after_errors,
+    kept,
+)
 
 
 class Result(NamedTuple):
@@ -87,7 +91,7 @@ class Comparison:
             )
         }
         gaps: list[Gap] = []
-        scores = (Scores(data.model), Scores(data.model))
+        scores = (Scores(data.model, True), Scores(data.model, False))
 
         def count(feed: Feed, found: Any, calls: Calls) -> None:
             nonlocal gaps
@@ -98,9 +102,10 @@ class Comparison:
             for score, *given in zip(scores, outputs, losses, strict=True):
                 score.add(feed, *given)
 
-        seen = self._reports.run_over(
-            data, self._layers, self._hook, self._compare, count, verbose
-        )
+        with forgotten_after_errors(self._model()):
+            seen = self._reports.run_over(
+                data, self._layers, self._hook, self._compare, count, verbose
+            )
         reached = reached_layers(
             data.model,
             [(layer, records[id(layer)].elements) for layer in self._chosen],

@@ -1,5 +1,6 @@
 """Loss and metrics, kept outside of a model."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -17,8 +18,14 @@ class Scores:
     The state of the metrics is here, not in the metrics.
     """
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, training: bool) -> None:
         self.model = model
+        # As Keras says in which mode it asks, if a class of its own listens.
+        known = inspect.signature(model.compute_loss).parameters
+        takes = "training" in known or any(
+            each.kind is each.VAR_KEYWORD for each in known.values()
+        )
+        self._flag = {"training": training} if takes else {}
         self._state: list[tuple[Any, Any]] | None = None
         self._metrics: dict[str, Any] = {}
         self._loss = 0.0
@@ -33,7 +40,10 @@ class Scores:
         y, weight = (
             None
             if part is None
-            else tree.map_structure(ops.convert_to_tensor, part)
+            # Of their own: Keras's masks write into weights on PyTorch.
+            else tree.map_structure(
+                lambda leaf: ops.copy(ops.convert_to_tensor(leaf)), part
+            )
             for part in (feed.y, feed.sample_weight)
         )
         # Regularizers read their variables from the scope.
@@ -46,7 +56,11 @@ class Scores:
                 for metric in self.model.metrics:
                     metric.reset_state()
             loss = self.model.compute_loss(
-                x=feed.x, y=y, y_pred=outputs, sample_weight=weight
+                x=feed.x,
+                y=y,
+                y_pred=outputs,
+                sample_weight=weight,
+                **self._flag,
             )
             loss = sum(float(to_numpy(value)) for value in (loss, *losses))
             self._metrics = self.model.compute_metrics(

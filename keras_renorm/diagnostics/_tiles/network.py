@@ -1,6 +1,7 @@
 """What a network sees of its input, measured by changing a part of it."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -52,7 +53,10 @@ class Network:
             for layer in find_layers(model, keras.layers.Layer)
             if layer is not model and not inside(layer)
         ]
-        self._run = compiled(model, self._infer)
+        # A graph for each size: one for any size is more than some layers take.
+        self._runs: defaultdict[Any, Any] = defaultdict(
+            lambda: compiled(model, self._infer)
+        )
         self._calls: list[_Call] = []
         with replaced_calls(self._leaves, self._noted):
             outputs = self._eagerly(self._window)
@@ -125,7 +129,9 @@ class Network:
 
     def predict(self, inputs: np.ndarray) -> list[np.ndarray]:
         """Those outputs that have the axes of the image."""
-        outputs = tree.flatten(self._run(ops.convert_to_tensor(inputs)))
+        outputs = tree.flatten(
+            self._runs[inputs.shape[1:]](ops.convert_to_tensor(inputs))
+        )
         return _arrays(self._with_axes(outputs))
 
     @property

@@ -99,7 +99,8 @@ def as_arrays(dataset: Any, inputs: int) -> tuple[Any, ...] | None:
     if isinstance(dataset, Iterator):
         return None
     if isinstance(dataset, list):
-        if inputs > 1 and len(dataset) == inputs and is_arrays(dataset):
+        is_flat = all(each is None or is_array(each) for each in dataset)
+        if inputs > 1 and len(dataset) == inputs and is_flat:
             return (dataset,)
         _check_list(dataset)
         return None

@@ -19,6 +19,7 @@ from keras_renorm.models._data.arrays import (
     checked_batch,
     converted,
     described,
+    examples_of,
     inputs_of,
     is_array,
     length_of,
@@ -87,7 +88,8 @@ class Batches:
         if self.known is not None:
             self._check_enough(self.known)
         if self._arrays is not None:
-            check_inputs(model, self._arrays[0])
+            if _own_predict(self.model) is None:  # which may change them
+                check_inputs(model, self._arrays[0])
             if steps is not None and steps < (self.known or 0):
                 self._arrays = self._rows_of_steps(steps, is_drawn)
 
@@ -131,7 +133,16 @@ class Batches:
                 )
 
         if self._arrays is not None or _is_of_keras(self.dataset):
-            self._predict(receive_one, verbose, lambda: seen)
+            # Labels come after: `predict` would take them for inputs.
+            data, given = self.dataset, {"steps": self.asked}
+            if self._arrays is not None:
+                data, given = self._arrays[0], {"batch_size": self.batch_size}
+            self._predict(
+                lambda batch: receive_one(self._with_labels(batch, seen)),
+                data,
+                verbose=int(bool(verbose)),
+                **given,
+            )
         else:
             bar = keras.utils.Progbar(
                 self.steps, verbose=int(bool(verbose)), unit_name="batch"
@@ -139,7 +150,7 @@ class Batches:
             # Not through a generator of ours, which would close theirs when it
             # ends: of one that never ends, the next steps are read later.
             for batch in itertools.islice(iter(self.dataset), self.asked):
-                receive_one(checked_batch(batch))
+                self._receive_checked(checked_batch(batch), receive_one)
                 bar.update(seen, finalize=False)
             bar.update(seen, finalize=True)
         if seen == 0:
@@ -156,33 +167,41 @@ class Batches:
                 f"{described(self.dataset)}."
             )
 
-    def _predict(
-        self,
-        receive: Callable[[Any], None],
-        verbose: int | bool,
-        seen: Callable[[], int],
+    def _receive_checked(
+        self, batch: tuple[Any, ...], receive: Callable[[Any], None]
     ) -> None:
-        """Reads the data in Keras's loop, on the model's own `predict`."""
-        data: Any = self.dataset
-        given: dict[str, Any] = {"steps": self.asked}
+        """A batch that was read here, as a `predict` of its own makes it."""
+        if _own_predict(self.model) is None:
+            receive(batch)
+            return
+        x, *others = batch
+        self._predict(
+            lambda made: receive((_inputs_of(made), *others)),
+            x,
+            verbose=0,
+            batch_size=examples_of(x),
+        )
+
+    def _predict(
+        self, receive: Callable[[Any], None], data: Any, **given: Any
+    ) -> None:
+        """Reads data in Keras's loop, on the model's own `predict`."""
         predict = _own_predict(self.model)
-        if self._arrays is not None:
-            # Labels come after: `predict` would take them for inputs.
-            data, given = self._arrays[0], {"batch_size": self.batch_size}
         failures: list[BaseException] = []
+        seen = 0
 
         def receive_or_note(batch: Any) -> None:
+            nonlocal seen
             try:
-                if self._arrays is not None:
-                    batch = self._with_labels(batch, seen())
                 receive(batch)
+                seen += 1
             except BaseException as error:
                 failures.append(error)
                 raise
 
         function = watching.predict_function(self.model, receive_or_note)
         for method in (predict, keras.Model.predict):
-            if method is None or seen():
+            if method is None or seen:
                 continue
             before = self.model.predict_function
             self.model.predict_function = function
@@ -190,15 +209,13 @@ class Batches:
                 with warnings.catch_warnings():
                     # It is an error here, below.
                     warnings.filterwarnings("ignore", ".*ran out of data")
-                    method(
-                        self.model, data, verbose=int(bool(verbose)), **given
-                    )
+                    method(self.model, data, **given)
             except Exception as error:
                 # Keras's loop fails where there is no batch at all, and one of
                 # the user's may not know what to make of our outputs.
                 if failures or not (
                     isinstance(error, UnboundLocalError)
-                    or (method is predict and seen())
+                    or (method is predict and seen)
                 ):
                     raise
             finally:
@@ -206,15 +223,14 @@ class Batches:
 
     def _with_labels(self, batch: Any, index: int) -> Any:
         """A batch of arrays, of which Keras has read the inputs."""
-        _, *others = self._arrays or ()
+        _, *others = self._arrays or (None,)
         if not others:
             return batch
         begin = index * self.batch_size
         rows = np.arange(
             begin, min(begin + self.batch_size, length_of(self._arrays or ()))
         )
-        x, *_ = keras.utils.unpack_x_y_sample_weight(batch)
-        return x, *tree.map_structure(
+        return _inputs_of(batch), *tree.map_structure(
             lambda leaf: converted(rows_of(leaf, rows)), others
         )
 
@@ -268,6 +284,11 @@ class Batches:
             return rows_of(rows_of(leaf, rows[places]), np.argsort(places))
 
         return tuple(tree.map_structure(taken, list(arrays)))
+
+
+def _inputs_of(batch: Any) -> Any:
+    x, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+    return x
 
 
 def _own_predict(model: keras.Model) -> Any:

@@ -2,7 +2,8 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,16 @@ def kept(
     if use not in found or found[use][0] != mark:
         found[use] = mark, make()
     return found[use][1]
+
+
+@contextmanager
+def forgotten_after_errors(model: Any) -> Iterator[None]:
+    """Drops what was made for a model if an error leaves it half made."""
+    try:
+        yield
+    except BaseException:
+        _KEPT.pop(model, None)
+        raise
 
 
 def compiled(model: Any, function: Callable[..., Any]) -> Any:
