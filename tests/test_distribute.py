@@ -837,3 +837,38 @@ def test_converted_models_have_the_replicas_of_the_model(
         helpers.statistics(converted.layers[0])[1], x.var(axis=0), 1e-5
     )
     assert revert(converted).distribute_strategy is strategy
+
+
+class Branch(keras.layers.Layer):
+    """Calls a layer in a branch, where replicas cannot meet."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def build(self, shape):
+        self.layer.build(shape)
+
+    def call(self, inputs, training=None):
+        return tf.cond(
+            tf.reduce_sum(inputs) < np.inf,
+            lambda: self.layer(inputs, training=training),
+            lambda: inputs,
+        )
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_in_a_branch_each_replica_has_its_own(kind, strategy, rng):
+    x = rng.normal(3.0, 2.0, (16, 4)).astype("float32")
+    with strategy.scope():
+        layer = kind(momentum=0.5)
+        model = keras.Sequential([keras.Input((4,)), Branch(layer)])
+        model.compile("sgd", "mse")
+    model.fit(x, x, batch_size=8, verbose=0, shuffle=False)
+    assert np.isfinite(model.evaluate(x, x, batch_size=8, verbose=0))
+    assert model.predict(x, batch_size=8, verbose=0).shape == x.shape
+    mean = helpers.to_numpy(layer.moving_mean)
+    expected = 0.25 * x[:8].mean(0) + 0.5 * x[8:].mean(0)
+    helpers.assert_close(mean, expected, 1e-5)
+    if isinstance(layer, BatchRenormalization):
+        assert layer.current_step() == 2

@@ -764,3 +764,42 @@ def test_a_layer_called_each_step_several_times_knows_a_last_batch(calls, rng):
     assert np.abs(helpers.to_numpy(layer.last_mean) - 5).max() < 1
     # Of steps whose means are a sixth of a standard deviation apart.
     assert float(layer.gate[0]) < 0.1
+
+
+@pytest.mark.parametrize("is_inside", [True, False])
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_a_branch_of_a_graph_is_as_without(is_taken, is_inside, rng):
+    """As where a network leaves out blocks at random."""
+    x = tf.constant(helpers.inputs_of(rng, (8, 4)))
+    layers = [BatchRenormalization(momentum=0.5) for _ in range(2)]
+    for layer in layers:
+        layer.build((None, 4))
+
+    def gradients(layer, branch):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            inputs = x if is_inside else 2.0 * x
+
+            def normalized():
+                given = 2.0 * x if is_inside else inputs
+                return layer(given, training=True)
+
+            loss = tf.reduce_sum(branch(normalized) ** 3)
+        weights = [x, layer.gamma.value, layer.beta.value]
+        return tape.gradient(loss, weights, unconnected_gradients="zero")
+
+    found = tf.function(gradients, autograph=False)(
+        layers[0],
+        lambda normalized: tf.cond(
+            tf.reduce_sum(x) < (np.inf if is_taken else -np.inf),
+            normalized,
+            lambda: x,
+        ),
+    )
+    expected = gradients(
+        layers[1], lambda normalized: normalized() if is_taken else x
+    )
+    for one, other in zip(found, expected, strict=True):
+        helpers.assert_close(one, helpers.to_numpy(other), 1e-5)
+    for one, other in zip(*(each.weights for each in layers), strict=True):
+        helpers.assert_close(one, helpers.to_numpy(other), 1e-5)

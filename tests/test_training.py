@@ -441,3 +441,30 @@ def test_a_momentum_of_pytorch_is_warned_of_once(kind, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.layers[0].momentum == 0.1
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("kind", [BatchNormalization, BatchRenormalization])
+def test_ragged_sequences_are_as_padded_ones_under_a_mask(kind, rng):
+    import tensorflow as tf
+
+    lengths = [3, 0, 5, 2]
+    values = helpers.inputs_of(rng, (sum(lengths), 4))
+    ragged = tf.RaggedTensor.from_row_lengths(values, lengths)
+    mask = np.arange(5) < np.array(lengths)[:, None]
+    found = []
+    for inputs, given in ((ragged, None), (ragged.to_tensor(), mask)):
+        layer = kind(momentum=0.5)
+        layer.build((None, None, 4))
+        with tf.GradientTape() as tape:
+            outputs = layer(inputs, training=True, mask=given)
+            loss = tf.reduce_sum(
+                outputs.flat_values**3
+                if given is None
+                else tf.boolean_mask(outputs, given) ** 3
+            )
+        gradients = tape.gradient(loss, layer.trainable_variables)
+        found.append([*gradients, *layer.weights])
+    assert isinstance(layer(ragged), tf.RaggedTensor)
+    for one, other in zip(*found, strict=True):
+        helpers.assert_close(one, helpers.to_numpy(other), 1e-5)

@@ -171,6 +171,8 @@ def _custom_gradient_of_tensorflow(function: Any) -> Any:
 
             return registered, found
 
+        # In a branch or a loop, those from outside are of another graph.
+        tensors = tuple(tf.identity(each) for each in tensors)
         outputs = tf.custom_gradient(referred)(*tensors)
         # Of these TensorFlow reads the number from now on.
         registered[:] = [None] * len(registered)

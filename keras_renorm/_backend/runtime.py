@@ -5,6 +5,7 @@ another, as `torch` and `jax` are.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -217,3 +218,22 @@ def may_scale_loss(inputs: Any, dtype: str) -> bool:
         ):
             return True
     return "float16" in (dtype, keras.config.dtype_policy().compute_dtype)
+
+
+def is_ragged(inputs: Any) -> bool:
+    """Whether this is a `tf.RaggedTensor`."""
+    return runs_on("tensorflow") and isinstance(inputs, tf.RaggedTensor)
+
+
+def padded(ragged: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """A ragged tensor with padding, its mask, and a function back."""
+    present = tf.ones_like(ragged.flat_values[..., 0], tf.bool)
+    mask = ragged.with_flat_values(present).to_tensor(False)
+    lengths = ragged.nested_row_lengths()
+
+    def restore(outputs: Any) -> Any:
+        return tf.RaggedTensor.from_tensor(
+            outputs, lengths, ragged_rank=ragged.ragged_rank
+        )
+
+    return ragged.to_tensor(), mask, restore

@@ -240,18 +240,47 @@ def _after_adding(
         if target is None:
             continue
         change = ops.cast(change, target.dtype)
+        handle = _handle_in_branch(target)
         if old is not None:
-            new = ops.cast(old, target.dtype) + change - target
+            value = target
+            if handle is not None:
+                value = tf.raw_ops.ReadVariableOp(
+                    resource=handle, dtype=target.dtype
+                )
+            new = ops.cast(old, target.dtype) + change - value
             change = ops.where(change == 0, 0.0, new)
         if runs_on("torch"):
             with torch.no_grad():
                 target.add_(change)
+        elif handle is not None:
+            added.append(
+                tf.raw_ops.AssignAddVariableOp(resource=handle, value=change)
+            )
         else:
             added.append(target.assign_add(change, read_value=False))
     if runs_on("torch") or tf.executing_eagerly():
         return tensors
     with tf.control_dependencies(added):
         return tuple(map(tf.identity, tensors))
+
+
+def _handle_in_branch(target: Any) -> Tensor | None:
+    """A variable in a branch of a conditional; `None` where there is none.
+
+    The gradient of a branch takes it by way of the graphs around it only. There
+    is no public way to ask, so it goes by the class of a graph.
+    """
+    if not runs_on("tensorflow") or tf.executing_eagerly():
+        return None
+    graphs = [tf.compat.v1.get_default_graph()]
+    while "Cond" in type(graphs[-1]).__name__:
+        graphs.append(graphs[-1].outer_graph)
+    if len(graphs) == 1:
+        return None
+    handle = target.handle
+    for graph in reversed(graphs):
+        handle = graph.capture(handle)
+    return handle
 
 
 def to_numpy(value: Any) -> np.ndarray:

@@ -60,11 +60,20 @@ def sum_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def average_over_replicas(values: Sequence[Tensor]) -> list[Tensor]:
-    """The means of vectors over the replicas; alone, the vectors."""
+    """The means of vectors over the replicas; alone, the vectors.
+
+    Also in a branch, a loop or a function of one's own, where TensorFlow lets
+    replicas not meet: each has its own there, as in Keras's layer.
+    """
     replicas = runtime.replicas()
     if replicas is None:
         return list(values)
-    return tf.unstack(replicas.all_reduce("MEAN", tf.stack(values)))
+    try:
+        return tf.unstack(replicas.all_reduce("MEAN", tf.stack(values)))
+    except RuntimeError as error:
+        if "merge_call" not in str(error):
+            raise
+        return list(values)
 
 
 def pool_moments(local: Moments, reference: Tensor, pool: Pool) -> Moments:

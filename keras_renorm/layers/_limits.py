@@ -37,7 +37,16 @@ class StoredLimits(CheckedWeights):
         values, steps = schedules.store_ramps(self._initial_ramps)
         # No integers: a mean of weights would be cut.
         counter = runtime.counter_dtype(dtype)
-        self.step = self._add_state("step", 0, counter)
+        # Each replica counts, also where it cannot meet the others.
+        self.step = keras.Variable(
+            0,
+            name="step",
+            dtype=counter,
+            trainable=False,
+            autocast=False,
+            synchronization="on_read",
+            aggregation="only_first_replica",
+        )
         self.limit_values = self._add_state("limit_values", values, dtype)
         self.limit_steps = self._add_state("limit_steps", steps, counter)
 

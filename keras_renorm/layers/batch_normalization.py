@@ -264,6 +264,9 @@ class BatchNormalization(
         self, inputs: Tensor, training: bool | None = None, mask: Any = None
     ) -> Tensor:
         """Normalizes `inputs`; moves the statistics in a training step."""
+        if runtime.is_ragged(inputs):
+            dense, present, restore = runtime.padded(inputs)
+            return restore(self.call(dense, training, present))
         axis = self._channel_axis(len(inputs.shape))
         channels = self.moving_mean.shape[0]
         inputs = watching.with_size(inputs, axis, channels)
