@@ -171,8 +171,13 @@ def _custom_gradient_of_tensorflow(function: Any) -> Any:
 
             return registered, found
 
-        # In a branch or a loop, those from outside are of another graph.
-        tensors = tuple(tf.identity(each) for each in tensors)
+        # In a branch, and in a gradient, some are of another graph. It, and a
+        # derivative of the gradient, finds them only if they are made anew.
+        graph = tf.compat.v1.get_default_graph()
+        tensors = tuple(
+            each if getattr(each, "graph", None) is graph else tf.identity(each)
+            for each in tensors
+        )
         outputs = tf.custom_gradient(referred)(*tensors)
         # Of these TensorFlow reads the number from now on.
         registered[:] = [None] * len(registered)

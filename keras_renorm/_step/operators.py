@@ -4,7 +4,6 @@ Those that TensorFlow has take statistics for constants, and in a `tf.function`
 under a `tf.autodiff.ForwardAccumulator` they are lost without an error.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +52,7 @@ class FusedOperators:
     def normalize_by(self, *tensors: Tensor) -> Tensor:
         """Outputs, of inputs, mean, variance, scale and offset."""
 
-        @_with_gradient
+        @derivatives.custom_gradient
         def normalized(
             x: Tensor,
             mean: Tensor,
@@ -83,7 +82,7 @@ class FusedOperators:
         Σ dy.
         """
 
-        @_with_gradient
+        @derivatives.custom_gradient
         def taken(
             upstream: Tensor,
             inputs: Tensor,
@@ -157,7 +156,7 @@ class FusedOperators:
                       - scale ρ² mean(a P(dy)) x̂
         """
 
-        @_with_gradient
+        @derivatives.custom_gradient
         def taken(
             upstream: Tensor, inputs: Tensor, scale: Tensor, *reserves: Tensor
         ) -> Any:
@@ -229,7 +228,7 @@ def with_derivatives(
 ) -> tuple[Tensor, Tensor]:
     """Residual and variance as they are; to derivatives, of the inputs."""
 
-    @_with_gradient
+    @derivatives.custom_gradient
     def derived(inputs: Tensor, residual: Tensor, variance: Tensor) -> Any:
         def gradient(
             of_mean: Tensor, of_variance: Tensor
@@ -283,18 +282,3 @@ class _Plain:
         # In two passes: a sum of large values loses digits.
         values -= self.mean(values)
         return values - self.mean(values)
-
-
-def _with_gradient(function: Any) -> Any:
-    """`derivatives.custom_gradient`, for use within a gradient also.
-
-    There the tensors may be of the graph of the forward pass. A derivative of
-    the gradient finds them only if they are made anew where it is computed.
-    For the same reason the function closes over no tensor.
-    """
-
-    @functools.wraps(function)
-    def called(*tensors: Tensor) -> Any:
-        return derivatives.custom_gradient(function)(*map(tf.identity, tensors))
-
-    return called

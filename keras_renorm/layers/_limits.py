@@ -39,8 +39,9 @@ class StoredLimits(CheckedWeights):
         counter = runtime.counter_dtype(dtype)
         # Each replica counts, also where it cannot meet the others.
         self.step = keras.Variable(
-            0,
+            "zeros",
             name="step",
+            shape=(),
             dtype=counter,
             trainable=False,
             autocast=False,

@@ -178,7 +178,7 @@ class _Copying:
     def _made(self, layer: Any) -> Any:
         if id(layer) in self._dropped:
             return keras.layers.Identity(
-                name=layer.name, dtype=layer.dtype_policy
+                name=layer.name, dtype=layer.dtype_policy.name
             )
         if not isinstance(layer, keras.layers.Layer):  # an operation: x + y
             new = type(layer).from_config(layer.get_config())
