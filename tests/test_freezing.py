@@ -15,6 +15,7 @@ from keras_renorm.callbacks import (
     RenormMonitor,
     RenormScheduler,
 )
+from tests import helpers
 from tests.helpers import assert_close
 
 
@@ -483,3 +484,21 @@ def test_one_epoch_has_no_last_part(data):
         ValueError, match=r"at least 1 / begin.* epochs=1, begin=0.8"
     ):
         fit(make_model(), data, [FreezeStatistics()], epochs=1)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_frozen_statistics_stay_where_fit_also_recalibrates(is_first, data):
+    x, _ = data
+    model = make_model()
+    callbacks = [FreezeStatistics(0.5), RecalibrateStatistics(x)]
+    means = []
+
+    class Note(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            means.append(helpers.to_numpy(model.layers[1].moving_mean))
+
+    callbacks = callbacks if is_first else callbacks[::-1]
+    fit(model, data, [*callbacks, Note()], epochs=4)
+    last = helpers.to_numpy(model.layers[1].moving_mean)
+    np.testing.assert_array_equal(last, means[-1])
+    np.testing.assert_array_equal(last, means[-2])

@@ -491,3 +491,58 @@ def test_averages_of_weights_that_swap(rng):
     assert np.any(last)
     if kept:
         np.testing.assert_array_equal(last, kept[-1])
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("way", ["plain", "jit", "checkpoint", "scan", "sum"])
+def test_of_calls_that_are_traced_apart_the_first_counts(way, calls, rng):
+    import jax
+
+    layer = BatchRenormalization(momentum=0.5)
+    layer.build((None, 3))
+    optimizer = keras.optimizers.SGD(0.0)
+    optimizer.build(layer.trainable_variables)
+
+    def call(trained, rest, x):
+        return layer.stateless_call(trained, rest, x, training=True)
+
+    wrapped = {"jit": jax.jit, "checkpoint": jax.checkpoint}
+    call = wrapped.get(way, lambda function: function)(call)
+
+    def loss(trained, rest, parts):
+        if way == "scan":
+
+            def body(rest, x):
+                outputs, rest = call(trained, rest, x)
+                return rest, (outputs**3).sum()
+
+            rest, values = jax.lax.scan(body, rest, parts)
+            return values.sum(), rest
+        total = 0.0
+        for x in parts:
+            outputs, rest = call(trained, rest, x)
+            total = total + (outputs**3).sum()
+        return total, rest
+
+    def gradients(trained, rest, parts):
+        found = jax.grad(loss, has_aux=True)
+        if way != "sum":
+            return found(trained, rest, parts)
+        sums = None
+        for x in parts:
+            each, rest = found(trained, rest, x[None])
+            sums = each if sums is None else jax.tree.map(np.add, sums, each)
+        return sums, rest
+
+    trained = [each.value for each in layer.trainable_variables]
+    rest = [each.value for each in layer.non_trainable_variables]
+    slots = [each.value for each in optimizer.variables]
+    names = [each.name for each in layer.trainable_variables]
+    for _ in range(8):
+        parts = rng.normal(2.0, 3.0, (calls, 16, 3)).astype("float32")
+        changes, rest = gradients(trained, rest, parts)
+        trained, slots = optimizer.stateless_apply(slots, changes, trained)
+        helpers.assert_close(
+            trained[names.index("last_mean")], parts[0].mean(0), 1e-5
+        )

@@ -2,7 +2,6 @@
 
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,16 +96,6 @@ class Accumulator(Variable):
             value = self.value + ops.cast(value, self.dtype)
         return super().assign(value)
 
-    # What `is_read_again` saw.
-    _last_read: Any = None
-
-    def is_read_again(self) -> bool:
-        """Whether it was asked before, of the value that it has now."""
-        value = self.value
-        is_known = self._last_read is not None and self._last_read() is value
-        self._last_read = weakref.ref(value)
-        return is_known
-
 
 def _frame_of_optimizer() -> Any:
     """Of a method of an optimizer that calls what calls this, or `None`."""
@@ -155,6 +144,7 @@ def with_accumulators(
     replaced: Sequence[Any],
     dtype: str,
     calls: Calls,
+    seen: Any,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Inputs and parameters of a step, and the values of its accumulators.
 
@@ -169,15 +159,21 @@ def with_accumulators(
     gradient.
 
     On JAX what is to be added is the gradient of the variable, and who takes
-    it adds it: an optimizer of Keras does (`Accumulator`).
+    it adds it: an optimizer of Keras does (`Accumulator`). There a call is the
+    first one if the last of the `added` has changed since it was last `seen`,
+    a variable for that.
     """
     first, *parameters = tensors
     tensors = [as_tensor(first), *parameters]
     values = [read(variable, dtype) for variable in (*added, *replaced)]
     if runs_on("jax"):
-        for index, variable in enumerate(replaced, len(added)):
-            if variable.is_read_again():
-                values[index] = ops.stop_gradient(values[index])
+        # Not by what Python sees: a call may be traced once and made often.
+        is_again = ops.all(added[-1].value == seen.value)
+        seen.assign(added[-1].value)
+        values[len(added) :] = [
+            ops.where(is_again, ops.stop_gradient(value), value)
+            for value in values[len(added) :]
+        ]
     if runs_on("jax") or carry_tangents(tensors):
         return tensors, values
     if runs_on("torch"):

@@ -143,6 +143,11 @@ class RecalibrateStatistics(SharesData, keras.callbacks.Callback):
             to_numpy(ops.reshape(variable, (-1,))[:256]).tobytes()
             for variable in (
                 *self.model.trainable_variables,
-                *(layer.moving_mean for layer in self._chosen()),
+                # Frozen or not: to thaw some changes no statistics.
+                *(
+                    layer.moving_mean
+                    for layer in require_layers(self.model, self._layers)
+                    if layer.built
+                ),
             )
         )

@@ -66,11 +66,10 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
       given, by (r_max - 1) / 2 up to 1 in the place of g. They are ramps over
       the layer's own `step`, which counts training calls, and state: `layer.
       r_max = 2.0`, or a `LinearRamp`, acts at once, and is saved.
-    - **State.** Beside `BatchNormalization`'s: the step counter and the limits;
-      where the gradient is corrected, five more vectors of a value a channel,
-      and five numbers. Averages of weights are valid. Weights that are not (a
-      limit below its minimum, a NaN) are an error in `layer.set_weights`, at
-      load, and where they are saved.
+    - **State.** Beside `BatchNormalization`'s: step and limits; to correct the
+      gradient, five vectors of a value a channel, and five numbers. Averages of
+      weights are valid. Those that are not (a limit below its minimum, a NaN)
+      are an error in `layer.set_weights`, at load, and where they are saved.
 
     Not for data sorted by class (shuffle), nor for batches of one to three
     examples, or of one class, without spatial axes (group normalization is
@@ -209,6 +208,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
         self.last_gradient: Any = None
         self.gate: Any = None
         self.gated: Any = None
+        self.seen_gate: Any = None
         self._gradient_calls = Calls()
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -224,8 +224,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
             if runtime.keeps_state_backwards()
             else Accumulator
         )
-        # All of the gradient is corrected until there is evidence that the
-        # means of batches are good.
+        # All is corrected until there is evidence that batches are good.
         for name, initializer in (
             ("gradient_mean", "zeros"),
             ("gradient_projection", "zeros"),
@@ -243,6 +242,9 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
             }
             setattr(self, name, make(**weight))
         self.gated = self._add_state("gated", float(not self._is_given), dtype)
+        if not runtime.keeps_state_backwards():
+            # No state: by it a step's first call is known.
+            self.seen_gate = self._add_state("seen_gate", [-1.0] * 4, dtype)
 
     @property
     def weights(self) -> list[keras.Variable]:
@@ -261,7 +263,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
             )
         ]
         ordered = [weight for weight in own if weight is not None]
-        known = set(map(id, ordered))
+        known = set(map(id, [*ordered, self.seen_gate]))
         return ordered + [
             weight for weight in super().weights if id(weight) not in known
         ]
@@ -314,6 +316,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
             replaced=[self.last_mean, self.last_gradient],
             dtype=dtype,
             calls=self._gradient_calls,
+            seen=self.seen_gate,
         )
         memory = GradientMemory(
             *(
