@@ -160,7 +160,7 @@ def with_accumulators(
 
     On JAX what is to be added is the gradient of the variable, and who takes
     it adds it: an optimizer of Keras does (`Accumulator`). There a call is the
-    first one if the last of the `added` has changed since it was last `seen`,
+    first one if the last of the `added` is not what the call before has `seen`,
     a variable for that.
     """
     first, *parameters = tensors
@@ -169,7 +169,6 @@ def with_accumulators(
     if runs_on("jax"):
         # Not by what Python sees: a call may be traced once and made often.
         is_again = ops.all(added[-1].value == seen.value)
-        seen.assign(added[-1].value)
         values[len(added) :] = [
             ops.where(is_again, ops.stop_gradient(value), value)
             for value in values[len(added) :]

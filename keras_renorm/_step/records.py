@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from keras_renorm._backend.operations import Tensor
+from keras_renorm._backend.operations import Tensor, ops
 
 
 class Limits(NamedTuple):
@@ -178,3 +178,12 @@ class NewStatistics(NamedTuple):
     moving_mean: Tensor
     moving_variance: Tensor
     probe: Tensor | None = None
+
+    def moves(self, state: State) -> Tensor:
+        """Whether those of all channels are others than before."""
+        return ops.all(
+            ops.logical_or(
+                self.moving_mean != state.moving_mean,
+                self.moving_variance != state.moving_variance,
+            )
+        )

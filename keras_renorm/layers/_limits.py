@@ -131,7 +131,7 @@ class StoredLimits(CheckedWeights):
             )
         )
 
-    def _end_step(self) -> None:
+    def _end_step(self, state: Any, update: Any) -> None:
         self.step.assign_add(1)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -315,7 +315,7 @@ class BatchNormalization(
         if second_pass is None:
             self.moving_mean.assign(update.moving_mean)
             self.moving_variance.assign(update.moving_variance)
-            self._end_step()
+            self._end_step(state, update)
             if update.probe is not None and is_scaled:
                 # So that the backward pass sees the scale of the loss.
                 self.add_loss(update.probe)
@@ -369,7 +369,7 @@ class BatchNormalization(
         """What a step starts from, and what it remembers; `None`: nothing."""
         return inputs, parameters, None
 
-    def _end_step(self) -> None:
+    def _end_step(self, state: Any, update: Any) -> None:
         """Called after each training step that moved the statistics."""
 
     def get_config(self) -> dict[str, Any]:

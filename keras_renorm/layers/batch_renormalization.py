@@ -32,11 +32,11 @@ from keras_renorm.schedules import LinearRamp
 class BatchRenormalization(StoredLimits, BatchNormalization):
     """Batch normalization for any minibatches: corrects as far as they need it.
 
-    Batch normalization trains with the statistics of a batch and infers with
-    moving averages; where batches are small or not i.i.d., the two differ. This
-    layer measures by how much. It corrects outputs and gradients fully where
-    a batch holds one image or one class, and not at all where it holds many
-    random examples: there it is batch normalization. There is nothing to set.
+    Batch normalization trains with statistics of a batch and infers with moving
+    averages, which differ where batches are small or not i.i.d. This layer
+    measures by how much. It corrects outputs and gradients fully where a batch
+    holds one image or one class, and not at all where it holds many random
+    examples: there it is batch normalization. There is nothing to set.
 
         sigma_B = sqrt(batch_variance + epsilon)
         sigma   = sqrt(moving_variance + epsilon)
@@ -46,8 +46,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
 
     That is training, with the moving statistics from before the step, and r and
     d constant to gradients. Where nothing is clipped and g = 1, y is what
-    inference gives. Inference, frozen statistics, masks, bad batches, replicas
-    and types are as of `BatchNormalization`.
+    inference gives. All else is as of `BatchNormalization`.
 
     - **How far**, g from 0 to 1, is a number of the layer,
       `layer.current_correction()`. It goes by how alike the gradients and the
@@ -106,10 +105,9 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
         A tensor of the shape of `inputs`, in the policy's compute type.
 
     Raises:
-        TypeError, ValueError: As `BatchNormalization`; also if a limit is
-            neither a number nor a ramp, or goes below its minimum, or if
-            `gradient_momentum` is out of its range, or is given with
-            `virtual_batch_size`.
+        TypeError, ValueError: As `BatchNormalization`; also for a limit that is
+            no number or ramp, or below its minimum, and a `gradient_momentum`
+            out of its range, or with a `virtual_batch_size`.
 
     Example:
 
@@ -120,8 +118,8 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
     >>> layer.d_max = LinearRamp(0.0, 5.0, begin_step=500, end_step=2_000)
 
     References:
-        Ioffe 2017, arXiv:1702.03275, Algorithm 1. Chiley et al. 2019,
-        arXiv:1905.05894, section 3 (the control of the gradient).
+        Ioffe 2017, arXiv:1702.03275, Algorithm 1. The gradient: Chiley et al.
+        2019, arXiv:1905.05894, section 3.
     """
 
     def __init__(
@@ -192,7 +190,6 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
         self.gradient_momentum = kept
         self._corrects_by_limits = corrects_by_limits
         self._is_given = is_given
-        # What `build` puts into the weights; they rule from then on.
         defaults = schedules.default_limits(self.momentum)
         self._initial_ramps: tuple[LinearRamp, ...] = tuple(
             default if ramp == "auto" else ramp
@@ -212,7 +209,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
         self._gradient_calls = Calls()
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Adds the step, the limits and what corrects the gradient."""
+        """Adds the weights: step, limits, what corrects the gradient."""
         check_groups(self.gradient_momentum, self.virtual_batch_size)
         super().build(input_shape)
         dtype = self.moving_mean.dtype
@@ -248,10 +245,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
 
     @property
     def weights(self) -> list[keras.Variable]:
-        """The weights, in the same order on all backends.
-
-        (On JAX Keras has some among those that train.)
-        """
+        """The weights, in the same order on all backends."""
         own = [
             getattr(self, name, None)
             for name in (
@@ -282,8 +276,8 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
     def current_correction(self) -> float:
         """How far the next training step corrects, from 0 to 1.
 
-        What the layer measured: 0 is batch normalization, 1 is all that the
-        limits and the weight of the gradient allow. 1 where limits were given.
+        0 is batch normalization, 1 all that the limits and the weight of the
+        gradient allow. 1 where limits were given.
         """
         if not self.is_gated or self.gate is None:
             return 1.0
@@ -318,15 +312,16 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
             calls=self._gradient_calls,
             seen=self.seen_gate,
         )
-        memory = GradientMemory(
-            *(
-                *accumulators,
-                read(self.gated, dtype),
-                self.gradient_momentum,
-                self._corrects_by_limits,
-            )
-        )
+        own = self.gradient_momentum, self._corrects_by_limits
+        memory = GradientMemory(*(*accumulators, read(self.gated, dtype), *own))
         return inputs, parameters._replace(gamma=gamma, beta=beta), memory
+
+    def _end_step(self, state: Any, update: Any) -> None:
+        super()._end_step(state, update)
+        if self.seen_gate is not None and state.memory is not None:
+            # A batch that moves no statistics will not move the gate.
+            seen = ops.where(update.moves(state), self.gate.value, -1.0)
+            self.seen_gate.assign(seen)
 
     @property
     def is_gated(self) -> bool:
