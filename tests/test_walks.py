@@ -32,7 +32,7 @@ CLASSES = [KERAS, BatchNormalization, BatchRenormalization]
 OF_RENORMALIZATION = (
     *("step", "limit_values", "limit_steps"),
     *("gradient_mean", "gradient_projection", "gradient_agreement"),
-    *("last_mean", "last_gradient", "gate", "gated"),
+    *("last_mean", "last_gradient", "gate", "gated", "seen_gate"),
 )
 
 
