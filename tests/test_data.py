@@ -279,3 +279,24 @@ def test_two_batches_for_a_model_of_two_inputs(kind, reader, rng):
     else:
         batches = [(pair,) for pair in batches]
     reader(model, batches, verbose=False)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(
+    "kind", [BatchNormalization, layers.BatchNormalization]
+)
+def test_ragged_batches(kind, rng):
+    import tensorflow as tf
+
+    lengths = rng.integers(1, 6, 24)
+    values = helpers.inputs_of(rng, (int(lengths.sum()), 4))
+    ragged = tf.RaggedTensor.from_row_lengths(values, lengths)
+    dataset = tf.data.Dataset.from_tensor_slices(ragged).batch(6)
+    inputs = keras.Input((None, 4), ragged=True)
+    layer = kind(momentum=0.5)
+    model = keras.Model(inputs, layer(inputs))
+    recalibrate(model, dataset, verbose=False)
+    helpers.assert_close(layer.moving_mean, values.mean(0), 1e-5)
+    helpers.assert_close(layer.moving_variance, values.var(0), 1e-5)
+    report = diagnostics.discrepancy(model, dataset, verbose=False)
+    assert 0 < report.rows[0]["gap"] < 1

@@ -546,3 +546,31 @@ def test_of_calls_that_are_traced_apart_the_first_counts(way, calls, rng):
         helpers.assert_close(
             trained[names.index("last_mean")], parts[0].mean(0), 1e-5
         )
+
+
+@pytest.mark.torch
+def test_the_scale_of_the_loss_is_seen_under_autocast(rng):
+    """In a loop of one's own that adds `model.losses`."""
+    import torch
+
+    x = torch.tensor(helpers.inputs_of(rng, (40, 4, 6), dtype="float32"))
+    found = []
+    for scales in ([1.0] * 40, [64.0] * 20 + [32.0] * 20):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((6,)),
+                layers.Dense(5),
+                BatchRenormalization(momentum=0.5),
+            ]
+        )
+        for batch, scale in zip(x, scales, strict=True):
+            for variable in model.trainable_variables:
+                variable.value.grad = None
+            with torch.autocast("cpu", torch.float16):
+                outputs = model(batch, training=True)
+                loss = (outputs**2 * outputs).mean() + sum(model.losses)
+            (loss * scale).backward()
+        found.append(model.layers[0].kernel.value.grad / scales[-1])
+    assert found[0].abs().max() > 0
+    helpers.assert_close(found[1], helpers.to_numpy(found[0]), 1e-2)

@@ -489,5 +489,5 @@ def test_a_layer_that_takes_no_size_that_is_unknown(rng):
     )
     model = keras.Model(inputs, keras_renorm.BatchNormalization()(x))
     image = helpers.inputs_of(rng, (1, 64, 64, 1))
-    report = tile_mismatch(model, image, 32, 16, verbose=False)
+    report = tile_mismatch(model, image, 16, 8, verbose=False)
     assert report.verdicts == []

@@ -12,13 +12,12 @@ if runs_on("tensorflow"):
     _REMAT_FILE = inspect.unwrap(tf.recompute_grad).__code__.co_filename
 elif runs_on("jax"):
     _REMAT_FILE = inspect.unwrap(jax.checkpoint).__code__.co_filename
+    _STATELESS_CALL = inspect.unwrap(keras.layers.Layer.stateless_call).__code__
 elif runs_on("torch"):
     from torch.utils import checkpoint
 
     _REMAT_FILE = checkpoint.__file__
 
-
-_STATELESS_CALL = inspect.unwrap(keras.layers.Layer.stateless_call).__code__
 
 # Of layers that call another once for each step of a sequence.
 _SEQUENCE_FILES = frozenset(

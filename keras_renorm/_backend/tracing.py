@@ -335,10 +335,10 @@ def _by_torch(function: Any) -> tuple[Any, Any]:
     """`value_and_gradients` on PyTorch, which has no graphs of functions."""
 
     def same_dropout(*arguments: Any) -> Any:
-        # Without a seed, Keras's dropout draws from PyTorch's generators.
+        # Without a seed, Keras's dropout draws from PyTorch's generators, which
+        # are then what they were.
         devices = {arguments[0][0].device} - {torch.device("cpu")}
         with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
             return function(*arguments)
 
     def evaluated(weights: list[Tensor], *arguments: Any) -> Tensor:

@@ -88,7 +88,8 @@ class BatchNormalization(
 
     Call arguments:
         inputs: Tensor `(batch, ..., channels)` (or channels on `axis`) of
-            rank 2 or more. Batch and spatial sizes may be unknown.
+            rank 2 or more. Batch and spatial sizes may be unknown. A
+            `tf.RaggedTensor` is as a padded one under a mask.
         training: Whether to train or to infer. Keras sets it in `fit`.
         mask: Tensor of 0 and 1, or booleans, whose axes are the leading
             non-channel axes of `inputs`, broadcast over the others: `(batch,)`,

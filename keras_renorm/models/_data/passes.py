@@ -30,6 +30,7 @@ class LayerCall:
         inputs: The inputs, which have the layer's channels.
         training: The flag that arrived, `None` where there was none.
         mask: The mask, or `None`.
+        restore: From outputs to their form, ragged where the inputs are.
     """
 
     def __init__(
@@ -42,6 +43,10 @@ class LayerCall:
         self.inputs = given.arguments[first]
         self.training = given.arguments.get("training")
         self.mask = given.arguments.get("mask")
+        self.restore: Callable[[Tensor], Tensor] = lambda outputs: outputs
+        if runtime.is_ragged(self.inputs):  # as the layer takes it
+            self.inputs, self.mask, self.restore = runtime.padded(self.inputs)
+            given.arguments["mask"] = self.mask
 
     def run(self, training: bool | None) -> Tensor:
         """The layer's own outputs, with another flag if it takes one.
@@ -121,7 +126,7 @@ class Reports:
             found.inputs = self._checked(layer, found.inputs)
             is_traced = vars(layer).get("_is_traced")
             try:
-                return hook(layer, found)
+                return found.restore(hook(layer, found))
             finally:
                 if is_traced is None:  # this graph is made anew if need be
                     vars(layer).pop("_is_traced", None)

@@ -209,7 +209,8 @@ class _Translation(Layers):
         if type(layer).__name__ in self._custom_objects:
             return new(*arguments, **named)
         bound = inspect.signature(layer.call).bind(*arguments, **named)
-        if bound.arguments.get("training") in (True, 1):
+        flag = bound.arguments.get("training")
+        if isinstance(flag, bool | int) and flag:
             raise NoCounterpartError(
                 "called with training=True, which `predict` and `evaluate` of "
                 "Keras 3 override"
