@@ -19,7 +19,6 @@ _OTHER_NAMES = {
     "decay": ("momentum",),
     "decay_rate": ("momentum",),
     "eps": ("epsilon",),
-    "track_running_stats": ("frozen_statistics",),
     "use_bias": ("center",),
     "use_scale": ("scale",),
 }

@@ -14,6 +14,7 @@ from keras_renorm import (
     BatchRenormalization,
     convert,
     fold,
+    replacing,
     revert,
 )
 from keras_renorm.schedules import LinearRamp, default_limits
@@ -189,6 +190,13 @@ def test_keras_layers_with_renorm(rng):
     with pytest.warns(UserWarning, match="`rmin` of 1 / rmax"):
         layer = networks.normalizations(convert(one_sided))[0]
     assert layer.current_limits() == (2.0, np.inf)
+    # Neither, without a warning.
+    layer = networks.normalizations(convert(one_sided, r_max=4.0))[0]
+    assert layer.current_limits() == (4.0, np.inf)
+    with replacing(r_max="auto", d_max="auto"):
+        assert KERAS(
+            renorm=True, renorm_clipping={"rmax": 3.0, "rmin": 0.5}
+        ).is_gated
 
 
 @pytest.mark.slow

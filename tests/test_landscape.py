@@ -776,7 +776,7 @@ def test_a_plot_without_matplotlib(monkeypatch, rng):
     batch = rng.normal(size=(4, 3)), np.ones((4, 1))
     line = loss_along_gradient(model, "mse", batch, 0.1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    message = "`plot` needs matplotlib: pip install keras-renorm[tutorials]"
+    message = "`plot` needs matplotlib: pip install matplotlib"
     with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
         line.plot()
 

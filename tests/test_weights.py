@@ -169,6 +169,17 @@ INVALID = [
     ),
     ("step", INF, "`step` of layer bn must be finite. Received: step=inf."),
     (
+        "gradient_agreement",
+        [0.5, np.nan, 0.2],
+        "`gradient_agreement` of layer bn must be finite. Received: "
+        "gradient_agreement=nan.",
+    ),
+    (
+        "gate",
+        [0.1, 0.1, INF, 0.0],
+        "`gate` of layer bn must be finite. Received: gate=inf.",
+    ),
+    (
         "limit_values",
         [[0.5, 3.0], [0.0, 5.0]],
         "`r_max` must be at least 1, from a step of at least 0 to a later "

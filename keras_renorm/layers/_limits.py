@@ -13,6 +13,9 @@ from keras_renorm._step.records import Limits
 from keras_renorm.layers._weights import CheckedWeights
 from keras_renorm.schedules import LinearRamp
 
+# Of a network that diverged they are not finite, and a file takes them.
+_OF_BATCH_NORMALIZATION = ("gamma", "beta", "moving_mean", "moving_variance")
+
 
 class StoredLimits(CheckedWeights):
     """A layer that counts its steps, and keeps ramps of r_max and d_max.
@@ -145,15 +148,23 @@ class StoredLimits(CheckedWeights):
         arrays = super()._check_state(weights)
         if not self.built:
             return arrays
-        step, values, steps = (
+        values, steps = (
             next(i for i, each in enumerate(self.weights) if each is weight)
-            for weight in (self.step, self.limit_values, self.limit_steps)
+            for weight in (self.limit_values, self.limit_steps)
         )
-        if not np.isfinite(arrays[step]):
-            raise ValueError(
-                f"`step` of layer {self.name} must be finite. Received: "
-                f"step={arrays[step]}."
-            )
+        for at, (weight, array) in enumerate(
+            zip(self.weights, arrays, strict=True)
+        ):
+            # What the layer counts and measures; no training makes it so.
+            is_plain = weight.name in _OF_BATCH_NORMALIZATION
+            if (
+                not (is_plain or at in (values, steps))
+                and (bad := array[~np.isfinite(array)]).size
+            ):
+                raise ValueError(
+                    f"`{weight.name}` of layer {self.name} must be finite. "
+                    f"Received: {weight.name}={bad.flat[0]}."
+                )
         # Earlier versions stored infinity.
         arrays[values], _ = schedules.store_ramps(
             schedules.stored_ramp(name, self.name, *rows)

@@ -72,9 +72,9 @@ class BatchNormalization(
             for channels first.
         momentum: Share of the old moving statistics kept at each step, in
             [0, 1]. Defaults to 0.99; take 0.9 to 0.95 where a run has only a
-            few hundred steps. (PyTorch's is 1 minus this: below 0.5 there is a
-            warning.) May be assigned, like `epsilon`; in a graph that takes
-            effect when the model is compiled next.
+            few hundred steps. (PyTorch's is 1 minus this: between 0 and 0.5 the
+            constructor warns.) May be assigned, like `epsilon`; in a graph that
+            takes effect when the model is compiled next.
         epsilon: Added to the variance under the root, > 0. Defaults to 1e-3.
         synchronized: Whether replicas share a batch's statistics (`False`).
         virtual_batch_size: Examples that training normalizes together, an

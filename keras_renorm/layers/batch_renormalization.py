@@ -35,7 +35,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
     Batch normalization trains with statistics of a batch and infers with moving
     averages, which differ where batches are small or not i.i.d. This layer
     measures by how much. It corrects outputs and gradients fully where a batch
-    holds one image or one class, and not at all where it holds many random
+    holds one image or one class, and hardly where it holds many random
     examples: there it is batch normalization. There is nothing to set.
 
         sigma_B = sqrt(batch_variance + epsilon)

@@ -113,8 +113,9 @@ def convert(
             Without them a new layer has those of the old one: a Keras layer
             with `renorm=True` gives its `renorm_clipping` as limits; a layer of
             `to` gives everything, with the step counter. Limits that none gives
-            are those of a new layer; with `gradient_momentum=None` they are
-            open at once (r_max 3, d_max 5) where the statistics are trained.
+            are those of a new layer; where it does not measure (another limit
+            is given, or `gradient_momentum=None`) and its statistics are
+            trained, they are open at once (r_max 3, d_max 5).
             No `name`, no `trainable`; with `in_place`, no `axis`, `center`,
             `scale`, `dtype`.
 
@@ -222,8 +223,8 @@ class _Target(NamedTuple):
         self, layer: Any, config: dict[str, Any]
     ) -> tuple[type, dict[str, Any]]:
         """The class and the configuration of the new layer."""
-        given = {**arguments_of(config, self.to), **self.layer_arguments}
-        return self.to, given
+        ours = self.layer_arguments
+        return self.to, {**arguments_of(config, self.to, ours), **ours}
 
     def hand_on(self, layer: Any, new: Any) -> None:
         """Gives the new layer the weights of the old one."""

@@ -114,7 +114,12 @@ def _maker_of(to: Any, layer_arguments: dict[str, Any]) -> type:
             signature.bind(self, *arguments, **named)  # raises as Keras does
             given = {**signature.bind(self, *arguments).arguments, **named}
             given.pop("self")
-            super().__init__(**{**without_renorm(given, to), **layer_arguments})
+            super().__init__(
+                **{
+                    **without_renorm(given, to, layer_arguments),
+                    **layer_arguments,
+                }
+            )
             self.__class__ = to
 
     # Keras names layers after their class.

@@ -9,6 +9,6 @@ def pyplot() -> Any:
         from matplotlib import pyplot as found
     except ImportError as error:
         raise ImportError(
-            "`plot` needs matplotlib: pip install keras-renorm[tutorials]"
+            "`plot` needs matplotlib: pip install matplotlib"
         ) from error
     return found

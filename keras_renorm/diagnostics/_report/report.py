@@ -159,7 +159,7 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
-                "`plot` needs matplotlib: pip install keras-renorm[tutorials]"
+                "`plot` needs matplotlib: pip install matplotlib"
             ) from error
         figure = Figure(
             figsize=(10, 2.5 + 0.3 * len(self.layers)), layout="constrained"

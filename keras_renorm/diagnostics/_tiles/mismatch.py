@@ -44,7 +44,7 @@ def tile_mismatch(
 
     Images too large for memory are predicted in tiles: the network sees a tile
     with a halo around it, and of what it predicts the halo is cut off. Where a
-    layer normalizes by the statistics of what it sees (group, instance or layer
+    layer normalizes by the statistics of what it sees (group or instance
     normalization), each tile is another image to it, and seams appear. Batch
     normalization and renormalization infer by statistics that are the same
     everywhere.

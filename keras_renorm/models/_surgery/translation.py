@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import keras
@@ -63,11 +63,16 @@ def _accepted_by(to: type) -> set[str]:
     }
 
 
-def arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
-    """The part of a configuration that a layer of class `to` takes."""
+def arguments_of(
+    config: dict[str, Any], to: type, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """The part of a configuration that a layer of class `to` takes.
+
+    `given` are names of arguments that come in the place of these.
+    """
     arguments = {
         name: value
-        for name, value in without_renorm(config, to).items()
+        for name, value in without_renorm(config, to, given).items()
         if name in _accepted_by(to)
     }
     if to is KERAS and not runtime.lets_keras_synchronize():
@@ -75,7 +80,9 @@ def arguments_of(config: dict[str, Any], to: type) -> dict[str, Any]:
     return arguments
 
 
-def without_renorm(config: dict[str, Any], to: type) -> dict[str, Any]:
+def without_renorm(
+    config: dict[str, Any], to: type, given: Collection[str] = ()
+) -> dict[str, Any]:
     """Arguments with limits in the place of Keras's `renorm*`."""
     arguments = {
         name: value
@@ -83,13 +90,15 @@ def without_renorm(config: dict[str, Any], to: type) -> dict[str, Any]:
         if not name.startswith("renorm")
     }
     if to is BatchRenormalization and config.get("renorm"):
-        arguments |= _limits_of_clipping(config.get("renorm_clipping"))
+        clipping = config.get("renorm_clipping") or {}
+        if "r_max" in given:  # whatever it says of r
+            clipping = {"dmax": clipping.get("dmax")}
+        arguments |= _limits_of_clipping(clipping)
     return arguments
 
 
-def _limits_of_clipping(clipping: dict[str, float] | None) -> dict[str, float]:
+def _limits_of_clipping(clipping: dict[str, Any]) -> dict[str, float]:
     """Keras's `renorm_clipping` as r_max and d_max; absent is no limit."""
-    clipping = clipping or {}
     lowest, highest = clipping.get("rmin"), clipping.get("rmax")
     candidates = [float("inf") if highest is None else highest]
     if lowest:
