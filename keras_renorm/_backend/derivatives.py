@@ -46,9 +46,11 @@ elif runs_on("torch"):
             Nothing in `forward` is recorded. So where a gradient is recorded,
             the function is computed again, of the same tensors.
             """
+            # To ask for these is to ask whether they were written over.
+            tensors = ctx.saved_tensors
             if not torch.is_grad_enabled():
                 return None, *ctx.gradient(*upstream)
-            _, gradient = ctx.function(*ctx.saved_tensors)
+            _, gradient = ctx.function(*tensors)
             return None, *gradient(*upstream)
 
     # Its compiler would look into the function, and fail.

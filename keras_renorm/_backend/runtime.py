@@ -5,7 +5,7 @@ another, as `torch` and `jax` are.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -237,3 +237,14 @@ def padded(ragged: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
         )
 
     return ragged.to_tensor(), mask, restore
+
+
+def track_parameters(layers: Iterable[Any]) -> None:
+    """Lets PyTorch see the variables that layers have now.
+
+    Keras tells it when a layer is built, and what a layer holds inside may have
+    other variables since.
+    """
+    for layer in layers if runs_on("torch") else ():
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()

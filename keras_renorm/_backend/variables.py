@@ -228,7 +228,7 @@ def _after_adding(
     """The tensors, once the changes have been made.
 
     To `olds`, where there are such, and not to what a target holds. Of
-    a second derivative zeros come, which are no changes.
+    a second derivative nothing but zeros comes, which is no change.
     """
     added = []
     for target, change, old in zip(targets, changes, olds, strict=False):
@@ -243,7 +243,7 @@ def _after_adding(
                     resource=handle, dtype=target.dtype
                 )
             new = ops.cast(old, target.dtype) + change - value
-            change = ops.where(change == 0, 0.0, new)
+            change = ops.where(ops.any(change != 0), new, 0.0)
         if runs_on("torch"):
             with torch.no_grad():
                 target.add_(change)

@@ -143,8 +143,9 @@ def normalize_by(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
     return view.restore(
         normalized(
             view.of(inputs),
-            parameters.moving_mean,
-            parameters.moving_variance,
+            # Constants, also where somebody asks for all gradients.
+            parameters.moving_mean.detach(),
+            parameters.moving_variance.detach(),
             parameters.gamma,
             parameters.beta,
             parameters.epsilon,

@@ -300,7 +300,7 @@ class FusedStep:
     def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `plain.PlainStep.by_example`."""
         return by_example_of_rows(
-            upstream, self._view.inputs, self.moments.mean, self._view.view
+            upstream, self._view.inputs, self.moments.mean, self._view.shape
         )
 
     def inputs_gradient(
