@@ -7,7 +7,12 @@ import keras
 import numpy as np
 import pytest
 
-from keras_renorm import BatchNormalization, BatchRenormalization
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    convert,
+    revert,
+)
 from keras_renorm._step import choice, training
 from keras_renorm._step.aten import AtenStep
 from keras_renorm._step.plain import PlainStep
@@ -352,3 +357,48 @@ def test_a_step_leaves_nothing_in_memory(arguments, is_differentiated):
     del inputs, outputs
     gc.collect()
     assert found() is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", [BatchNormalization, BatchRenormalization])
+def test_inputs_that_were_written_over_are_an_error(layer, training, rng):
+    """As with PyTorch's own layer; the gradient would be of other inputs."""
+    inputs = torch.tensor(helpers.inputs_of(rng, (6, 3)), requires_grad=True)
+    hidden = inputs * 2.0
+    outputs = layer()(hidden, training=training)
+    hidden.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (outputs**3).sum().backward()
+
+
+@pytest.mark.parametrize("layer", [BatchNormalization, BatchRenormalization])
+def test_statistics_are_constants_whoever_asks_for_gradients(layer, rng):
+    """`requires_grad_(True)` of a whole network asks for theirs, too."""
+    model = keras.Sequential([keras.Input((3,)), layer()])
+    x = torch.tensor(helpers.inputs_of(rng, (6, 3)))
+    expected = model(x).detach()
+    model.requires_grad_(False)
+    model.requires_grad_(True)
+    assert torch.equal(model(x).detach(), expected)
+    model.layers[0].frozen_statistics = True
+    helpers.assert_close(model(x, training=True).detach(), expected, 1e-6)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_torch_sees_the_variables_of_converted_layers(in_place, rng):
+    block = keras.Sequential([keras.layers.BatchNormalization(name="bn")])
+    model = keras.Sequential([keras.Input((3,)), block, keras.layers.Dense(1)])
+    list(model.parameters())
+    for change in (convert, revert):
+        model = change(model, in_place=in_place)
+        known = set(map(id, model.parameters()))
+        assert {id(each.value) for each in model.variables} <= known
+        model(torch.ones(4, 3) * 5.0, training=True)
+        (mean,) = {
+            tuple(value.numpy())
+            for name, value in model.state_dict().items()
+            if name.endswith("moving_mean")
+        }
+        layer = model.layers[0].layers[0]
+        helpers.assert_close(layer.moving_mean, np.array(mean), 1e-6)
+        assert np.any(mean)

@@ -331,3 +331,26 @@ def test_an_output_has_the_type_that_it_had(rng):
         keras.config.set_dtype_policy("float32")
     assert got.dtype == expected.dtype == np.float32
     helpers.assert_close(got, expected, 1e-5)
+
+
+def test_a_call_of_ones_own_is_left(rng):
+    class Activated(layers.BatchNormalization):
+        def call(self, inputs, training=None, mask=None):
+            outputs = super().call(inputs, training=training, mask=mask)
+            return keras.ops.leaky_relu(outputs)
+
+    class Fast(layers.BatchNormalization):
+        def __init__(self, momentum=0.9, **arguments):
+            super().__init__(momentum=momentum, **arguments)
+
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(3), Fast(), layers.Dense(3)]
+    )
+    model.add(Activated(name="own"))
+    networks.randomize(model, rng)
+    x = networks.data_of(model, rng)
+    with pytest.warns(UserWarning, match="1 of 2.* own .*call of its own"):
+        folded = fold(model)
+    helpers.assert_close(
+        folded.predict(x, verbose=0), model.predict(x, verbose=0), 1e-5
+    )

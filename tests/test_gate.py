@@ -803,3 +803,27 @@ def test_a_branch_of_a_graph_is_as_without(is_taken, is_inside, rng):
         helpers.assert_close(one, helpers.to_numpy(other), 1e-5)
     for one, other in zip(*(each.weights for each in layers), strict=True):
         helpers.assert_close(one, helpers.to_numpy(other), 1e-5)
+
+
+@pytest.mark.parametrize("way", ["eager", "graph"])
+def test_large_inputs_of_rank_2_are_many_examples(way, rng):
+    """By the fused operators as by plain operations on images of a pixel."""
+    rows = rng.normal(size=(4096, 32)).astype("float32")
+    found = []
+    for shape in ((4096, 32), (4096, 1, 32)):
+        layer = BatchRenormalization(momentum=0.5)
+
+        def step(inputs, layer=layer):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                loss = tf.reduce_sum(layer(inputs, training=True) ** 3)
+            return tape.gradient(loss, inputs)
+
+        step = tf.function(step) if way == "graph" else step
+        for _ in range(2):
+            d_x = step(tf.reshape(rows, shape))
+        found.append((tf.reshape(d_x, rows.shape), layer.gate))
+    (gradient, gate), (expected, expected_gate) = found
+    assert gate[2] > 100
+    helpers.assert_close(gate, helpers.to_numpy(expected_gate), 1e-5)
+    helpers.assert_close(gradient, helpers.to_numpy(expected), 1e-4)

@@ -574,3 +574,76 @@ def test_the_scale_of_the_loss_is_seen_under_autocast(rng):
         found.append(model.layers[0].kernel.value.grad / scales[-1])
     assert found[0].abs().max() > 0
     helpers.assert_close(found[1], helpers.to_numpy(found[0]), 1e-2)
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("is_apart", [True, False])
+def test_a_call_without_a_gradient_hides_no_other(is_apart, rng):
+    """Of a target network, or of a generator while a discriminator trains."""
+    import jax
+
+    layer = BatchRenormalization(momentum=0.5)
+    layer.build((None, 3))
+    optimizer = keras.optimizers.SGD(0.0)
+    optimizer.build(layer.trainable_variables)
+
+    def loss(trained, rest, x, target):
+        if not is_apart:
+            unused, rest = layer.stateless_call(
+                trained, rest, target, training=True
+            )
+            jax.lax.stop_gradient(unused)
+        outputs, rest = layer.stateless_call(trained, rest, x, training=True)
+        return (outputs**3).sum(), rest
+
+    trained = [each.value for each in layer.trainable_variables]
+    rest = [each.value for each in layer.non_trainable_variables]
+    slots = [each.value for each in optimizer.variables]
+    names = [each.name for each in layer.trainable_variables]
+    for step in range(5):
+        x, target = rng.normal(2.0, 3.0, (2, 16, 3)).astype("float32")
+        if is_apart:
+            _, rest = layer.stateless_call(trained, rest, target, training=True)
+        changes, rest = jax.grad(loss, has_aux=True)(trained, rest, x, target)
+        trained, slots = optimizer.stateless_apply(slots, changes, trained)
+        if step:
+            last = trained[names.index("last_mean")]
+            helpers.assert_close(last, x.mean(0), 1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.99])
+def test_of_calls_with_a_dead_channel_the_first_counts(momentum, rng):
+    layer = BatchRenormalization(momentum=momentum)
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    joined = keras.layers.Concatenate()([layer(each) for each in inputs])
+    model = keras.Model(inputs, keras.layers.Dense(2)(joined))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    layer.moving_variance.assign([0.0, 1.0, 1.0])
+    for _ in range(3):
+        x = helpers.inputs_of(rng, (8, 3)) * [0.0, 1.0, 1.0]
+        other = x + np.array([0.0, 9.0, 9.0])
+        model.train_on_batch([x, other], np.ones((8, 2)))
+        helpers.assert_close(layer.last_mean, x.mean(0), 1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+def test_the_scale_of_the_loss_is_seen_where_the_optimizer_scales(policy, rng):
+    """Whatever the policy of the layer, and the one that is set, are."""
+    found = []
+    x = helpers.inputs_of(rng, (32, 4))
+    for scale in (1.0, 1024.0):
+        keras.utils.set_random_seed(0)
+        keras.config.set_dtype_policy(policy)
+        layer = BatchRenormalization(momentum=0.5, dtype="float32")
+        model = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(3), layer]
+        )
+        keras.config.set_dtype_policy("float32")
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(0.01), initial_scale=scale
+        )
+        model.compile(optimizer, "mse")
+        model.fit(x, x[:, :3], batch_size=8, shuffle=False, verbose=0)
+        found.append(helpers.to_numpy(layer.gradient_mean))
+    assert np.abs(found[0]).max() > 0
+    helpers.assert_close(found[1], found[0], 1e-2)

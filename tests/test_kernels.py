@@ -1094,3 +1094,19 @@ def test_layers_of_other_momentum_infer_by_the_same_graph(made, rng):
     for momentum in (0.5, 0.9):
         BatchNormalization(momentum=momentum, epsilon=0.0124)(inputs)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_channel_with_a_large_mean_costs_the_others_nothing(dtype, rng):
+    x = rng.normal(size=(32, 60, 30, 4))
+    x[0, 0, 0, 1] = 100.0  # far from the others, where it is the shift
+    small = tf.cast(x, dtype)
+    x[..., 0] = 50.0
+    large = tf.cast(x, dtype)
+    found = []
+    for inputs in (small, large):
+        layer = BatchNormalization(momentum=0.0, dtype=f"mixed_{dtype}")
+        outputs = layer(inputs, training=True)
+        found.append((outputs[..., 1:], layer.moving_variance[1:]))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)

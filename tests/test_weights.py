@@ -264,3 +264,39 @@ def test_limits_below_their_minima_count_as_the_minima(rng):
     helpers.assert_close(
         layer(inputs, training=True), plain(inputs, training=True), 1e-6
     )
+
+
+@pytest.mark.parametrize("layer", [BatchNormalization, BatchRenormalization])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_optimizer_finds_the_weights_of_a_subclass(
+    layer, is_first, rng, tmp_path
+):
+    class Mixed(layer):
+        def build(self, input_shape):
+            if not is_first:
+                super().build(input_shape)
+            self.mix = self.add_weight(name="mix", shape=(3,))
+            if is_first:
+                super().build(input_shape)
+
+        def call(self, inputs, training=None, mask=None):
+            return self.mix * super().call(inputs, training=training)
+
+    model = keras.Sequential([keras.Input((3,)), Mixed(name="bn")])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    x = helpers.inputs_of(rng, (8, 3))
+    model.fit(x, x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(
+        tmp_path / "model.keras", custom_objects={"Mixed": Mixed}
+    )
+    slots = [
+        {
+            each.path.partition("bn")[2]: helpers.to_numpy(each)
+            for each in one.optimizer.variables
+        }
+        for one in (model, loaded)
+    ]
+    assert slots[0].keys() == slots[1].keys()
+    for path, value in slots[0].items():
+        np.testing.assert_array_equal(value, slots[1][path])

@@ -5,6 +5,7 @@ another, as `torch` and `jax` are.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -217,7 +218,19 @@ def may_scale_loss(inputs: Any, dtype: str) -> bool:
             torch.get_autocast_dtype(kind) == torch.float16
         ):
             return True
-    return "float16" in (dtype, keras.config.dtype_policy().compute_dtype)
+    if "float16" in (dtype, keras.config.dtype_policy().compute_dtype):
+        return True
+    # The layer may be of another type, and the policy put back: there is no
+    # public way to ask who trains.
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "train_step":
+            model = frame.f_locals.get("self")
+            optimizer = getattr(model, "optimizer", None)
+            if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def is_ragged(inputs: Any) -> bool:

@@ -159,18 +159,16 @@ def with_accumulators(
     gradient.
 
     On JAX what is to be added is the gradient of the variable, and who takes
-    it adds it: an optimizer of Keras does (`Accumulator`). There a call is the
-    first one if the last of the `added` is not what the call before has `seen`,
-    a variable for that.
+    it adds it: an optimizer of Keras does (`Accumulator`). Which call counts
+    is known there by `seen`, a variable for that (`_counts`).
     """
     first, *parameters = tensors
     tensors = [as_tensor(first), *parameters]
     values = [read(variable, dtype) for variable in (*added, *replaced)]
     if runs_on("jax"):
-        # Not by what Python sees: a call may be traced once and made often.
-        is_again = ops.all(added[-1].value == seen.value)
+        counts = _counts(seen, added[-1].value, values[len(added) :])
         values[len(added) :] = [
-            ops.where(is_again, ops.stop_gradient(value), value)
+            ops.where(counts, value, ops.stop_gradient(value))
             for value in values[len(added) :]
         ]
     if runs_on("jax") or carry_tangents(tensors):
@@ -202,6 +200,32 @@ def with_accumulators(
     results = iter(begin(*given, *values))
     tensors = [None if each is None else next(results) for each in tensors]
     return tensors, list(results)
+
+
+def _counts(seen: Any, gate: Tensor, replaced: Sequence[Tensor]) -> Tensor:
+    """Whether the call that begins is the one of its step that counts. On JAX.
+
+    Not by what Python sees: a call may be traced once and made often. `seen`
+    holds what the call before has seen: the gate, which every step with a
+    gradient changes; the sum of what is replaced; the index in its step of the
+    call that counts; and its own. The first one counts, unless nothing was
+    replaced in the step before: it got no gradient then, and the next one is
+    tried.
+    """
+    before, (total, target, index) = seen.value[:-3], seen.value[-3:]
+    is_new = ops.any(gate != before)
+    now = ops.cast(sum(map(ops.sum, replaced)), seen.dtype)
+    following = ops.where(now == total, target + 1, target)
+    following = ops.where(following > index, 0, ops.maximum(following, 0))
+    target = ops.where(is_new, following, target)
+    index = ops.where(is_new, 0, index + 1)
+    total = ops.where(is_new, now, total)
+    seen.assign(
+        ops.stop_gradient(
+            ops.concatenate([gate, ops.stack([total, target, index])])
+        )
+    )
+    return index == target
 
 
 def _targets(variables: Sequence[Any]) -> list[Any]:

@@ -138,13 +138,13 @@ class FusedView:
         population = tf.math.multiply_no_nan(variance, share)
         # A NaN counts as large. XLA, where it compiles a function that was
         # traced without it, computes E[x²] - E[x]², which may be negative.
-        is_small = tf.reduce_all(tf.square(mean) <= LARGE_MEAN**2 * population)
+        is_small = tf.square(mean) <= LARGE_MEAN**2 * population
         results = (outputs, tf.zeros_like(mean), mean, population, *reserves)
         return tuple(
             tf.cond(
-                is_small,
+                tf.reduce_all(is_small),
                 lambda: results,
-                lambda: _shifted(share, self.data_format, *arguments),
+                lambda: _shifted(share, is_small, self.data_format, *arguments),
             )
         )
 
@@ -330,14 +330,23 @@ class FusedStep:
 
 
 def _shifted(
-    share: Tensor, data_format: str, inputs: Tensor, *arguments: Any
+    share: Tensor,
+    is_small: Tensor,
+    data_format: str,
+    inputs: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     """`FusedView.normalize_accurately` where a mean is large.
 
-    Of inputs less their first value.
+    Of inputs less their first value, in channels where that is so: in 16 bits a
+    difference is coarse where the value lies far from the others.
     """
     view = FusedView(inputs, 3 if data_format == "NHWC" else 1)
-    shift = view.first()
+    shift = tf.where(
+        tf.reshape(is_small, view.vector_shape),
+        tf.zeros([], inputs.dtype),
+        view.first(),
+    )
     y, mean, variance, mean_reserve, *rest = view.normalize(
         inputs - shift, *arguments
     )

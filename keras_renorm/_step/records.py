@@ -180,8 +180,8 @@ class NewStatistics(NamedTuple):
     probe: Tensor | None = None
 
     def moves(self, state: State) -> Tensor:
-        """Whether those of all channels are others than before."""
-        return ops.all(
+        """Whether those of a channel are others than before."""
+        return ops.any(
             ops.logical_or(
                 self.moving_mean != state.moving_mean,
                 self.moving_variance != state.moving_variance,

@@ -240,8 +240,8 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
             setattr(self, name, make(**weight))
         self.gated = self._add_state("gated", float(not self._is_given), dtype)
         if not runtime.keeps_state_backwards():
-            # No state: by it a step's first call is known.
-            self.seen_gate = self._add_state("seen_gate", [-1.0] * 4, dtype)
+            # No state: by it the call of a step that counts is known.
+            self.seen_gate = self._add_state("seen_gate", [-1.0] * 7, dtype)
 
     @property
     def weights(self) -> list[keras.Variable]:
@@ -258,9 +258,14 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
         ]
         ordered = [weight for weight in own if weight is not None]
         known = set(map(id, [*ordered, self.seen_gate]))
-        return ordered + [
-            weight for weight in super().weights if id(weight) not in known
+        # Those of a subclass stay where Keras has them: an optimizer's order.
+        around = [
+            None if id(weight) in known else weight
+            for weight in super().weights
         ]
+        begin = next((i for i, each in enumerate(around) if each is None), 0)
+        rest = [weight for weight in around[begin:] if weight is not None]
+        return [*around[:begin], *ordered, *rest]
 
     checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
         **BatchNormalization.checks,
@@ -320,7 +325,7 @@ class BatchRenormalization(StoredLimits, BatchNormalization):
         super()._end_step(state, update)
         if self.seen_gate is not None and state.memory is not None:
             # A batch that moves no statistics will not move the gate.
-            seen = ops.where(update.moves(state), self.gate.value, -1.0)
+            seen = ops.where(update.moves(state), self.seen_gate.value, -1.0)
             self.seen_gate.assign(seen)
 
     @property

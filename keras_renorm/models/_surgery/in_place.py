@@ -13,7 +13,7 @@ import keras
 from keras_renorm._backend import runtime
 from keras_renorm._checks import warn
 from keras_renorm.models._layers.configuration import Configurations
-from keras_renorm.models._layers.finding import describe
+from keras_renorm.models._layers.finding import describe, find_layers
 from keras_renorm.models._layers.graphs import models_with, trace_anew
 from keras_renorm.models.replacing import as_asked
 
@@ -75,6 +75,11 @@ def replace_in_place(
     ):
         _become(layer, new, old_names, new_names, kept)
     trace_anew(model, layers)
+    runtime.track_parameters(
+        layer
+        for holder in models_with(model, layers, lambda model: model.built)
+        for layer in find_layers(holder, keras.layers.Layer)
+    )
     _warn_of_optimizers(model, layers)
 
 
