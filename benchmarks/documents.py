@@ -189,14 +189,16 @@ def advice():
     ]
 
 
+OURS = ("our BN", "our renorm")
+
+
 def speed():
     """A training step in a graph, by input."""
     results = read("speed_cpu.json")
     names = (
         "Keras 3 renorm",
         "Keras 2 BN",
-        "our BN",
-        "our renorm",
+        *OURS,
         "floor",
     )
     rows = []
@@ -227,7 +229,7 @@ def speed_elsewhere():
     rows = []
     for (group, mode, dtype), cases in found.items():
         ranges = []
-        for name in ("Keras 2 BN", "our BN", "our renorm"):
+        for name in ("Keras 2 BN", *OURS):
             ratios = [case[name]["median"] for case in cases]
             ranges.append(f"{min(ratios):.2f} – {max(ratios):.2f}")
         rows.append([f"{group}, {mode}, {dtype}", str(len(cases)), *ranges])
@@ -240,11 +242,11 @@ def speed_elsewhere():
             *(
                 f"{network[name]['median']:.2f} "
                 f"({network[name]['min']:.2f} – {network[name]['max']:.2f})"
-                for name in ("our BN", "our renorm")
+                for name in OURS
             ),
         ]
     )
-    head = ["what", "inputs", "Keras 2 BN", "our BN", "our renorm"]
+    head = ["what", "inputs", "Keras 2 BN", *OURS]
     shares = results["callbacks"]
     return [
         *table(head, rows),
@@ -508,7 +510,7 @@ def step_ratios():
     return {
         case["label"]: {
             name: round(case["ratios"][name]["median"], 3)
-            for name in ("Keras 3 renorm", "our renorm", "our BN", "floor")
+            for name in ("Keras 3 renorm", *OURS, "floor")
         }
         for case in read("speed_cpu.json")["cases"]
         if _kind(case) == ("training step", "graph", "float32")
@@ -518,10 +520,13 @@ def step_ratios():
 def draw_speed(plt, shown):
     """A group of bars an input."""
     figure, axes = plt.subplots(figsize=(9.5, 3.4), layout="constrained")
-    colors = ("#999999", "#0072b2", "#56b4e9", "#dddddd")
-    for at, (name, color) in enumerate(
-        zip(next(iter(shown.values())), colors, strict=True)
-    ):
+    report = _networks_report()
+    colors = {
+        "Keras 3 renorm": report["COLORS"][report["RIVAL"]],
+        **{name: report["COLORS"][name] for name in OURS},
+        "floor": report["COLORS"][report["FLOOR"]],
+    }
+    for at, (name, color) in enumerate(colors.items()):
         axes.bar(
             [place + 0.2 * (at - 1.5) for place in range(len(shown))],
             [ratios[name] for ratios in shown.values()],

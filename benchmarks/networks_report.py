@@ -12,15 +12,16 @@ BASELINE = "Keras BN"
 RIVAL = "Keras renorm"
 FLOOR = "no normalization"
 FOLDED = "folded"
+# Those of `documents.py` for what is there too.
 COLORS = {
-    BASELINE: "#999999",
-    RIVAL: "#666666",
-    "our BN": "#56b4e9",
-    "our renorm": "#0072b2",
-    "our renorm, corrected": "#009e73",
-    "group norm.": "#e69f00",
-    FOLDED: "#cc79a7",
-    FLOOR: "#000000",
+    BASELINE: "#d55e00",
+    RIVAL: "#cc79a7",
+    "our BN": "#e69f00",
+    "our renorm": "#56b4e9",
+    "our renorm, corrected": "#0072b2",
+    "group norm.": "#999999",
+    FOLDED: "#009e73",
+    FLOOR: "#dddddd",
 }
 
 

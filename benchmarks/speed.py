@@ -209,6 +209,7 @@ def run_resnet(seconds):
         BASELINE: keras.layers.BatchNormalization,
         "our BN": keras_renorm.BatchNormalization,
         "our renorm": _uncorrected,
+        "our renorm, corrected": keras_renorm.BatchRenormalization,
     }
     functions = {
         name: run_fit(resnet20(kind), [], 32, 10)

@@ -37,10 +37,13 @@ SETTINGS = {
 }
 CONTENDERS = {
     "bn": "batch norm.",
+    "bn 0.95": "the same, `momentum=0.95`",
     "keras_renorm": "Keras's `renorm=True`",
+    "keras_renorm 0.95": "the same, `momentum=0.95`",
     "group": "group norm.",
     "instance": "instance norm.",
     "renorm": "renorm., as it comes",
+    "renorm 0.95": "the same, `momentum=0.95`",
     "none": "none",
 }
 # One for all, tutorial 11's: no contender was tuned.
@@ -52,9 +55,6 @@ STEPS, QUICK_STEPS, PARTS = 300, 20, 10
 FILTERS = 8, 16, 32
 PATCH, TILE = 48, 64
 HALO = 24  # The network sees 22 pixels to each side.
-# 0.99 knows too little after so few steps: with it, our layer would still be
-# batch normalization at the end. A setting that is long has the default.
-MOMENTUM = 0.95
 LONG = 4  # times as many steps
 NORMALIZATIONS = {
     "bn": layers.BatchNormalization,
@@ -64,8 +64,6 @@ NORMALIZATIONS = {
     "renorm": keras_renorm.BatchRenormalization,
     "none": functools.partial(layers.Activation, "linear"),
 }
-# Those that keep none are the same whatever the image is.
-KEEPING_STATISTICS = "bn", "keras_renorm", "renorm"
 
 
 @functools.cache
@@ -142,18 +140,17 @@ def under_lamps(image, rng):
     return image * np.repeat(np.repeat(brightness, TILE, 0), TILE, 1)
 
 
-def unet(contender, is_long=False):
+def unet(contender):
     """Down to a quarter of the size, and up with ways across."""
-    arguments = {}
-    if contender in KEEPING_STATISTICS and not is_long:
-        arguments["momentum"] = MOMENTUM
+    kind, _, momentum = contender.partition(" ")
+    arguments = {"momentum": float(momentum)} if momentum else {}
 
     def block(x, filters):
         for _ in range(2):
             x = layers.Conv2D(
                 filters, 3, padding="same", use_bias=contender == "none"
             )(x)
-            x = layers.ReLU()(NORMALIZATIONS[contender](**arguments)(x))
+            x = layers.ReLU()(NORMALIZATIONS[kind](**arguments)(x))
         return x
 
     x = inputs = keras.Input((None, None, 1))
@@ -169,9 +166,9 @@ def unet(contender, is_long=False):
 
 
 @functools.lru_cache(2 * len(CONTENDERS))
-def compiled(contender, is_long=False):
+def compiled(contender):
     """A network that many trainings share: tracing takes as long as one."""
-    model = unet(contender, is_long)
+    model = unet(contender)
     optimizer = keras.optimizers.Adam(1e-3)
     optimizer.build(model.trainable_variables)
     model.compile(
@@ -236,9 +233,9 @@ def as_trained(model, x, batch_size):
 
 def recalibrated(model, contender, image):
     """The model with the statistics of the image, where it keeps any."""
-    if contender not in KEEPING_STATISTICS:
+    if contender in ("group", "instance", "none"):
         return model
-    if contender == "keras_renorm":
+    if "keras_renorm" in contender:
         # `recalibrate` takes no such layer. A plain one infers the same.
         plain = compiled("bn")
         for old, new in zip(model.layers, plain.layers, strict=True):
@@ -262,11 +259,10 @@ def seams(model, image):
 def trained(setting, contender, rate, seed, is_tuning):
     """The network of one training."""
     image, mask, *_ = halves(is_tuning)
-    is_long = "long" in setting
-    model = compiled(contender, is_long)
+    model = compiled(contender)
     initialize(model, contender, seed)
     rng = np.random.default_rng([seed, 1])
-    has_lamps = "lamps" in setting
+    has_lamps, is_long = "lamps" in setting, "long" in setting
     fit(model, image, mask, int(setting[0]), rate, has_lamps, is_long, rng)
     return model
 
@@ -295,7 +291,11 @@ def train(setting, contender, rate, seed, is_tuning):
     return result
 
 
-DRAWN = "group", "instance", "renorm"
+DRAWN = {
+    "group": "group norm.",
+    "instance": "instance norm.",
+    "renorm 0.95": "renormalization",
+}
 
 
 def draw(folder):
@@ -304,10 +304,10 @@ def draw(folder):
 
     _, _, image, mask = halves(is_tuning=False)
     columns = {"image, and nuclei": (image, mask)}
-    for contender in DRAWN:
+    for contender, title in DRAWN.items():
         model = trained("1", contender, RATES[0], 0, is_tuning=False)
         report = seams(model, image)
-        columns[CONTENDERS[contender]] = (
+        columns[title] = (
             predict_in_tiles(model, image),
             report.outputs[0].map[0],
         )
