@@ -15,6 +15,10 @@ USED = {
         "TensorFlow: whether XLA compiles the graph (and a class name in it)",
         "test_kernels.py::test_xla_is_recognized_wherever_it_comes_from",
     ),
+    ("_backend/runtime.py", "_track_variables"): (
+        "Keras: PyTorch learns of variables where a layer is built, only",
+        "test_aten.py::test_torch_sees_the_variables_of_converted_layers",
+    ),
     ("models/_surgery/copying.py", "_compile_config"): (
         "Keras: its public part has names in the place of functions",
         "test_convert.py"
@@ -69,6 +73,11 @@ HIDDEN = {
     ("_backend/derivatives.py", "_functorch"): (
         "PyTorch: whether a function of `torch.func` is at work",
         "test_aten.py::test_forward_mode_and_transforms",
+    ),
+    ("_backend/runtime.py", "train_step, optimizer"): (
+        "Keras: whether who trains scales the loss, by the frames of a step",
+        "test_gate_backends.py"
+        "::test_the_scale_of_the_loss_is_seen_where_the_optimizer_scales",
     ),
     ("_backend/runtime.py", "is_op_determinism_enabled"): (
         "TensorFlow: whether operators must be deterministic",
