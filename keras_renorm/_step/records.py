@@ -180,10 +180,12 @@ class NewStatistics(NamedTuple):
     probe: Tensor | None = None
 
     def moves(self, state: State) -> Tensor:
-        """Whether those of a channel are others than before."""
-        return ops.any(
-            ops.logical_or(
-                self.moving_mean != state.moving_mean,
-                self.moving_variance != state.moving_variance,
-            )
+        """Whether those of all channels are others than before.
+
+        But for channels that are constant, whose variance can fall no further.
+        """
+        moves = ops.logical_or(
+            self.moving_mean != state.moving_mean,
+            self.moving_variance != state.moving_variance,
         )
+        return ops.all(ops.logical_or(moves, self.moving_variance < 1e-30))
