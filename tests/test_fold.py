@@ -354,3 +354,35 @@ def test_a_call_of_ones_own_is_left(rng):
     helpers.assert_close(
         folded.predict(x, verbose=0), model.predict(x, verbose=0), 1e-5
     )
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("is_sequential", [True, False])
+def test_what_follows_has_the_type_that_it_had(is_sequential, policy, rng):
+    """Normalization in float32, so that a sum of squares does not overflow."""
+
+    class Squares(layers.Layer):
+        def call(self, x):
+            return keras.ops.sum(keras.ops.square(100 * x), -1)
+
+    parts = [
+        keras.Input((4,)),
+        layers.Dense(8, dtype=policy),
+        BatchNormalization(dtype="float32", name="bn"),
+        Squares(dtype="float32", autocast=False),
+    ]
+    if is_sequential:
+        model = keras.Sequential(parts)
+    else:
+        outputs = inputs = parts[0]
+        for layer in parts[1:]:
+            outputs = layer(outputs)
+        model = keras.Model(inputs, outputs)
+    randomize(model, rng)
+    x = networks.data_of(model, rng)
+    folded = fold(model)
+    assert not networks.normalizations(folded)
+    assert type(folded.get_layer("bn")) is layers.Identity
+    expected, got = (each.predict(x, verbose=0) for each in (model, folded))
+    assert got.dtype == expected.dtype == np.float32
+    helpers.assert_close(got, expected, 0.1)

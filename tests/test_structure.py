@@ -75,6 +75,7 @@ LAYOUT = (
     "diagnostics._report",
     "diagnostics._tiles.report",
     "diagnostics._tiles.grid",
+    "diagnostics._tiles.calls",
     "diagnostics._tiles.network",
     "diagnostics._tiles",
     "_landscape",

@@ -1,5 +1,6 @@
 """`tile_mismatch`: what tiles do to a prediction, and why."""
 
+import collections
 import itertools
 
 import keras
@@ -491,3 +492,169 @@ def test_a_layer_that_takes_no_size_that_is_unknown(rng):
     image = helpers.inputs_of(rng, (1, 64, 64, 1))
     report = tile_mismatch(model, image, 16, 8, verbose=False)
     assert report.verdicts == []
+
+
+@pytest.mark.parametrize(("halo", "is_enough"), [(24, 1), (8, 0)])
+def test_a_layer_that_reaches_far_does_not_see_everything(halo, is_enough, rng):
+    """A quarter of a map of 64 pixels is nearer than 21."""
+    model = network(
+        convolution(), convolution(1, dilation_rate=20, name="dilated")
+    )
+    given = image(rng, (1, 96, 96, 2))
+    if is_enough:
+        report = tile_mismatch(model, given, 16, halo, verbose=False)
+        assert (report.verdicts, report.needed) == ([], (21, 21))
+    else:
+        with pytest.warns(UserWarning, match="at least"):
+            report = tile_mismatch(model, given, 16, halo, verbose=False)
+        assert report.is_beyond == (True, True)
+        assert [each.cause for each in report.verdicts] == [
+            "the halo is too small"
+        ]
+
+
+def test_coarse_outputs_that_change_up_to_their_end(rng):
+    between = [convolution() for _ in range(4)]
+    model = network(convolution(strides=4), *between)
+    with pytest.warns(UserWarning, match="at least"):
+        report = tile_mismatch(model, image(rng), 8, 4, verbose=False)
+    assert report.is_beyond == (True, True)
+
+
+@pytest.mark.parametrize(("scale", "kernel"), [(2, 5), (4, 9)])
+def test_what_finer_outputs_need(scale, kernel, rng):
+    last = layers.Conv2D(1, kernel, padding="same")
+    model = network(convolution(), layers.UpSampling2D(scale), last)
+    report = tile_mismatch(model, image(rng), 16, 2, verbose=False)
+    assert (report.needed, report.verdicts) == ((2, 2), [])
+    assert report.largest == 0
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [
+            layers.Reshape((-1, 4)),
+            layers.Dense(3),
+            layers.Softmax(),
+            layers.Reshape((32, 32, 3)),
+        ],
+        [layers.Permute((3, 1, 2)), layers.Permute((2, 3, 1))],
+        [layers.Lambda(lambda x: ops.reshape(x, (-1, 32, 64, 2)))],
+    ],
+)
+def test_another_form_sees_nothing(between, rng):
+    """Neither are its sizes those of an image."""
+    if len(between) == 1:
+        between.append(layers.Reshape((32, 32, 4)))
+    model = network(convolution(), convolution(), *between, shape=(32, 32, 2))
+    report = tile_mismatch(model, image(rng), 24, 4, verbose=False)
+    assert (report.needed, report.verdicts) == ((2, 2), [])
+    assert report.largest == 0
+
+
+def test_attention_between_tokens(rng):
+    inputs = keras.Input((32, 32, 2))
+    maps = convolution(8, strides=4)(inputs)
+    tokens = layers.Reshape((64, 8))(maps)
+    tokens = layers.MultiHeadAttention(2, 4, name="attention")(tokens, tokens)
+    maps = maps + layers.Reshape((8, 8, 8))(tokens)
+    model = keras.Model(inputs, layers.UpSampling2D(4)(maps))
+    report = tile_mismatch(model, image(rng), 16, 8, verbose=False)
+    assert [each.layers for each in report.verdicts] == [("attention",)]
+
+
+class Onto(layers.Layer):
+    """Of two maps, the second as large as the first."""
+
+    def call(self, maps):
+        return ops.image.resize(maps[1], ops.shape(maps[0])[1:3])
+
+    def compute_output_shape(self, shapes):
+        return (*shapes[0][:3], shapes[1][-1])
+
+
+def test_what_is_pooled_to_one_size_is_no_map(rng):
+    inputs = keras.Input((None, None, 2))
+    maps = convolution()(inputs)
+    pools = [
+        layers.AdaptiveMaxPooling2D(size, name=f"pool{size}")(maps)
+        for size in (2, 3)
+    ]
+    together = [maps, *(Onto()([maps, pooled]) for pooled in pools)]
+    label = layers.GlobalMaxPooling2D(keepdims=True)(maps)
+    model = keras.Model(
+        inputs,
+        {
+            "segments": layers.Concatenate()(together),
+            "grid": convolution()(pools[0]),
+            "odd": pools[1],
+            "label": layers.Dense(3)(label),
+        },
+    )
+    report = tile_mismatch(model, image(rng), 16, 8, verbose=False)
+    assert [each.name for each in report.outputs] == ["segments"]
+    (verdict,) = report.verdicts
+    assert {"pool2", "pool3"} <= set(verdict.layers)
+
+
+def test_factors_side_by_side(rng):
+    inputs = keras.Input((None, None, 2))
+    branches = [
+        layers.UpSampling2D(size)(layers.AveragePooling2D(size)(inputs))
+        for size in (2, 3)
+    ]
+    model = keras.Model(inputs, layers.Concatenate()(branches))
+    with pytest.raises(ValueError, match=r"of `halo` must be multiples of 6"):
+        tile_mismatch(model, np.zeros((1, 72, 72, 2)), 12, 9, verbose=False)
+
+
+class Squeeze(layers.Layer):
+    """It sees everything by an operation, not by the layer inside."""
+
+    def __init__(self, axes=(1, 2), **arguments):
+        super().__init__(**arguments)
+        self.axes = axes
+        self.dense = layers.Dense(4)
+
+    def call(self, x):
+        return x * self.dense(ops.mean(x, self.axes, keepdims=True))
+
+
+@pytest.mark.parametrize("axes", [(1, 2), 1, 2])
+def test_a_block_that_sees_everything_is_named(axes, rng):
+    model = network(convolution(), Squeeze(axes, name="own"), convolution())
+    given = image(rng) * np.linspace(0.2, 3, 64)[:, None]
+    report = tile_mismatch(model, given, 16, 8, verbose=False)
+    assert [each.layers for each in report.verdicts] == [("own",)]
+    assert report.needed == (2, 2)
+
+
+def test_a_layer_that_is_called_by_keyword(rng):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = convolution()
+            self.group = layers.GroupNormalization(2, name="group")
+
+        def call(self, x):
+            return self.group(inputs=self.first(x))
+
+    model = Model()
+    model(image(rng))
+    report = tile_mismatch(model, image(rng), 16, 8, verbose=False)
+    assert [each.layers for each in report.verdicts] == [("group",)]
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+def test_outputs_have_their_names(kind, rng):
+    inputs = keras.Input((None, None, 2))
+    outputs = kind(
+        fine=convolution()(inputs), coarse=convolution(strides=2)(inputs)
+    )
+    model = keras.Model(inputs, outputs)
+    report = tile_mismatch(model, image(rng), 16, 8, verbose=False)
+    assert {each.name: each.map.shape[1] for each in report.outputs} == {
+        "fine": 64,
+        "coarse": 32,
+    }

@@ -111,8 +111,7 @@ def tile_mismatch(
     ]
     network = Network(model, grid.cut(middle)[:1], grid.axes)
     grid.check_factor(network.factor)
-    seeing = network.seeing()
-    needed, is_beyond = network.reach(seeing)
+    needed, is_beyond = network.reach()
     tilings = [grid.tiles(is_shifted) for is_shifted in (False, True)]
     bar = keras.utils.Progbar(
         len(grid.image)
@@ -130,7 +129,9 @@ def tile_mismatch(
         _of_whole(network, grid) if whole and not grid.is_fixed else None,
         1 if grid.axes[0] == 2 else -1,
     )
-    verdicts = _verdicts(model, grid, outputs, seeing, needed, is_beyond)
+    verdicts = _verdicts(
+        model, grid, outputs, network.seeing, needed, is_beyond
+    )
     for verdict in verdicts:
         if verdict.cause == HALO:
             warn(f"{verdict.reason} {verdict.remedy}")

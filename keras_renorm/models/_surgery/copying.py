@@ -87,7 +87,8 @@ def copy_model(
             configuration of its copy.
         dropped: The `id` of layers to leave out. Each must be called once, in
             a graph, with one tensor. One that makes an output of a graph
-            becomes an `Identity`, so that the output keeps its name.
+            becomes an `Identity`, so that the output keeps its name; one whose
+            outputs are of another type than its inputs too.
 
     Returns:
         `(copy, copies)`: the model, and for the `id` of each layer of the old
@@ -122,7 +123,7 @@ class _Copying:
         # share they share.
         self._copies: dict[int, Any] = {}
         # By their own `id`, layers that take the place of dropped ones, and
-        # whether they make outputs.
+        # whether they stay.
         self._stand_ins: dict[int, bool] = {}
         self._all_are_known = False
 
@@ -197,15 +198,15 @@ class _Copying:
     def _call(self, layer: Any, *arguments: Any, **named: Any) -> Any:
         if id(layer) not in self._stand_ins:
             return layer(*arguments, **named)
-        is_output = self._stand_ins[id(layer)]
-        return layer(arguments[0]) if is_output else arguments[0]
+        stays = self._stand_ins[id(layer)]
+        return layer(arguments[0]) if stays else arguments[0]
 
     def _clone(self, nested: keras.Model) -> keras.Model:
         if isinstance(nested, keras.Sequential):
             kept = [
                 self._copy(layer)
                 for layer in nested.layers
-                if id(layer) not in self._dropped
+                if id(layer) not in self._dropped or _changes_type(layer)
             ]
             if hasattr(nested, "inputs"):
                 kept = [self._inputs_of(nested, nested.inputs[0]), *kept]
@@ -216,9 +217,9 @@ class _Copying:
             }
             for layer in nested.layers:
                 if id(layer) in self._dropped:
-                    self._stand_ins[id(self._copy(layer))] = (
-                        id(layer.output) in outputs
-                    )
+                    self._stand_ins[id(self._copy(layer))] = id(
+                        layer.output
+                    ) in outputs or _changes_type(layer)
             # Its graph alone: the constructor of a class of its own may take
             # other arguments, and what is compiled is cloned by names.
             new = keras.models.clone_model(
@@ -313,6 +314,11 @@ class _Copying:
 
 def _kind_of(layer: Any) -> type:
     return KERAS if isinstance(layer, KERAS) else type(layer)
+
+
+def _changes_type(layer: Any) -> bool:
+    """Of a layer in a graph: float32 between layers of float16."""
+    return layer.input.dtype != layer.output.dtype
 
 
 def graph_of(model: keras.Model) -> keras.Model:
