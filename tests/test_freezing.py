@@ -393,6 +393,7 @@ def test_freezing_at_a_rate_that_has_not_decayed_warns(rates, warns, data):
 @pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"), reason="Keras is older"
 )
+@pytest.mark.filterwarnings("ignore:The loss rose")
 def test_optimizers_of_several_learning_rates(data):
     rates = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.01))
     rates[".*kernel"] = keras.optimizers.SGD(0.001)

@@ -192,11 +192,11 @@ def _of_one_rank(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
 
 def _loss_value(loss: Any, y: Any, outputs: Any, sample_weight: Any) -> Tensor:
     if _is_of_one_output(loss):
-        parts = [tree.flatten(part) for part in (y, outputs, sample_weight)]
-        if len(parts[1]) > 1:
+        flat = [tree.flatten(part) for part in (y, outputs, sample_weight)]
+        if len(flat[1]) > 1:
             loss = dict.fromkeys(_names(outputs), loss)  # their sum
-        elif all(len(part) == 1 for part in parts):
-            (y,), (outputs,), (sample_weight,) = parts
+        elif all(len(part) == 1 for part in flat):
+            (y,), (outputs,), (sample_weight,) = flat
     if isinstance(loss, keras.losses.Loss):
         return loss(y, outputs, sample_weight)
     if callable(loss):
