@@ -108,6 +108,19 @@ def test_a_layer_called_twice_a_step_gets_a_ramp_twice_as_long():
     assert history["r_max"][0] == pytest.approx(ioffe2017(160)[0](32), abs=0.03)
 
 
+@pytest.mark.tensorflow  # JAX unrolls the steps of an execution
+@pytest.mark.parametrize("steps_per_execution", [20, 64])
+def test_calls_are_counted_where_an_execution_ends_with_the_data(
+    steps_per_execution,
+):
+    shared = BatchRenormalization()
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, shared(inputs) + shared(2.0 * inputs))
+    model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
+    fit(model, [RenormScheduler()])
+    assert shared.r_max == ioffe2017(320)[0]
+
+
 AGAIN = (
     "`RenormScheduler` scaled its ramps to this call of `fit`, and the layers "
     "have counted steps before it: their ramps were others, or are over. Where "
@@ -204,8 +217,17 @@ def test_a_run_that_is_resumed_is_not_warned_of(tmp_path):
     with pytest.raises(InterruptedError):
         fit(model, [RenormScheduler(), Stop()])
     model = keras.models.load_model(path)
+    (layer,) = (
+        each for each in model.layers if isinstance(each, BatchRenormalization)
+    )
+    found = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: found.append(layer.r_max)
+    )
     # Warnings are errors here.
-    history = fit(model, [RenormScheduler()], initial_epoch=2)
+    history = fit(model, [RenormScheduler(), look], initial_epoch=2)
+    # Stretched from the first batch on, before calls are counted.
+    assert found == [ioffe2017(320)[0]] * 96
     r_max = ioffe2017(160)[0]
     assert history["r_max"] == pytest.approx([r_max(s) for s in (96, 128, 160)])
 

@@ -295,6 +295,34 @@ def test_masked_elements_do_not_count(kind, rng):
         assert found.gap == pytest.approx(expected, rel=1e-5)
 
 
+def test_virtual_batches_with_a_mask_of_channels(rng):
+    """Keras makes one of inputs with channels first."""
+    x = helpers.inputs_of(rng, (12, 3, 5))
+    x[::4, 1] = 0
+    inputs = keras.Input((3, 5))
+    found = []
+    for size, batch in ((2, 4), (None, 2)):
+        layer = BatchNormalization(axis=1, virtual_batch_size=size)
+        model = keras.Model(inputs, layer(layers.Masking()(inputs)))
+        report = discrepancy(model, x, batch_size=batch, verbose=False)
+        (row,) = report.layers
+        found.append([*row.r, *row.d, row.gap, row.elements, report.gap])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [-1e4, np.nan])
+def test_padding_in_outputs_does_not_count(padding, rng):
+    x = helpers.inputs_of(rng, (12, 6, 3))
+    mask = np.arange(6) < rng.integers(1, 7, 12)[:, None]
+    x[~mask] = padding
+    inputs, given = keras.Input((6, 3)), keras.Input((6,), dtype="bool")
+    layer = BatchNormalization()
+    model = keras.Model([inputs, given], layer(inputs, mask=given))
+    helpers.randomize(layer, rng)
+    report = discrepancy(model, [x, mask], verbose=False)
+    assert report.gap == pytest.approx(report.layers[0].gap, rel=1e-5)
+
+
 def test_every_call_of_a_shared_layer_meets_the_statistics_as_they_are(rng):
     model = networks.shared(
         lambda **arguments: BatchNormalization(momentum=0.5, **arguments)
@@ -412,6 +440,26 @@ def test_scores_in_inference_are_those_of_evaluate(is_trained, rng):
     assert list(report.inference) == list(report.training)
     assert report.inference == pytest.approx(expected, rel=1e-5)
     assert report.training["loss"] != report.inference["loss"]
+
+
+def test_a_metric_of_several_values(rng):
+    class Sums(keras.metrics.Metric):
+        def __init__(self):
+            super().__init__()
+            self.total = self.add_weight(initializer="zeros")
+
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            self.total.assign_add(keras.ops.sum(y_pred[:, 0]))
+
+        def result(self):
+            return {"once": self.total + 0.0, "twice": 2.0 * self.total}
+
+    model = one_layer(BatchNormalization(), (3,))
+    model.compile("sgd", "mse", metrics=[Sums()])
+    x = helpers.inputs_of(rng, (20, 3))
+    report = discrepancy(model, (x, x), verbose=False)
+    expected = model.evaluate(x, x, verbose=0, return_dict=True)
+    assert report.inference == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_in_training_mode(rng):

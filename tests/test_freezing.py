@@ -142,7 +142,8 @@ def test_layers_are_put_back_when_fit_ends(data):
     assert np.abs(np.array(moving.moving_mean) - before).min() > 0
 
 
-def test_a_run_after_one_that_failed_begins_unfrozen(data):
+@pytest.mark.parametrize("is_one", [True, False])
+def test_a_run_after_one_that_failed_begins_unfrozen(is_one, data):
     class Failure(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             if epoch == 1:
@@ -153,6 +154,8 @@ def test_a_run_after_one_that_failed_begins_unfrozen(data):
         fit(model, data, [callback, Failure()], epochs=2)
     assert model.layers[1].uses_moving_statistics
     assert model.layers[1].statistics_stand  # its name before
+    if not is_one:
+        callback = FreezeStatistics(0.5)
     values = fit(model, data, [callback], epochs=2)
     assert [int(value["step"]) for value in values] == [8, 8]
 
@@ -385,6 +388,19 @@ def test_freezing_at_a_rate_that_has_not_decayed_warns(rates, warns, data):
     with pytest.warns(UserWarning, match=message) as found:
         fit(model, data, callbacks, epochs=2)
     assert [each.category for each in found].count(UserWarning) == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="Keras is older"
+)
+@pytest.mark.filterwarnings("ignore:The loss rose")
+def test_optimizers_of_several_learning_rates(data):
+    rates = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.01))
+    rates[".*kernel"] = keras.optimizers.SGD(0.001)
+    model = make_model()
+    model.compile(keras.optimizers.MultiOptimizer(rates), "mse")
+    values = fit(model, data, [FreezeStatistics(0.5)], epochs=2)
+    assert [int(value["step"]) for value in values] == [8, 8]
 
 
 class Losses(keras.callbacks.Callback):

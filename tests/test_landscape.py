@@ -610,6 +610,37 @@ def test_dict_outputs(rng):
     np.testing.assert_allclose(line.initial_loss, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", [list, dict])
+def test_one_loss_for_several_outputs_is_their_sum(form, rng):
+    """As `compile` takes it."""
+    inputs = keras.Input((3,))
+    x = rng.normal(size=(5, 3)).astype("float32")
+    outputs = [layers.Dense(1)(inputs), layers.Dense(1)(inputs)]
+    y = [x[:, :1], 3 * x[:, 1:2]]
+    weight = rng.uniform(0.5, 2.0, 5).astype("float32")
+    if form is dict:
+        outputs, y = ({"b": part[0], "a": part[1]} for part in (outputs, y))
+    model = keras.Model(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    expected = model.evaluate(x, y, sample_weight=weight, verbose=0)
+    for loss in ("mse", keras.losses.MeanSquaredError()):
+        line = loss_along_gradient(model, loss, (x, y, weight), 0.1)
+        np.testing.assert_allclose(line.initial_loss, expected[0], rtol=1e-5)
+
+
+def test_one_output_and_a_list_of_one(rng):
+    inputs = keras.Input((3,))
+    output = layers.Dense(1)(inputs)
+    x = rng.normal(size=(5, 3)).astype("float32")
+    predicted = helpers.to_numpy(keras.Model(inputs, output)(x))
+    expected = np.mean((x[:, :1] - predicted) ** 2)
+    for outputs in (output, [output]):
+        model = keras.Model(inputs, outputs)
+        for y in (x[:, :1], [x[:, :1]]):
+            line = loss_along_gradient(model, "mse", (x, y), 0.1)
+            np.testing.assert_allclose(line.initial_loss, expected, rtol=1e-5)
+
+
 def test_targets_without_an_axis_do_not_broadcast(rng):
     model = keras.Sequential(
         [keras.Input((3,)), layers.Dense(1, activation="sigmoid")]

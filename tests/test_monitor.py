@@ -263,18 +263,20 @@ def test_logs_by_default_do_not_grow_with_the_layers_nor_have_limits():
         (4, (6,), {"is_known": False}, [-1, -2, 4]),
         # Where nothing could be measured, the last step is tried.
         (3, (8,), {"has_figures": False}, [3, 6, 8]),
+        # After a shorter execution they are whole again.
+        (4, (5, 5), {"stride": 4}, [4, -5, 9, -10]),
     ],
 )
 def test_the_clock(every, lengths, options, expected):
     """Steps at which probes end; below zero those in reserve."""
     clock = Clock(every)
-    stride = clock.stride = options.get("stride", 1)
+    stride = clock.size = options.get("stride", 1)
     probes = []
     for epoch, length in enumerate(lengths, options.get("first_epoch", 0)):
         clock.begin_epoch(epoch, length if options.get("is_known", 1) else None)
         for batch in range(0, length, stride):
             is_probed = clock.begin(batch)
-            is_due = clock.end(min(batch + stride, length) - 1)
+            is_due = clock.end(min(stride, length - batch))
             if is_probed:
                 probes.append(clock.step if is_due else -clock.step)
                 if is_due:
@@ -329,6 +331,61 @@ def test_several_steps_an_execution():
     average = (after - 0.9**4 * mean) / (1 - 0.9**4)
     d = (average - mean) / np.sqrt(variance + 1e-3)
     assert rows[1]["d"] == pytest.approx(np.quantile(abs(d), 0.95), rel=1e-3)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize(
+    ("batches", "steps", "ends"),
+    [
+        (8, 8, [5, 8]),  # steps of the epoch, as Keras knows them
+        (8, None, [5, 8]),
+        (10, 8, [5, 10]),  # Keras takes whole executions while data is left
+    ],
+)
+def test_the_last_execution_of_an_epoch_may_be_shorter(batches, steps, ends):
+    def generated():
+        for at in range(batches):
+            part = slice(8 * (at % 8), 8 * (at % 8) + 8)
+            yield X[part], X[part, :1]
+
+    monitor = RenormMonitor(every=1)
+    options = {"x": generated(), "y": None, "batch_size": None}
+    fit(
+        network(),
+        [monitor],
+        epochs=1,
+        steps_per_execution=5,
+        steps_per_epoch=steps,
+        **options,
+    )
+    rows = [row for row in monitor.rows if row["layer"] == "first"]
+    assert [row["step"] for row in rows] == ends
+    kept = 0.9 ** (ends[1] - 5)
+    mean, variance = moving_before(X, 5)
+    after, _ = moving_before(X, ends[1])
+    d = ((after - kept * mean) / (1 - kept) - mean) / np.sqrt(variance + 1e-3)
+    assert rows[1]["d"] == pytest.approx(np.quantile(abs(d), 0.95), rel=1e-3)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        # It counts every second step.
+        {"gradient_accumulation_steps": 2},
+        {"learning_rate": 0.1},
+    ],
+)
+def test_epochs_that_are_no_multiple_of_an_execution(optimizer):
+    monitor, model = RenormMonitor(every=1), network()
+    model.compile(
+        keras.optimizers.SGD(**optimizer), "mse", steps_per_execution=5
+    )
+    model.fit(
+        X, X[:, :1], batch_size=8, epochs=2, verbose=0, callbacks=[monitor]
+    )
+    assert [row["step"] for row in monitor.rows[::2]] == [5, 8, 13, 16]
 
 
 @pytest.mark.filterwarnings("ignore:Limits of renormalization clip")

@@ -22,6 +22,7 @@ from keras_renorm.diagnostics._report.verdict import RULES, _Found, verdicts_of
 ROOT = Path(__file__).parents[1]
 SEEDS = [0, 1]
 NAN = float("nan")
+INF = float("inf")
 SMALL = "batches too small"
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES = (IMAGES.reshape(-1, 8, 8, 1) / 16).astype("float32")
@@ -283,6 +284,46 @@ def test_averages_that_have_not_arrived(network, seed, momentum, steps):
     # The remedy helps.
     keras_renorm.recalibrate(model, data, verbose=False)
     assert causes(discrepancy(model, data, verbose=False)) == []
+
+
+def features(rng, count, size=32):
+    """Of several means and scales: those of some other data are in large units.
+
+    Channels have means of two or three standard deviations, down and up.
+    """
+    means, scales = np.array([2, -1, 0.5, 3]), np.array([1, 2, 0.5, 1.5])
+    return (means + scales * rng.normal(size=(count * size, 4))).astype(
+        "float32"
+    )
+
+
+@pytest.mark.parametrize("scale", [4, 16, 255, 1e4])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_data_in_large_units_is_beside_no_line(scale, offset, rng):
+    """All averages are near their start, seen from there."""
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    x = features(rng, 20)
+    keras_renorm.recalibrate(model, x, verbose=False)
+    assert causes(discrepancy(model, x, verbose=False)) == []
+    # Brighter, or in other units.
+    other = x + np.float32(scale) if offset else x * np.float32(scale)
+    report = discrepancy(model, other, verbose=False)
+    assert causes(report) == ["moving averages lag, or another domain"]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 255])
+@pytest.mark.parametrize("steps", [1, 3, 10, 100])
+def test_averages_of_few_steps_are_on_the_line(steps, scale, rng):
+    layer = layers.BatchNormalization(momentum=0.99)
+    model = keras.Sequential([keras.Input((4,)), layer])
+    for x in np.split(scale * features(rng, steps), steps):
+        model(x.astype("float32"), training=True)
+    data = (scale * features(rng, 20)).astype("float32")
+    report = discrepancy(model, data, verbose=False)
+    assert causes(report) == ["moving averages lag"]
+    assert report.layers[0].from_start == pytest.approx(
+        1 - 0.99**steps, rel=0.1
+    )
 
 
 @pytest.mark.slow
@@ -749,6 +790,10 @@ def test_rules(figures, expected):
         (0.1, {"loss": 1.0, "mae": 2.0}, {"loss": 1.0, "mae": 6.1}, True),
         (0.1, {"loss": 1.0, "mae": 6.1}, {"loss": 1.0, "mae": 2.0}, True),
         (0.1, {"loss": 1.0, "r2": -0.1}, {"loss": 1.0, "r2": -0.2}, False),
+        # Unknown in both.
+        (0.1, {"loss": 1.0, "f1": NAN}, {"loss": 1.0, "f1": NAN}, False),
+        (0.1, {"loss": 1.0, "kl": INF}, {"loss": 1.0, "kl": INF}, False),
+        (0.1, {"loss": 1.0, "f1": 0.0}, {"loss": 1.0, "f1": NAN}, True),
         # It serves better: metrics and outputs differ for that.
         (0.1, {"loss": 1.0, "acc": 0.7}, {"loss": 0.4, "acc": 0.9}, False),
         (0.9, {"loss": 1.0, "acc": 0.7}, {"loss": 0.4, "acc": 0.9}, False),

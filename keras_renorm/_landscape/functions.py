@@ -42,10 +42,11 @@ def loss_along_gradient(
     Args:
         model: A built Keras model with trainable weights.
         loss: A Keras loss, its name, or a function `(y_true, y_pred)`; for
-            several outputs also a list or dict of them, one for each, which
-            are added up. A name or a function is handed float64 where the
-            outputs are float64, else float32; a Loss object takes its own
-            type. (On JAX, Keras's losses average in float32.)
+            several outputs a loss or a name for each, a function for all
+            together, or a list or dict, one for each; they are added up. A
+            name or a function is handed float64 where the outputs are
+            float64, else float32; a Loss object takes its own type. (On JAX,
+            Keras's losses average in float32.)
         batch: `(x, y)` or `(x, y, sample_weight)`.
         step_sizes: Step sizes η, positive and finite; one or several, in any
             order.

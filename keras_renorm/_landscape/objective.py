@@ -191,6 +191,12 @@ def _of_one_rank(y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _loss_value(loss: Any, y: Any, outputs: Any, sample_weight: Any) -> Tensor:
+    if _is_of_one_output(loss):
+        flat = [tree.flatten(part) for part in (y, outputs, sample_weight)]
+        if len(flat[1]) > 1:
+            loss = dict.fromkeys(_names(outputs), loss)  # their sum
+        elif all(len(part) == 1 for part in flat):
+            (y,), (outputs,), (sample_weight,) = flat
     if isinstance(loss, keras.losses.Loss):
         return loss(y, outputs, sample_weight)
     if callable(loss):
@@ -213,6 +219,13 @@ def _loss_value(loss: Any, y: Any, outputs: Any, sample_weight: Any) -> Tensor:
             sample_weight[name] if many else sample_weight,
         )
         for name in names[0]
+    )
+
+
+def _is_of_one_output(loss: Any) -> bool:
+    """Whether it is Keras's, which would take several for one tensor."""
+    return isinstance(loss, keras.losses.Loss) or (
+        callable(loss) and str(loss.__module__).startswith("keras.")
     )
 
 

@@ -100,7 +100,13 @@ class FreezeStatistics(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds the layers."""
         self._thaw()  # after a run that an error ended
-        normalization_layers(self.model)  # raises
+        # Another instance may have left some.
+        self._held = [
+            layer
+            for layer in normalization_layers(self.model)  # raises
+            if layer.uses_moving_statistics and not layer.frozen_statistics
+        ]
+        self._thaw()
         epochs = self.params["epochs"]
         # 0.58 * 100 is 57.99999999999999.
         self._first_epoch = int(self.begin * epochs + 1e-9)
@@ -206,9 +212,12 @@ class FreezeStatistics(keras.callbacks.Callback):
 
 
 def _learning_rate(model: keras.Model) -> float:
-    """That of the next step; NaN in a loop without Keras's optimizer."""
+    """That of the next step; NaN where there is none, or not one.
+
+    In a loop without Keras's optimizer, or with one of several.
+    """
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
+    rate = getattr(optimizer, "learning_rate", None)
+    if rate is None:
         return math.nan
-    rate = ops.cast(optimizer.learning_rate, "float32")
-    return float(ops.convert_to_numpy(rate))
+    return float(ops.convert_to_numpy(ops.cast(rate, "float32")))

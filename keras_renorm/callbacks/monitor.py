@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_renorm._checks import check_boolean, check_integer
+from keras_renorm.callbacks._executions import Executions
 from keras_renorm.callbacks._monitor.clock import Clock
 from keras_renorm.callbacks._monitor.messages import (
     batches_message,
@@ -148,6 +149,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self._names: list[str] = []
         self._before: list[LayerState] | None = None
         self._clock = Clock(self.every)
+        self._executions = Executions(self)
         self._epoch_rows: list[dict[str, Any]] = []
         # Of an epoch of unknown length: its probe if no other comes.
         self._reserve: list[dict[str, Any]] = []
@@ -168,9 +170,8 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
             self._is_compared = self.dataset is None
         self._epoch_rows, self._reserve = [], []
         self._before = self._logged = None
-        self._clock.stride = int(
-            getattr(self.model, "steps_per_execution", 1) or 1
-        )
+        self._executions.begin_run()
+        self._clock.size = self._executions.size
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -184,6 +185,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
     ) -> None:
         """Reads the moving statistics, where a probe is due."""
         self._before = None
+        self._executions.begin(batch)
         if self._clock.begin(batch) and self._layers:
             self._synchronize()
             self._before = [read_state(layer) for layer in self._layers]
@@ -192,7 +194,7 @@ class RenormMonitor(SharesData, keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Reads them again."""
-        is_due = self._clock.end(batch)
+        is_due = self._clock.end(self._executions.end(batch))
         if self._before is not None:
             self._synchronize()
             rows = self._read_rows(self._before)

@@ -9,6 +9,7 @@ import keras
 from keras_renorm import schedules
 from keras_renorm._backend import runtime
 from keras_renorm._checks import check_integer
+from keras_renorm.callbacks._executions import Executions
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
 from keras_renorm.models._layers.finding import find_layers
 from keras_renorm.schedules import LinearRamp
@@ -109,7 +110,8 @@ class RenormScheduler(keras.callbacks.Callback):
         # The layers when the run began: before and after others restored them.
         self._found: list[_Start] = []
         self._before: list[_Start] | None = None
-        self._first_epoch = self._first_batch = self._batches = 0
+        self._first_epoch = self._batches = 0
+        self._executions = Executions(self)
         self._is_measured = False
         self._is_warned = False
         # The last values of the functions, by layer and limit.
@@ -124,14 +126,16 @@ class RenormScheduler(keras.callbacks.Callback):
                 "`model` must contain a `BatchRenormalization` layer. "
                 f"Received: model={self.model.name}."
             )
+        self._found = [_start_of(layer) for layer in layers]
         if list(map(id, layers)) != list(map(id, self._layers)):
-            self._layers, self._calls = layers, [1] * len(layers)
+            self._calls = list(map(self._calls_before, self._found))
+            self._layers = layers
         self._asked.clear()
         self._is_measured = not self._is_scaled
         ramps = [self._ramps(calls) for calls in self._calls]  # may raise
         self._before = None
         self._batches = 0
-        self._found = [_start_of(layer) for layer in layers]
+        self._executions.begin_run()
         for layer, limits in zip(layers, ramps, strict=True):
             _set_limits(layer, limits)
 
@@ -154,8 +158,8 @@ class RenormScheduler(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Asks the functions."""
-        if not self._batches:
-            self._first_batch = batch
+        if not self._is_measured:
+            self._executions.begin(batch)
         if self._reaches_batches:
             self._ask_functions()
 
@@ -163,8 +167,10 @@ class RenormScheduler(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """After the first batch, stretches the scaled ramps."""
-        self._batches = batch + 1 - self._first_batch
-        if self._reaches_batches and not self._is_measured:
+        if self._is_measured:
+            return
+        self._batches += self._executions.end(batch)
+        if self._reaches_batches:
             self._stretch()
 
     def on_epoch_end(
@@ -205,6 +211,20 @@ class RenormScheduler(keras.callbacks.Callback):
             for name, value in self.limits.items()
             if not _is_function(value)
         }
+
+    def _calls_before(self, start: "_Start") -> int:
+        """How often a step called a layer in the run that this one resumes.
+
+        Its ramp says so, if it is this run's, stretched.
+        """
+        for name in ("r_max", "d_max"):
+            if self.limits[name] is None:
+                end = getattr(start, name).end_step
+                # Of many, or it is rounded.
+                calls = round(1_000 * end / self._ramps(1_000)[name].end_step)
+                ramp = self._ramps(max(1, calls))[name]
+                return calls if ramp == getattr(start, name) else 1
+        return 1
 
     def _stretch(self) -> None:
         """Measures how often a step calls each layer, and sets its ramp anew.

@@ -15,11 +15,13 @@ class Clock:
     Attributes:
         every: Steps from one probe to the next.
         step: Number of steps so far.
+        size: Steps of a whole execution.
         stride: Steps of the present execution, or of the last one.
     """
 
     every: int
     step: int = 0
+    size: int = 1
     stride: int = 1
     # Of the epoch: its steps, and whether it has a probe.
     _steps: int | None = None
@@ -38,12 +40,12 @@ class Clock:
 
     def begin(self, batch: int) -> bool:
         """Whether to probe the execution that begins with a batch."""
-        self._first_batch = batch
+        self._first_batch, self.stride = batch, self.size
         return self._is_due() or self._is_in_reserve(batch)
 
-    def end(self, batch: int) -> bool:
-        """Whether a probe of the execution was due; else it is in reserve."""
-        self.stride = batch - self._first_batch + 1
+    def end(self, steps: int) -> bool:
+        """Whether a probe of so many steps was due; else it is in reserve."""
+        self.stride = steps
         is_due = self._is_due()
         self.step += self.stride
         return is_due

@@ -214,8 +214,7 @@ def _count(record: Record, found: Any) -> None:
     if arrays[-1].ndim == 1:
         record.add_batch(*arrays)
         return
-    groups = len(arrays[-1])
-    arrays[0] = np.broadcast_to(arrays[0], (groups, 1))
+    arrays[0] = np.broadcast_to(arrays[0], arrays[-1].shape)
     for group in zip(*arrays, strict=True):
         record.add_batch(*group)
 
@@ -225,8 +224,23 @@ def _added(gaps: list[Gap], outputs: Any) -> list[Gap]:
     new = []
     for training, inference in zip(*map(tree.flatten, outputs), strict=True):
         if "float" in keras.backend.standardize_dtype(training.dtype):
-            squares = _squares(training, inference)
+            squares = _squares(training, inference, _mask_of(training))
             new.append(Gap(*(float(total) for total in squares)))
     if not gaps:
         return new
     return [old.plus(new_gap) for old, new_gap in zip(gaps, new, strict=True)]
+
+
+def _mask_of(outputs: Tensor) -> Tensor | None:
+    """The mask that Keras notes on outputs, of their rank, if it fits them."""
+    mask = getattr(outputs, "_keras_mask", None)
+    if mask is None:
+        return None
+    shape, sizes = tuple(outputs.shape), tuple(mask.shape)
+    missing = len(shape) - len(sizes)
+    if missing < 0 or any(
+        size not in (1, whole)
+        for size, whole in zip(sizes, shape, strict=False)
+    ):
+        return None
+    return ops.reshape(ops.cast(mask, "bool"), (*sizes, *(1,) * missing))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import numpy as np
+
 from keras_renorm.diagnostics._report import advice
 from keras_renorm.diagnostics._report.measurement import Measurement
 from keras_renorm.models._data.totals import GROUPED
@@ -179,6 +181,7 @@ class Case:
                 rise = abs(rise)
                 if min(trained, served) >= 0 and larger <= 1:
                     allowed = SHARES
-            if not rise <= allowed:
+            is_same = np.array_equal(trained, served, equal_nan=True)
+            if not (is_same or rise <= allowed):
                 names.append(name)
         return names

@@ -234,6 +234,8 @@ class Record:
         A moving average that began there is at 1 − momentum^steps. NaN where
         no one number fits means and variances, each to 2 % of its squares:
         data that is brighter, say, has other means and the same variances.
+        And each to half of the squares that averages moved so far may be off
+        the line: beside data in large units, all averages are at the start.
         """
         sigma = np.sqrt(self.elements.variance + self.epsilon)
         scale = sigma**2 + 1
@@ -248,8 +250,11 @@ class Record:
             np.concatenate(parts) for parts in zip(*ways, strict=True)
         )
         fitted = float(whole @ gone / max(whole @ whole, 1e-30))
-        for way, part in ways:
+        # What batches scatter by, about.
+        noises = (1.0, self.elements.within / scale)
+        for (way, part), noise in zip(ways, noises, strict=True):
             left = np.sum((part - fitted * way) ** 2)
-            if left > 0.02 * (way @ way):
+            moved = fitted**2 * np.sum(np.maximum(way**2, noise**2))
+            if left > min(0.02 * (way @ way), 0.5 * moved):
                 return math.nan
         return fitted

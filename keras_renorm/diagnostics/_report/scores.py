@@ -1,6 +1,7 @@
 """Loss and metrics, kept outside of a model."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -86,7 +87,16 @@ class Scores:
             return {}
         values = {
             name: float(value)
-            for name, value in self._metrics.items()
+            for name, value in _flat(self._metrics)
             if name != "loss" and np.ndim(value) == 0
         }
         return {"loss": self._loss / self._examples, **values}
+
+
+def _flat(metrics: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values, as `evaluate` returns them: a metric may have many."""
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, value
