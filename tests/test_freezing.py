@@ -400,7 +400,7 @@ def test_optimizers_of_several_learning_rates(data):
     model = make_model()
     model.compile(keras.optimizers.MultiOptimizer(rates), "mse")
     values = fit(model, data, [FreezeStatistics(0.5)], epochs=2)
-    assert [int(value["step"]) for value in values] == [8, 8]
+    assert [int(value["step"]) for value in values] == [4, 4]
 
 
 class Losses(keras.callbacks.Callback):

@@ -192,8 +192,9 @@ class Record:
 
             shift² = mean over channels of d̄² − noise and (ln r̄)² − noise
 
-        with d̄ = (mean of the data − μ) / σ, at most D_MAX, and r̄ the ratio
-        of standard deviations, at most R_MAX either way. A moving variance is
+        with d̄ = (mean of the data − μ) / σ, that difference at most D_MAX²,
+        and r̄ the ratio of standard deviations, at most R_MAX either way. (d̄
+        less noise: noise of data in large units is beyond D_MAX, too.) A moving variance is
         right if it is the mean variance of batches or that of all data, or
         anything between; r̄ is taken from the nearer. The noise is that of
         means over these batches and of a moving average with the layer's
@@ -209,7 +210,6 @@ class Record:
         factor = 1 / batches + (1 - momentum) / (1 + momentum)
         noise = np.nan_to_num(self._between) / self.sigma**2
         d = (self.elements.mean - self.moving_mean) / self.sigma
-        d = np.clip(d, -D_MAX, D_MAX)
         low, high, now = (
             0.5 * np.log(values + self.epsilon)
             for values in (
@@ -223,7 +223,7 @@ class Record:
         log_noise = self.variances.variance / (
             4 * (self.variances.mean + self.epsilon) ** 2
         )
-        squared = np.mean(d**2 - factor * noise) + max(
+        squared = np.mean(np.minimum(d**2 - factor * noise, D_MAX**2)) + max(
             np.mean(log_r**2 - factor * log_noise), 0.0
         )
         return math.sqrt(max(squared, 0.0))
