@@ -389,6 +389,23 @@ def test_a_mask_that_fits_both_ways_leaves_the_channels_out(rng):
     )
 
 
+@pytest.mark.tensorflow
+def test_ragged_inputs_take_no_mask(rng):
+    import tensorflow as tf
+
+    values = helpers.inputs_of(rng, (5, 3))
+    inputs = tf.RaggedTensor.from_row_lengths(values, [3, 2])
+    layer = keras_renorm.BatchNormalization()
+    layer.build((None, None, 3))
+    mask = tf.constant([True, False])
+    message = (
+        "`mask` must be None with ragged inputs, all of whose elements count. "
+        f"Received: mask={mask}."
+    )
+    with helpers.raises(ValueError, message):
+        layer.call(inputs, training=True, mask=mask)
+
+
 def test_mask_of_an_embedding_arrives(rng):
     tokens = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
     layer = keras_renorm.BatchNormalization(momentum=0.0)

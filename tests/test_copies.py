@@ -1,5 +1,8 @@
 """Copies of models are what the models are, in all that can be seen."""
 
+import enum
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -240,6 +243,235 @@ NOT_HANDED_ON = (
     "(`keras_renorm.convert` and `keras_renorm.revert` change any model with "
     "in_place=True). Received: layer {name} of class {kind}, with {attribute}."
 )
+
+
+class Kind(enum.Enum):
+    PLAIN = 1
+    TRIPLE = 3
+
+
+def triple(x):
+    return 3.0 * x
+
+
+def scaled(factor):
+    return lambda x: factor * x
+
+
+class Hooked(layers.Layer):
+    """What it computes is set after it is made."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.dense = layers.Dense(4)
+        self.hook = None
+        self.hooks = []
+        self.scaled = scaled(1.0)
+        self.kind = Kind.PLAIN
+        self.tags = set()
+        self.by_name = {"own": lambda x: self.dense(x)}
+        self.offset = keras.ops.zeros((4,))
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, inputs):
+        x = self.by_name["own"](self.scaled(inputs)) + self.offset
+        for hook in [*self.hooks, *([self.hook] if self.hook else [])]:
+            x = hook(x)
+        if "shift" in self.tags:
+            x = x + 1.0
+        if "more" in self.by_name:
+            x = self.by_name["more"](x)
+        return x * self.kind.value
+
+
+def hold_itself(layer):
+    layer.hook = lambda x: layer.dense(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "hook", triple),
+        lambda layer: setattr(layer, "hook", keras.ops.tanh),
+        lambda layer: setattr(
+            layer, "hook", functools.partial(keras.ops.clip, x_min=0, x_max=1)
+        ),
+        lambda layer: setattr(layer, "hook", layer.dense),
+        lambda layer: layer.hooks.append(triple),
+        lambda layer: layer.hooks.append(functools.partial(layer.dense)),
+        lambda layer: setattr(layer, "scaled", scaled(3.0)),
+        lambda layer: setattr(layer, "kind", Kind.TRIPLE),
+        lambda layer: layer.tags.add("shift"),
+        lambda layer: layer.by_name.update({"more": triple}),
+        lambda layer: setattr(layer, "offset", keras.ops.ones((4,))),
+        hold_itself,
+    ],
+)
+def test_what_is_set_later_is_handed_on(change, rng):
+    layer = Hooked()
+    model = keras.Sequential([keras.Input((4,)), KERAS(), layer])
+    x = networks.data_of(model, rng)
+    before = helpers.to_numpy(model(x))
+    change(layer)
+    expected = helpers.to_numpy(layer(model.layers[0](x)))
+    assert not np.allclose(before, expected)
+    copy = convert(model)
+    # Nothing in the copy is the model's.
+    layer.dense.kernel.assign(np.zeros((4, 4)))
+    helpers.assert_close(copy(x), expected, 1e-5)
+
+
+class Last(layers.Layer):
+    """Keeps what a call left: of the model's graph, none of the copy's."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.last, self.all = None, []
+
+    def compute_output_spec(self, inputs):
+        self.all.append(inputs)
+        self.last = inputs
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
+
+    def call(self, inputs):
+        self.all.append(inputs)
+        self.last = inputs
+        return inputs
+
+
+def test_what_calls_leave_is_no_error(rng):
+    model = keras.Sequential([keras.Input((4,)), KERAS(), Last()])
+    for x in (networks.data_of(model, rng), keras.Input((4,))):
+        model(x)
+        convert(model)
+
+
+FUNCTIONS = {"triple": triple, "tanh": keras.ops.tanh}
+
+
+class Named(layers.Layer):
+    """Its configuration holds names, its attributes the functions."""
+
+    def __init__(self, act="tanh", acts=("triple",), factor=None, **arguments):
+        super().__init__(**arguments)
+        self.given = {"act": act, "acts": list(acts), "factor": factor}
+        self.act = FUNCTIONS[act]
+        self.acts = [FUNCTIONS[name] for name in acts]
+        self.factor = scaled(**factor)
+
+    def call(self, inputs):
+        x = self.factor(self.act(inputs))
+        for act in self.acts:
+            x = act(x)
+        return x
+
+    def get_config(self):
+        return {**super().get_config(), **self.given}
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class TakesFunctions(layers.Layer):
+    """What it writes down makes none."""
+
+    def __init__(self, act, **arguments):
+        super().__init__(**arguments)
+        self.act = keras.activations.get(act)
+
+    def call(self, inputs):
+        return self.act(inputs)
+
+    def get_config(self):
+        return {**super().get_config(), "act": self.act.__name__}
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def relu(x):
+    """Of another function's name."""
+    return 2.0 * x
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Named("triple", ("tanh", "triple"), {"factor": 2.0}),
+        lambda: layers.TimeDistributed(Named(factor={"factor": 2.0})),
+        lambda: TakesFunctions(triple),
+        lambda: layers.TimeDistributed(TakesFunctions(triple)),
+        lambda: TakesFunctions(relu),
+        lambda: layers.Activation(relu),
+    ],
+)
+def test_functions_that_a_configuration_names(layer, rng):
+    model = keras.Sequential([keras.Input((3, 4)), KERAS(), layer()])
+    x = networks.data_of(model, rng)
+    helpers.assert_close(convert(model)(x), helpers.to_numpy(model(x)), 1e-5)
+
+
+class NoMetric(keras.metrics.Mean):
+    def __init__(self, factor):
+        super().__init__(name="mine")
+
+
+class NoOptimizer(keras.optimizers.SGD):
+    def __init__(self, factor):
+        super().__init__(factor, name="mine")
+
+
+@pytest.mark.parametrize("kind", [NoMetric, NoOptimizer])
+def test_what_was_compiled_without_a_configuration(kind):
+    model = zoo.small()
+    if kind is NoMetric:
+        model.compile("sgd", "mse", metrics=[kind(0.1)])
+    else:
+        model.compile(kind(0.1), "mse")
+    message = (
+        "`model` must have metrics and optimizers that their configuration "
+        "makes anew: give the class a `get_config` of all that its "
+        "constructor takes, or compile the model without "
+        "(`keras_renorm.convert` and `keras_renorm.revert` change any model "
+        f"with in_place=True). Received: mine of class {kind.__name__}."
+    )
+    with helpers.raises(ValueError, message):
+        convert(model)
+
+
+def policies(default):
+    policy = keras.dtype_policies.DTypePolicyMap(default)
+    for name in ("bn", "head"):
+        policy[name] = keras.dtype_policies.DTypePolicy("mixed_bfloat16")
+    return policy
+
+
+@pytest.mark.parametrize("default", ["float32", None])
+@pytest.mark.parametrize(
+    "way", [revert, there_and_back, changed_in_place, fold]
+)
+def test_maps_of_policies(way, default, rng):
+    """A layer has the policy of its path."""
+    policy = policies(default)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(4, name="dense", dtype=policy),
+            KERAS(name="bn", dtype=policy),
+            layers.Dense(2, name="head", dtype=policy),
+        ]
+    )
+    copy = way(model)
+    x = networks.data_of(model, rng)
+    for layer in copy.layers:
+        expected = model.get_layer(layer.name)
+        assert layer.compute_dtype == expected.compute_dtype
+        assert type(layer.dtype_policy) is type(policy)
+    expected = helpers.to_numpy(keras.ops.cast(model(x), "float32"))
+    actual = keras.ops.cast(copy(x), "float32")
+    helpers.assert_close(actual, expected, 0.02)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,46 @@ def dataset_of(form, x, cuts):
     }[form]
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_of_its_own_is_run(kind, is_frozen, rng):
+    class Activated(kind):
+        def call(self, inputs, training=None, mask=None):
+            return abs(super().call(inputs, training=training, mask=mask)) + 1
+
+    x = helpers.inputs_of(rng, (24, 4))
+    results = []
+    for is_by_layer in (False, True):
+        layer = Activated(name="first")
+        after = BatchNormalization(name="after")
+        model = keras.Sequential([keras.Input((4,)), layer, after])
+        layer.trainable = not is_frozen
+        recalibrate(
+            model,
+            x,
+            layer_by_layer=is_by_layer,
+            batch_size=24,
+            verbose=False,
+        )
+        results.append([*helpers.statistics(layer), *helpers.statistics(after)])
+    for one, other in zip(*results, strict=True):
+        helpers.assert_close(one, other, 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 30), (4, 12, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_on_the_first_axis(kind, shape, rng):
+    x = helpers.inputs_of(rng, shape, 0)
+    inputs = keras.Input(batch_shape=(4, None, *shape[2:]))
+    model = keras.Model(inputs, kind(axis=0)(inputs))
+    parts = [(x[:, :5],), (x[:, 5:],)]
+    recalibrate(model, parts, verbose=False)
+    mean, variance = helpers.statistics(model.layers[-1])
+    helpers.assert_close(mean, x.reshape(4, -1).mean(axis=1), 1e-5)
+    helpers.assert_close(variance, x.reshape(4, -1).var(axis=1), 1e-5)
+    diagnostics.discrepancy(model, parts, verbose=False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_split_into_batches_does_not_matter(kind, rng):
     x = helpers.inputs_of(rng, (48, 5, 3))

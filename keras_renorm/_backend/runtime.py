@@ -238,8 +238,16 @@ def is_ragged(inputs: Any) -> bool:
     return runs_on("tensorflow") and isinstance(inputs, tf.RaggedTensor)
 
 
-def padded(ragged: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """A ragged tensor with padding, its mask, and a function back."""
+def padded(ragged: Any, mask: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """A ragged tensor with padding, its mask, and a function back.
+
+    `mask` is the one that a call was given with it.
+    """
+    if mask is not None:
+        raise ValueError(
+            "`mask` must be None with ragged inputs, all of whose elements "
+            f"count. Received: mask={mask}."
+        )
     present = tf.ones_like(ragged.flat_values[..., 0], tf.bool)
     mask = ragged.with_flat_values(present).to_tensor(False)
     lengths = ragged.nested_row_lengths()

@@ -11,7 +11,7 @@ from keras import layers
 
 from keras_renorm._backend.variables import to_numpy
 from keras_renorm._checks import check_model
-from keras_renorm.layers.batch_normalization import BatchNormalization
+from keras_renorm.models._layers.calls import has_own_call
 from keras_renorm.models._layers.configuration import config_of
 from keras_renorm.models._layers.finding import Choice, built_layers, has_graph
 from keras_renorm.models._surgery.copying import (
@@ -37,8 +37,6 @@ _KERNELS: dict[type, tuple[str, tuple[int, ...]]] = {
 }
 
 
-# Not of the user's.
-_CALLS = (layers.BatchNormalization.call, BatchNormalization.call)
 # Above half of the largest number of the type, the sum that the bias is added
 # to may overflow, or the weights do.
 _LARGEST = {"float16": 65504.0 / 2}
@@ -248,7 +246,7 @@ def _output_sources(node: Any) -> Iterator[tuple[Any, ...]]:
 
 def _why_not(before: Any, normalization: Any) -> str:
     """Why a layer cannot absorb the normalization after it; empty if it can."""
-    if type(normalization).call not in _CALLS:  # of the user's
+    if has_own_call(normalization):
         return f"{type(normalization).__name__} has a call of its own"
     if type(before) not in _KERNELS:
         return f"it follows {before.name}, a {type(before).__name__}"

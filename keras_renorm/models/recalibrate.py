@@ -8,16 +8,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_renorm._backend.operations import Tensor
 from keras_renorm._backend.variables import to_numpy
 from keras_renorm._checks import check_boolean, check_number
-from keras_renorm._step.moments import (
-    Moments,
-    centered_moments,
-    scale_and_offset,
-)
+from keras_renorm._step.moments import centered_moments
 from keras_renorm.models._data.arrays import examples_of
 from keras_renorm.models._data.batches import Batches
 from keras_renorm.models._data.feeding import Feed
@@ -27,6 +22,7 @@ from keras_renorm.models._data.passes import (
     Reports,
     aligned_inputs,
     example_moments,
+    normalized_by_batch,
     reached_layers,
 )
 from keras_renorm.models._data.totals import Total, warn_of_likeness
@@ -360,7 +356,9 @@ class StatisticsPass:
         centered, moments = centered_moments(values, (axis,), mask)
         self._called.append(layer)
         if by_batch:
-            outputs = _normalized(layer, centered, axis, moments, mask)
+            outputs = normalized_by_batch(
+                layer, call, centered, axis, moments, mask
+            )
         else:
             outputs = call.run(call.training)
         return self._reports.report(
@@ -380,21 +378,3 @@ def _mix(
         # What is not finite counts for nothing: zero times NaN is NaN.
         old = np.where(np.isfinite(old), old, new)
         weight.assign(keep * old + (1 - keep) * new)
-
-
-def _normalized(
-    layer: Any,
-    centered: Tensor,
-    axis: int,
-    moments: Moments,
-    mask: Tensor | None,
-) -> Tensor:
-    """A batch, as batch normalization normalizes it."""
-    scale = ops.rsqrt(moments.variance + layer.epsilon)
-    if layer.gamma is not None:
-        scale = scale * ops.cast(layer.gamma, scale.dtype)
-    offset = layer.beta
-    if offset is not None:
-        offset = ops.cast(offset, scale.dtype)
-    outputs = scale_and_offset(centered, (axis,), scale, offset, mask)
-    return ops.cast(outputs, layer.compute_dtype)

@@ -12,11 +12,16 @@ from keras import ops, tree
 from keras_renorm._backend import runtime, watching
 from keras_renorm._backend.operations import Tensor
 from keras_renorm._step import choice
-from keras_renorm._step.moments import Moments, align_mask, centered_moments
+from keras_renorm._step.moments import (
+    Moments,
+    align_mask,
+    centered_moments,
+    scale_and_offset,
+)
 from keras_renorm.models._data.batches import Batches
 from keras_renorm.models._data.feeding import Feed, Feeder
 from keras_renorm.models._data.totals import Total
-from keras_renorm.models._layers.calls import replaced_calls
+from keras_renorm.models._layers.calls import has_own_call, replaced_calls
 from keras_renorm.models._layers.finding import describe
 
 # Of a batch: layers, and the arrays that a call of one reported.
@@ -45,19 +50,26 @@ class LayerCall:
         self.mask = given.arguments.get("mask")
         self.restore: Callable[[Tensor], Tensor] = lambda outputs: outputs
         if runtime.is_ragged(self.inputs):  # as the layer takes it
-            self.inputs, self.mask, self.restore = runtime.padded(self.inputs)
+            self.inputs, self.mask, self.restore = runtime.padded(
+                self.inputs, self.mask
+            )
             given.arguments["mask"] = self.mask
 
-    def run(self, training: bool | None) -> Tensor:
+    def run(
+        self,
+        training: bool | None,
+        state: Sequence[tuple[keras.Variable, Tensor]] = (),
+    ) -> Tensor:
         """The layer's own outputs, with another flag if it takes one.
 
         Assignments are dropped: a second call of a shared layer must find
-        the statistics as they are.
+        the statistics as they are. `state` has values that variables have
+        meanwhile.
         """
         self._given.arguments[self._first] = self.inputs
         if "training" in self._given.signature.parameters:
             self._given.arguments["training"] = training
-        with keras.StatelessScope():
+        with keras.StatelessScope(state):
             return self._call(*self._given.args, **self._given.kwargs)
 
 
@@ -78,12 +90,38 @@ def aligned_inputs(
 
 def example_moments(values: Tensor, axis: int, mask: Tensor | None) -> Moments:
     """Moments of the examples' channel means."""
+    examples = int(axis == 0)  # the first axis that is not the channels'
     has_elements = mask
     if len(values.shape) > 2:
-        moments = centered_moments(values, (0, axis), mask)[1]
+        kept = (min(examples, axis), max(examples, axis))
+        moments = centered_moments(values, kept, mask)[1]
         values = moments.mean
         has_elements = None if mask is None else moments.count > 0
-    return centered_moments(values, (1,), has_elements)[1]
+    return centered_moments(values, (1 - examples,), has_elements)[1]
+
+
+def normalized_by_batch(
+    layer: Any,
+    call: LayerCall,
+    centered: Tensor,
+    axis: int,
+    moments: Moments,
+    mask: Tensor | None,
+) -> Tensor:
+    """A batch, as batch normalization normalizes it."""
+    if has_own_call(layer):
+        # It infers, as all else does, by the statistics of the batch.
+        statistics = (layer.moving_mean, layer.moving_variance)
+        values = (moments.mean, moments.variance)
+        return call.run(False, list(zip(statistics, values, strict=True)))
+    scale = ops.rsqrt(moments.variance + layer.epsilon)
+    if layer.gamma is not None:
+        scale = scale * ops.cast(layer.gamma, scale.dtype)
+    offset = layer.beta
+    if offset is not None:
+        offset = ops.cast(offset, scale.dtype)
+    outputs = scale_and_offset(centered, (axis,), scale, offset, mask)
+    return ops.cast(outputs, layer.compute_dtype)
 
 
 class Reports:

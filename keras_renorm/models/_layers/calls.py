@@ -4,6 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import keras
+
+from keras_renorm.layers.batch_normalization import BatchNormalization
+
 
 @contextmanager
 def replaced_calls(
@@ -24,3 +28,9 @@ def replaced_calls(
                 layer.call = before[id(layer)]
             elif "call" in vars(layer):
                 del layer.call  # that of the class is there again
+
+
+def has_own_call(layer: Any) -> bool:
+    """Whether the class of batch normalization is the user's, with a `call`."""
+    plain = (keras.layers.BatchNormalization.call, BatchNormalization.call)
+    return type(layer).call not in plain

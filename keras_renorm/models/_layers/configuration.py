@@ -4,6 +4,7 @@ A configuration is made for files: a function in it is a name. A copy needs no
 file, so what cannot be found by a name is passed on itself.
 """
 
+import copy
 import types
 import warnings
 from typing import Any
@@ -26,9 +27,16 @@ class Configurations:
     def __init__(self) -> None:
         # Functions and classes, by the names in their place.
         self._known: dict[str, Any] = {}
+        self._takes_names = True
 
-    def read(self, owner: Any) -> dict[str, Any]:
-        """The configuration of a layer, an optimizer or a metric."""
+    def read(self, owner: Any, takes_names: bool = True) -> dict[str, Any]:
+        """The configuration of a layer, an optimizer or a metric.
+
+        What a class of the user's writes down in its own way (a name in the
+        place of a function, say) is what its constructor takes, and stays;
+        `takes_names` is false where it turned out to take the function.
+        """
+        self._takes_names = takes_names
         config = config_of(owner)
         self._learn_classes(owner)
         return self._members(owner, config)
@@ -40,7 +48,11 @@ class Configurations:
 
     def alike(self, owner: Any) -> Any:
         """A new object of the same class and configuration."""
-        return self.make(type(owner), self.read(owner))
+        try:
+            return self.make(type(owner), self.read(owner))
+        except Exception:  # of the user's
+            config = self.read(owner, takes_names=False)
+            return self.make(type(owner), config)
 
     def _learn_classes(self, owner: Any) -> None:
         if isinstance(owner, keras.layers.Layer):
@@ -51,15 +63,23 @@ class Configurations:
     def _members(self, owner: Any, config: Any) -> Any:
         if not isinstance(config, dict):
             return config
+        policy = getattr(owner, "dtype_policy", None)
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            # Keras writes policies without names where it has no default.
+            config = {**config, "dtype": copy.deepcopy(policy)}
+        stays = self._takes_names and not is_of_keras(type(owner))
         return {
-            name: self._replaced(node, _member(owner, name))
+            name: self._replaced(node, _member(owner, name), stays)
             if isinstance(node, dict | list | tuple | str)
             else node
             for name, node in config.items()
         }
 
-    def _replaced(self, node: Any, value: Any) -> Any:
-        """The node of a configuration; `value` is the object it describes."""
+    def _replaced(self, node: Any, value: Any, stays: bool) -> Any:
+        """The node of a configuration; `value` is the object it describes.
+
+        `stays` says whether it does where Keras did not write it.
+        """
         if isinstance(node, list | tuple):
             if not isinstance(value, list | tuple):
                 return node
@@ -67,8 +87,12 @@ class Configurations:
                 # `layers` of a sequential model is without its input.
                 named = {getattr(part, "name", None): part for part in value}
                 value = [named.get(_name_in(inner)) for inner in node]
-            return type(node)(map(self._replaced, node, value))
-        if _must_be_kept(node, value):
+            return type(node)(
+                self._replaced(*pair, stays)
+                for pair in zip(node, value, strict=True)
+            )
+        is_of_a_file = isinstance(node, dict) and "class_name" in node
+        if (is_of_a_file or not stays) and _must_be_kept(node, value):
             return self._stand_in(value)
         if not isinstance(node, dict):
             return node
@@ -78,7 +102,7 @@ class Configurations:
             return {**node, "config": self._members(value, node["config"])}
         if isinstance(value, dict):
             return {
-                key: self._replaced(inner, value.get(key))
+                key: self._replaced(inner, value.get(key), stays)
                 for key, inner in node.items()
             }
         return node

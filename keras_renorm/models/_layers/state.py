@@ -1,9 +1,12 @@
 """What a layer is beyond its configuration: state, flags, attributes."""
 
 import copy
+import enum
+import functools
 import inspect
 import re
 import tempfile
+import types
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -11,7 +14,8 @@ import keras
 import numpy as np
 
 from keras_renorm._backend.variables import to_numpy
-from keras_renorm.models._layers.finding import own_variables
+from keras_renorm.models._layers.configuration import is_of_keras
+from keras_renorm.models._layers.finding import has_graph, own_variables
 
 # Values that a copy may share: data, and Keras's objects without state.
 _DATA = (
@@ -22,6 +26,7 @@ _DATA = (
     complex,
     str,
     bytes,
+    enum.Enum,
     np.ndarray,
     np.generic,
     inspect.Signature,
@@ -31,6 +36,15 @@ _DATA = (
     keras.dtype_policies.DTypePolicy,
 )
 
+# What a constructor makes anew for each layer, and what a graph leaves there.
+_MADE = (
+    keras.layers.Layer,
+    keras.Variable,
+    keras.metrics.Metric,
+    keras.optimizers.Optimizer,
+    keras.random.SeedGenerator,
+    keras.KerasTensor,
+)
 
 # What a callback does for a while.
 _PASSING = {"_holds_statistics", "_is_traced"}
@@ -58,39 +72,145 @@ def hand_on(
         ValueError: If something belongs to it alone.
     """
     known = _attributes(new)
+    # The others' attributes are Keras's, and what they are is of one object.
+    is_of_the_user = (
+        type(new) is type(old)
+        and not changed
+        and not is_of_keras(type(old))
+        and not has_graph(old)
+    )
     for name, value in _attributes(old).items():
         if name in _PASSING:
             continue
         if name in known:
-            if name not in changed and _are_different_data(value, known[name]):
+            if name in changed:
+                continue
+            if _are_different_data(value, known[name]):
                 setattr(new, name, copy.copy(value))
-        elif type(new) is type(old) and not _is_of_a_run(value):
-            try:
-                if callable(getattr(type(old), name, None)):
-                    raise LookupError(name)
-                setattr(new, name, counterpart(value))
-            except (LookupError, ValueError) as error:
-                raise ValueError(
-                    "`model` must have no layers with attributes that a copy "
-                    "cannot have (`keras_renorm.convert` and "
-                    "`keras_renorm.revert` change any model with "
-                    f"in_place=True). Received: layer {old.name} of class "
-                    f"{type(old).__name__}, with {name}={value!r}."
-                ) from error
+                continue
+            if (
+                not is_of_the_user
+                or name in _of_every_layer()
+                or not _is_changed(value, known[name])
+            ):
+                continue
+        elif type(new) is not type(old) or _is_of_a_run(value):
+            continue
+        try:
+            if name not in known and callable(getattr(type(old), name, None)):
+                raise LookupError(name)
+            setattr(new, name, counterpart(value))
+        except NoConfigurationError:
+            raise
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                "`model` must have no layers with attributes that a copy "
+                "cannot have (`keras_renorm.convert` and "
+                "`keras_renorm.revert` change any model with "
+                f"in_place=True). Received: layer {old.name} of class "
+                f"{type(old).__name__}, with {name}={value!r}."
+            ) from error
 
 
 def _attributes(owner: Any) -> dict[str, Any]:
     """What an object has as its own; PyTorch keeps layers apart."""
-    return vars(owner) | dict(getattr(owner, "named_children", dict)())
+    return vars(owner) | getattr(owner, "_modules", {})
+
+
+@functools.cache
+def _of_every_layer() -> frozenset[str]:
+    """The attributes that Keras gives every layer, or every model."""
+    # Named, so that Keras does not count it.
+    return frozenset(vars(keras.Model(name="model")))
+
+
+def _is_changed(value: Any, made: Any, depth: int = 4) -> bool:
+    """Whether a value is another than the one that the constructor made.
+
+    What it makes anew for each layer is the copy's own: layers, its methods
+    and closures, objects that cannot be compared.
+    """
+    if value is made or not depth or isinstance(made, _MADE):
+        return False
+    if _is_data(value) and _is_data(made):
+        return _are_different_data(value, made)
+    if _is_of_a_graph(value) or keras.ops.is_tensor(made):
+        return _are_different_tensors(value, made)
+    alike = functools.partial(_is_changed, depth=depth - 1)
+    if isinstance(value, list | tuple) and isinstance(made, list | tuple):
+        return len(value) != len(made) or any(map(alike, value, made))
+    if isinstance(value, dict) and isinstance(made, dict):
+        return value.keys() != made.keys() or any(
+            alike(value[key], made[key]) for key in value
+        )
+    if type(value) is not type(made):
+        return True
+    if isinstance(value, set | frozenset):
+        return value != made and not any(
+            isinstance(part, _MADE) for part in made
+        )
+    if isinstance(value, types.FunctionType):
+        return value.__code__ != made.__code__ or alike(
+            _held_by(value), _held_by(made)
+        )
+    if isinstance(value, types.MethodType):
+        return value.__func__ is not made.__func__
+    if isinstance(value, functools.partial):
+        return alike(
+            (value.func, value.args, value.keywords),
+            (made.func, made.args, made.keywords),
+        )
+    return callable(value) and _names(value) != _names(made)
+
+
+def _is_of_a_graph(value: Any) -> bool:
+    """Whether a symbolic call left it, or a part of it."""
+    return any(
+        isinstance(leaf, keras.KerasTensor)
+        for leaf in keras.tree.flatten(value)
+    )
+
+
+def _are_different_tensors(one: Any, other: Any) -> bool:
+    if not (keras.ops.is_tensor(one) and keras.ops.is_tensor(other)):
+        return False
+    try:
+        return not np.array_equal(to_numpy(one), to_numpy(other))
+    except Exception:  # without values: of a graph
+        return False
+
+
+def _held_by(function: types.FunctionType) -> list[Any]:
+    """What a function holds beside its code."""
+    cells = [
+        getattr(cell, "cell_contents", None)
+        for cell in function.__closure__ or ()
+    ]
+    return [*cells, function.__defaults__, function.__kwdefaults__]
+
+
+def _names(function: Any) -> list[Any]:
+    names = ("__module__", "__qualname__", "__name__")
+    return [getattr(function, name, None) for name in names]
 
 
 def _are_different_data(one: Any, other: Any) -> bool:
     if not (_is_data(one) and _is_data(other)):
         return False
+    if isinstance(one, keras.dtype_policies.DTypePolicy):
+        return not are_same_policies(one, other)
     try:
         return not bool(one == other)
     except ValueError:  # arrays
         return True
+
+
+def are_same_policies(one: Any, other: Any) -> bool:
+    """Whether two policies are equal; Keras compares no maps of policies."""
+    kind = keras.dtype_policies.DTypePolicyMap
+    if isinstance(one, kind) and isinstance(other, kind):
+        return bool(one.get_config() == other.get_config())
+    return bool(one == other)
 
 
 def _is_data(value: Any) -> bool:
@@ -207,6 +327,10 @@ def not_made_anew(layer: Any) -> ValueError:
         f"with in_place=True). Received: layer {layer.name} of class "
         f"{type(layer).__name__}."
     )
+
+
+class NoConfigurationError(ValueError):
+    """An object of a class whose configuration does not make it anew."""
 
 
 def is_untrained(layer: Any) -> bool:

@@ -1,5 +1,6 @@
 """The copy of a model: layers made anew, and handed all that they were."""
 
+import functools
 import types
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from keras_renorm.models._layers.finding import (
     inside,
 )
 from keras_renorm.models._layers.state import (
+    NoConfigurationError,
     adapt_alike,
     copy_state,
     copy_variable,
@@ -179,7 +181,7 @@ class _Copying:
     def _made(self, layer: Any) -> Any:
         if id(layer) in self._dropped:
             return keras.layers.Identity(
-                name=layer.name, dtype=layer.dtype_policy.name
+                name=layer.name, dtype=layer.compute_dtype
             )
         if not isinstance(layer, keras.layers.Layer):  # an operation: x + y
             new = type(layer).from_config(layer.get_config())
@@ -289,10 +291,14 @@ class _Copying:
         """The object of the copy in the place of one of the model."""
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(self._counterpart, value))
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple | set | frozenset):
             return type(value)(map(self._counterpart, value))
         if isinstance(value, dict):
             return {key: self._counterpart(part) for key, part in value.items()}
+        if isinstance(value, functools.partial):
+            parts = (value.func, value.args, value.keywords)
+            function, arguments, named = self._counterpart(parts)
+            return type(value)(function, *arguments, **named)
         if isinstance(value, keras.layers.Layer):
             return self._copy(value)
         if isinstance(value, keras.KerasTensor):
@@ -300,7 +306,9 @@ class _Copying:
         if id(value) in self._copies:
             return self._copies[id(value)]
         if isinstance(value, _STATEFUL):
-            new = self._configurations.alike(value)
+            new = self._alike(value)
+        elif isinstance(value, types.FunctionType):
+            return self._function(value)
         elif isinstance(value, keras.Variable):
             new = copy_variable(value)
         elif isinstance(value, types.MethodType):
@@ -309,6 +317,40 @@ class _Copying:
         else:
             return value
         self._copies[id(value)] = new
+        return new
+
+    def _alike(self, value: Any) -> Any:
+        try:
+            return self._configurations.alike(value)
+        except Exception as error:  # of the user's
+            raise NoConfigurationError(
+                "`model` must have metrics and optimizers that their "
+                "configuration makes anew: give the class a `get_config` of "
+                "all that its constructor takes, or compile the model "
+                "without (`keras_renorm.convert` and `keras_renorm.revert` "
+                "change any model with in_place=True). Received: "
+                f"{value.name} of class {type(value).__name__}."
+            ) from error
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """A function; where it holds layers that are copied, with theirs."""
+        cells = function.__closure__ or ()
+        held = [getattr(cell, "cell_contents", None) for cell in cells]
+        if not any(id(part) in self._copies for part in held):
+            return function
+        new = types.FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            tuple(
+                types.CellType(self._copies[id(part)])
+                if id(part) in self._copies
+                else cell
+                for cell, part in zip(cells, held, strict=True)
+            ),
+        )
+        new.__kwdefaults__ = function.__kwdefaults__
         return new
 
 

@@ -15,6 +15,7 @@ from keras_renorm._checks import warn
 from keras_renorm.models._layers.configuration import Configurations
 from keras_renorm.models._layers.finding import describe, find_layers
 from keras_renorm.models._layers.graphs import models_with, trace_anew
+from keras_renorm.models._layers.state import are_same_policies
 from keras_renorm.models.replacing import as_asked
 
 # From a layer and its configuration to class and configuration of the new one.
@@ -174,7 +175,7 @@ def _become(
             setattr(layer, name, value)
         layer.input_spec = new.input_spec
         layer.activity_regularizer = new.activity_regularizer
-        if layer.dtype_policy != new.dtype_policy:
+        if not are_same_policies(layer.dtype_policy, new.dtype_policy):
             layer.dtype_policy = new.dtype_policy
     finally:
         layer._tracker.lock()
