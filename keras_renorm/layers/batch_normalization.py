@@ -319,7 +319,7 @@ class BatchNormalization(
             self._end_step(state, update)
             if update.probe is not None and is_scaled:
                 # So that the backward pass sees the scale of the loss.
-                self.add_loss(update.probe)
+                self.add_loss(ops.cast(update.probe, keras.config.floatx()))
         return outputs
 
     def _infer(self, inputs: Tensor, axis: int, mask: Tensor | None) -> Tensor:
