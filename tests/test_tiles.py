@@ -658,3 +658,21 @@ def test_outputs_have_their_names(kind, rng):
         "fine": 64,
         "coarse": 32,
     }
+
+
+def test_a_block_that_reaches_far_is_not_named(rng):
+    """Nor is it asked on a narrow map that it does not take."""
+
+    class Block(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.first, self.deep = convolution(), convolution()
+            self.pool, self.up = layers.MaxPooling2D(8), layers.UpSampling2D(8)
+
+        def call(self, x):
+            x = self.first(x)
+            return x + self.up(self.deep(self.pool(x)))
+
+    report = tile_mismatch(network(Block()), image(rng), 16, 16, verbose=False)
+    assert (report.verdicts, report.largest) == ([], 0)
+    assert report.needed == (16, 16)
