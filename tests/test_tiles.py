@@ -673,6 +673,7 @@ def test_a_block_that_reaches_far_is_not_named(rng):
             x = self.first(x)
             return x + self.up(self.deep(self.pool(x)))
 
-    report = tile_mismatch(network(Block()), image(rng), 16, 16, verbose=False)
+    model = network(Block(), shape=(48, 48, 2))
+    report = tile_mismatch(model, image(rng), 16, 16, verbose=False)
     assert (report.verdicts, report.largest) == ([], 0)
     assert report.needed == (16, 16)
