@@ -658,3 +658,24 @@ def test_outputs_have_their_names(kind, rng):
         "fine": 64,
         "coarse": 32,
     }
+
+
+def test_a_block_that_reaches_far_is_not_named(rng):
+    """Nor is it asked on a narrow map that it does not take."""
+
+    class Block(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.first = convolution()
+            self.deep = layers.Conv2D(4, 11, padding="same")
+            self.pool, self.up = layers.MaxPooling2D(8), layers.UpSampling2D(8)
+
+        def call(self, x):
+            x = self.first(x)
+            return x + self.up(self.deep(self.pool(x)))
+
+    model = network(Block(), shape=(48, 48, 2))
+    with pytest.warns(UserWarning, match="at least"):
+        report = tile_mismatch(model, image(rng), 16, 16, verbose=False)
+    assert [each.cause for each in report.verdicts] == ["the halo is too small"]
+    assert report.is_beyond == (True, True)

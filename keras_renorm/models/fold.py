@@ -60,8 +60,9 @@ def fold(model: keras.Model, *, layers: Choice = None) -> keras.Model:
         bias   = (bias - moving_mean) * gamma / sqrt(...) + beta
 
     so that inference does less. Outputs are the same to rounding, and keep
-    their names (normalization that makes one becomes an `Identity`). `model` is
-    not changed. Do not train the copy: nothing normalizes its activations.
+    their names (normalization that makes one, or changes the type, becomes an
+    `Identity`). `model` is not changed. Do not train the copy: nothing
+    normalizes its activations.
 
     Args:
         model: A built sequential or functional model with batch normalization

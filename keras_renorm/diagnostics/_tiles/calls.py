@@ -10,7 +10,6 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm._backend.variables import to_numpy
-from keras_renorm.models._layers.configuration import is_of_keras
 from keras_renorm.models._layers.finding import inside
 
 # What differs by less, of the largest output, is rounding.
@@ -20,6 +19,10 @@ ROUNDING = 1e-4
 # narrow map.
 PROBED = 64
 LONG, NARROW = 1024, 4
+ATTENTION = (
+    keras.layers.MultiHeadAttention,
+    keras.layers.GroupQueryAttention,
+)
 
 
 class Call:
@@ -78,11 +81,12 @@ class Call:
                 and self._is_changed_afar(axis, LONG, others)
             )
         except Exception:
-            # It takes inputs of one size only. A block of the user's may reach
+            # It takes inputs of one size only. A block of layers may reach
             # that far without seeing everything.
-            if inside(self.layer) and not is_of_keras(type(self.layer)):
-                return False
-            return self._is_changed_afar(axis, 1)
+            is_block = inside(self.layer) and not isinstance(
+                self.layer, ATTENTION
+            )
+            return not is_block and self._is_changed_afar(axis, 1)
 
     def _gives_one_size(self, axis: int) -> bool:
         main = self.given[self.main or 0]

@@ -190,6 +190,8 @@ class Network:
         """Whether it sees all along an axis, and nothing inside of it does."""
         if call.main is None:
             return False
+        if getattr(call.layer, "go_backwards", False):
+            return False  # a flipped map, until what holds it flips it again
         held = {id(each) for each in inside(call.layer)}
         if any(id(each) in held for each in self.seeing):
             return False
