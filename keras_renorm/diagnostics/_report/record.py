@@ -193,8 +193,8 @@ class Record:
             shift² = mean over channels of d̄² − noise and (ln r̄)² − noise
 
         with d̄ = (mean of the data − μ) / σ, that difference at most D_MAX²,
-        and r̄ the ratio of standard deviations, at most R_MAX either way. (d̄
-        less noise: noise of data in large units is beyond D_MAX, too.) A moving variance is
+        and r̄ the ratio of standard deviations, at most R_MAX either way. (In
+        large units the noise is beyond D_MAX, too.) A moving variance is
         right if it is the mean variance of batches or that of all data, or
         anything between; r̄ is taken from the nearer. The noise is that of
         means over these batches and of a moving average with the layer's
