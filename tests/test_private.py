@@ -56,6 +56,10 @@ HIDDEN = {
         "test_convert.py"
         "::test_functions_that_no_file_could_name_are_the_copys_too",
     ),
+    ("models/_layers/state.py", "_modules"): (
+        "PyTorch: layers; the public way leaves out second names of one",
+        "test_copies.py::test_what_is_set_later_is_handed_on",
+    ),
     ("models/_layers/graphs.py", "names in `_BOOKKEEPING`"): (
         "Keras: what changes on a model without a new graph; one that is gone "
         "costs a trace",
