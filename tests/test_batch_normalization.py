@@ -390,20 +390,23 @@ def test_a_mask_that_fits_both_ways_leaves_the_channels_out(rng):
 
 
 @pytest.mark.tensorflow
-def test_ragged_inputs_take_no_mask(rng):
+@pytest.mark.parametrize("kind", ["examples", "ragged"])
+def test_a_mask_of_ragged_inputs(kind, rng):
     import tensorflow as tf
 
-    values = helpers.inputs_of(rng, (5, 3))
-    inputs = tf.RaggedTensor.from_row_lengths(values, [3, 2])
-    layer = keras_renorm.BatchNormalization()
-    layer.build((None, None, 3))
-    mask = tf.constant([True, False])
-    message = (
-        "`mask` must be None with ragged inputs, all of whose elements count. "
-        f"Received: mask={mask}."
-    )
-    with helpers.raises(ValueError, message):
-        layer.call(inputs, training=True, mask=mask)
+    values = helpers.inputs_of(rng, (7, 3))
+    kept = np.array([1, 0, 1, 0, 0, 1, 1], bool)
+    inputs = tf.RaggedTensor.from_row_lengths(values, [3, 2, 2])
+    mask = inputs.with_flat_values(tf.constant(kept))
+    if kind == "examples":
+        kept[:3] = True
+        mask = tf.constant([True, False, True])
+    layer = keras_renorm.BatchNormalization(momentum=0.0)
+    outputs = layer(inputs, training=True, mask=mask)
+    assert isinstance(outputs, tf.RaggedTensor)
+    mean, variance = helpers.statistics(layer)
+    helpers.assert_close(mean, values[kept].mean(0), 1e-5)
+    helpers.assert_close(variance, values[kept].var(0), 1e-5)
 
 
 def test_mask_of_an_embedding_arrives(rng):

@@ -241,15 +241,15 @@ def is_ragged(inputs: Any) -> bool:
 def padded(ragged: Any, mask: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
     """A ragged tensor with padding, its mask, and a function back.
 
-    `mask` is the one that a call was given with it.
+    `mask` is the one that a call was given with it, ragged or not.
     """
-    if mask is not None:
-        raise ValueError(
-            "`mask` must be None with ragged inputs, all of whose elements "
-            f"count. Received: mask={mask}."
-        )
     present = tf.ones_like(ragged.flat_values[..., 0], tf.bool)
-    mask = ragged.with_flat_values(present).to_tensor(False)
+    present = ragged.with_flat_values(present).to_tensor(False)
+    if mask is not None:
+        mask = tf.cast(mask.to_tensor() if is_ragged(mask) else mask, tf.bool)
+        while mask.shape.rank < present.shape.rank:
+            mask = mask[..., tf.newaxis]
+        present = tf.logical_and(present, mask)
     lengths = ragged.nested_row_lengths()
 
     def restore(outputs: Any) -> Any:
@@ -257,7 +257,7 @@ def padded(ragged: Any, mask: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
             outputs, lengths, ragged_rank=ragged.ragged_rank
         )
 
-    return ragged.to_tensor(), mask, restore
+    return ragged.to_tensor(), present, restore
 
 
 def track_parameters(layers: Iterable[Any]) -> None:

@@ -89,7 +89,7 @@ class BatchNormalization(
     Call arguments:
         inputs: Tensor `(batch, ..., channels)` (or channels on `axis`) of
             rank 2 or more. Batch and spatial sizes may be unknown. A
-            `tf.RaggedTensor` is as a padded one under a mask; give none.
+            `tf.RaggedTensor` is as a padded one under a mask.
         training: Whether to train or to infer. Keras sets it in `fit`.
         mask: Tensor of 0 and 1, or booleans, whose axes are the leading
             non-channel axes of `inputs`, broadcast over the others: `(batch,)`,
@@ -105,7 +105,7 @@ class BatchNormalization(
         ValueError: If an argument is out of its range, `virtual_batch_size`
             is given with `synchronized` or with channels on the first axis,
             `axis` is not an axis of the input, the number of channels is
-            unknown, or `mask` does not broadcast or comes with ragged ones.
+            unknown, or `mask` does not broadcast.
 
     Example:
 
