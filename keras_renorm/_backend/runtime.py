@@ -260,12 +260,12 @@ def padded(ragged: Any, mask: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
     return ragged.to_tensor(), present, restore
 
 
-def track_parameters(layers: Iterable[Any]) -> None:
-    """Lets PyTorch see the variables that layers have now.
+def track_parameters(find: Callable[[], Iterable[Any]]) -> None:
+    """Lets PyTorch see the variables that the layers found have now.
 
     Keras tells it when a layer is built, and what a layer holds inside may have
     other variables since.
     """
-    for layer in layers if runs_on("torch") else ():
+    for layer in find() if runs_on("torch") else ():
         if hasattr(layer, "_torch_params"):
             layer._track_variables()

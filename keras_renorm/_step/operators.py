@@ -83,15 +83,40 @@ class FusedOperators:
         """
 
         @derivatives.custom_gradient
-        def taken(*given: Tensor) -> Any:
-            upstream, inputs, mean, variance, scale = given
+        def taken(
+            upstream: Tensor,
+            inputs: Tensor,
+            mean: Tensor,
+            variance: Tensor,
+            scale: Tensor,
+        ) -> Any:
+            def gradient(*arrived: Tensor) -> tuple[Tensor, ...]:
+                plain = _Plain(self._data_format, inputs)
+                of_inputs, of_scale, of_offset = plain.of(*arrived)
+                dy, x, mu, square, gamma = plain.of(
+                    upstream, inputs, mean, variance, scale
+                )
+                centered = x - mu
+                rsigma = tf.math.rsqrt(square + self._epsilon)
+                d_upstream = rsigma * (gamma * of_inputs + of_scale * centered)
+                both = plain.sum(of_inputs * dy)
+                d_rsigma = gamma * both + of_scale * plain.sum(dy * centered)
+                d_variance = -0.5 * rsigma * tf.square(rsigma) * d_rsigma
+                d_mean = -rsigma * of_scale * plain.sum(dy)
+                return (
+                    tf.cast(d_upstream + of_offset, upstream.dtype),
+                    tf.cast(of_scale * rsigma * dy, inputs.dtype),
+                    *(
+                        tf.reshape(each, [-1])
+                        for each in (d_mean, d_variance, rsigma * both)
+                    ),
+                )
+
             # Of the third reserve the operator reads nothing.
             reserves = (mean, variance, variance)
             return self._gradient(
                 upstream, inputs, scale, reserves, is_training=False
-            ), lambda *arrived: derivatives.gradients_of(
-                self._plain_gradient_by, given, arrived
-            )
+            ), gradient
 
         # The operator takes no other layout, and differs from run to run on a
         # GPU.
@@ -119,40 +144,60 @@ class FusedOperators:
         return tf.cast(gamma * rsigma * dy, inputs.dtype), d_scale, d_offset
 
     def gradient(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """That of the training form: of upstream, inputs, scale, reserves."""
+        """That of the training form: of upstream, inputs, scale, reserves.
+
+        With P(a) = a - mean(a) - x̂ mean(a x̂), which is symmetric, and
+        ρ = 1/σ_B: scale ρ P(dy), Σ dy x̂ and Σ dy. As x̂ and ρ depend on x,
+        with a, b and c arriving at these
+
+            d dy    = scale ρ P(a) + b x̂ + c
+            d scale = ρ Σ a P(dy)
+            d x     = ρ P(b dy - scale ρ (mean(a x̂) dy + mean(dy x̂) a))
+                      - scale ρ² mean(a P(dy)) x̂
+        """
 
         @derivatives.custom_gradient
-        def taken(*given: Tensor) -> Any:
-            upstream, inputs, scale, *reserves = given
+        def taken(
+            upstream: Tensor, inputs: Tensor, scale: Tensor, *reserves: Tensor
+        ) -> Any:
+            def gradient(*arrived: Tensor) -> tuple[Tensor | None, ...]:
+                plain = _Plain(self._data_format, inputs)
+                of_inputs, of_scale, of_offset = plain.of(*arrived)
+                dy, gamma = plain.of(upstream, scale)
+                centered = plain.centered(inputs)
+                variance = plain.mean(tf.square(centered))
+                rsigma = tf.math.rsqrt(variance + self._epsilon)
+                normalized = centered * rsigma
 
-            def gradient(*arrived: Tensor) -> list[Tensor | None]:
-                gradients = derivatives.gradients_of(
-                    self._plain_gradient, given[:3], arrived
+                def projected(values: Tensor) -> Tensor:
+                    along = plain.mean(values * normalized)
+                    return values - plain.mean(values) - normalized * along
+
+                both = plain.mean(of_inputs * projected(dy))
+                d_upstream = (
+                    gamma * rsigma * projected(of_inputs)
+                    + of_scale * normalized
+                    + of_offset
                 )
-                return [*gradients, *[None] * len(reserves)]
+                d_normalized = of_scale * dy - gamma * rsigma * (
+                    plain.mean(of_inputs * normalized) * dy
+                    + plain.mean(dy * normalized) * of_inputs
+                )
+                d_inputs = rsigma * projected(d_normalized) - normalized * (
+                    gamma * tf.square(rsigma) * both
+                )
+                return (
+                    tf.cast(d_upstream, upstream.dtype),
+                    tf.cast(d_inputs, inputs.dtype),
+                    tf.reshape(rsigma * both * plain.count, [-1]),
+                    *[None] * len(reserves),
+                )
 
             return self._gradient(
                 upstream, inputs, scale, reserves, is_training=True
             ), gradient
 
         return taken(*tensors)
-
-    def _plain_gradient(
-        self, upstream: Tensor, inputs: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """With ρ = 1/σ_B: scale ρ (dy - mean(dy) - x̂ mean(dy x̂)), and sums."""
-        plain = _Plain(self._data_format, inputs)
-        dy, gamma = plain.of(upstream, scale)
-        centered = plain.centered(inputs)
-        variance = plain.mean(tf.square(centered))
-        rsigma = tf.math.rsqrt(variance + self._epsilon)
-        normalized = centered * rsigma
-        mean, along = plain.mean(dy), plain.mean(dy * normalized)
-        d_x = gamma * rsigma * (dy - mean - normalized * along)
-        d_scale, d_offset = (
-            tf.reshape(plain.count * each, [-1]) for each in (along, mean)
-        )
-        return tf.cast(d_x, inputs.dtype), d_scale, d_offset
 
     def _gradient(
         self,

@@ -77,11 +77,17 @@ def replace_in_place(
         _become(layer, new, old_names, new_names, kept)
     trace_anew(model, layers)
     runtime.track_parameters(
-        layer
-        for holder in models_with(model, layers, lambda model: model.built)
-        for layer in find_layers(holder, keras.layers.Layer)
+        lambda: (
+            layer
+            for holder in models_with(model, layers, _is_built)
+            for layer in find_layers(holder, keras.layers.Layer)
+        )
     )
     _warn_of_optimizers(model, layers)
+
+
+def _is_built(model: Any) -> bool:
+    return getattr(model, "built", False)  # others may be half made
 
 
 def _warn_of_optimizers(model: keras.Model, layers: Sequence[Any]) -> None:
