@@ -927,3 +927,18 @@ def test_weights_of_labels_are_the_same_at_every_point(rng):
     )
     line = loss_along_gradient(model, "mse", batch, [1e-6] * 3)
     np.testing.assert_allclose(line.values, line.initial_loss, rtol=1e-4)
+
+
+@pytest.mark.tensorflow
+def test_many_models_give_no_warning_of_traces(rng, caplog):
+    import tensorflow as tf
+
+    x = helpers.inputs_of(rng, (6, 3))
+    tf.get_logger().addHandler(caplog.handler)
+    try:
+        for _ in range(6):
+            model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+            loss_along_gradient(model, "mse", (x, x[:, :1]), 0.1)
+    finally:
+        tf.get_logger().removeHandler(caplog.handler)
+    assert "retracing" not in caplog.text

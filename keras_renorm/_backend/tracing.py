@@ -250,8 +250,12 @@ def compiled(function: Any, is_eager: bool = False) -> Any:
         return torch.no_grad()(function)
     if runs_on("jax") or is_eager:
         return function
+    # Partials have no code of their own: TensorFlow counts traces by code, and
+    # would warn when many models, or one model many times, are run.
     graph = tf.function(
-        _with_marks(function), autograph=False, reduce_retracing=True
+        functools.partial(_with_marks, function),
+        autograph=False,
+        reduce_retracing=True,
     )
 
     def called(*arguments: Any) -> Any:
@@ -264,25 +268,21 @@ def compiled(function: Any, is_eager: bool = False) -> Any:
     return called
 
 
-def _with_marks(function: Any) -> Any:
-    """A function that also returns what Keras notes on each of its outputs.
+def _with_marks(function: Any, *arguments: Any) -> Any:
+    """Outputs of a function, and what Keras notes on each of them.
 
     A mask, and the logits of probabilities, which losses read. Outputs of a
     graph come without.
     """
-
-    def marked(*arguments: Any) -> Any:
-        outputs = function(*arguments)
-        return outputs, [
-            {
-                attribute: value
-                for attribute, value in getattr(leaf, "__dict__", {}).items()
-                if attribute.startswith("_keras_") and tf.is_tensor(value)
-            }
-            for leaf in tf.nest.flatten(outputs)
-        ]
-
-    return marked
+    outputs = function(*arguments)
+    return outputs, [
+        {
+            attribute: value
+            for attribute, value in getattr(leaf, "__dict__", {}).items()
+            if attribute.startswith("_keras_") and tf.is_tensor(value)
+        }
+        for leaf in tf.nest.flatten(outputs)
+    ]
 
 
 def forget_traces(method: Any) -> None:

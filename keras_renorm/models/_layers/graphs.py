@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import keras
@@ -68,10 +67,8 @@ def forgotten_after_errors(model: Any) -> Iterator[None]:
 
 def compiled(model: Any, function: Callable[..., Any]) -> Any:
     """A function that runs a model, as a graph where the model may be one."""
-    # Partials have no code of their own: TensorFlow counts traces by code, and
-    # would warn when many models, or one model many times, are run.
     return tracing.compiled(
-        partial(function), is_eager=getattr(model, "run_eagerly", False)
+        function, is_eager=getattr(model, "run_eagerly", False)
     )
 
 
