@@ -185,6 +185,7 @@ class GatedReference(CorrectedReference):
     The gate is this package's own: see `keras_renorm.BatchRenormalization`.
     `constants` are its numbers, which were tuned: `worth`, `examples`, `least`
     and `persistence`, where it is half open or half shut; `steepness`;
+    `least_opening`, below which it is shut;
     `scatters` and `gradients`, the momenta of its averages; `begin` and `end`
     of the limits.
     """
@@ -230,7 +231,8 @@ class GatedReference(CorrectedReference):
         measured = 1 - (1 - self.switch(worth, "worth")) * (1 - excess)
         few = self.switch(1 / max(examples, 1), "worth")
         persists = self.switch(persistence, "persistence") * (1 - few)
-        return measured * (1 - persists)
+        opening = measured * (1 - persists)
+        return opening if opening >= self.constants["least_opening"] else 0.0
 
     def gated_step(self, rows, upstream, examples=None):
         """As `step`, by the gate and the default limits."""

@@ -61,6 +61,7 @@ def constants_of(layer):
         "least": gating.LEAST_WORTH,
         "persistence": gating.HALF_SHUT_PERSISTENCE,
         "steepness": gating.STEEPNESS,
+        "least_opening": gating.LEAST_OPENING,
         "scatters": gating.SCATTER_MOMENTUM,
         "gradients": gating.AGREEMENT_MOMENTUM,
         "begin": layer.r_max.begin_step,
@@ -156,6 +157,41 @@ def test_steps_equal_the_reference(shape, axis, wrapper, dtype, tolerance, rng):
         assert_same_state(layer, reference, tolerance)
     assert all(0.001 < opening < 1 for opening in openings)
     assert len(set(openings)) == len(openings)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("shape", [(32, 4), (32, 30, 30, 4), (8, 12_500)])
+def test_a_gate_that_was_shut_opens_as_the_reference(shape, wrapper, rng):
+    layer, reference = made(shape, rng, step=200)
+    count, channels = shape[0], shape[-1]
+    for name, value in (
+        # Of independent examples, whose means scatter by little.
+        ("gate", [1e-6, 1.0, count, 0.0]),
+        ("gradient_agreement", np.full(channels, 1 / count)),
+        ("last_mean", np.zeros(channels)),
+    ):
+        getattr(layer, name).assign(value)
+        setattr(reference, name, np.array(value))
+    step = stepper(layer, wrapper=wrapper)
+    openings = []
+    for index in range(7):
+        inputs = helpers.inputs_of(rng, shape)
+        upstream = upstream_of(rng, shape)
+        # Gradients of examples have little in common; later, nearly all.
+        upstream += np.float32(0.01) - upstream.mean(axis=0)
+        if index > 1:
+            upstream += np.float32(100.0 * (-1) ** index)
+        openings.append(reference.opening())
+        actual = step(tf.constant(inputs), tf.constant(upstream))
+        expected = reference.gated_step(
+            to_rows(inputs, -1).astype("float64"),
+            to_rows(upstream, -1).astype("float64"),
+            examples_of(shape, -1),
+        )
+        compare(actual, expected, -1, 4e-3)
+        assert_same_state(layer, reference, 4e-3)
+    assert openings[0] == openings[1] == 0.0
+    assert openings[-1] > 0.0
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -87,7 +87,9 @@ class AtenStep:
             [with_inputs, True, True],
         )
 
-    def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def by_example(
+        self, upstream: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As `plain.PlainStep.by_example`."""
         first, *others = reduction_axes(self._inputs.dim(), (self._axis,))
 
@@ -95,11 +97,17 @@ class AtenStep:
             sums = values.sum(others) if others else values
             return sums.T if first > self._axis else sums
 
-        sums, distances = sum_of(upstream), sum_of(self._inputs)
+        def square_of(values: Tensor) -> Tensor:
+            return values.square().sum(0)
+
+        sums = sum_of(upstream)
         examples = len(sums)
+        count = sums.new_full((1,), examples)
+        if not others:
+            return square_of(sums), None, count
         elements = self.moments.count / examples
-        distances = distances / elements - self.moments.shift
-        return sums, distances, sums.new_full((1,), examples)
+        distances = sum_of(self._inputs) / elements - self.moments.shift
+        return square_of(sums), square_of(distances), count
 
     def inputs_gradient(
         self,

@@ -55,11 +55,15 @@ def _respond(
     r: Any = correction.r
     d: Any = correction.d
     is_gated = memory.is_gated > 0
-    opening = gating.openness(
-        memory.agreement, gating.Gate(*ops.unstack(memory.gate, 4))
+    opening = ops.where(
+        is_gated,
+        gating.openness(
+            memory.agreement, gating.Gate(*ops.unstack(memory.gate, 4))
+        ),
+        1.0,
     )
     r = ops.where(is_gated, ops.power(r, opening), r)
-    d = ops.where(is_gated, opening * d, d)
+    d = opening * d
     by_limits = _opening_of(limits[0]) if memory.corrects_by_limits else 0.0
     weight = weigh(memory.agreement) * ops.where(is_gated, opening, by_limits)
     # σ_B / (σ r) is 1 where r is not clipped.
@@ -73,6 +77,7 @@ def _respond(
         d=d,
         held=weight * bound,
         rest=1.0 - weight,
+        opening=opening,
     )
 
 

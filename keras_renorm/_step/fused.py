@@ -243,6 +243,7 @@ class FusedStep:
         self._view = FusedView(inputs, axis)
         self._state = state
         self._is_shared = pool.spans_replicas
+        self._is_shut: Tensor | None = None
         if kept is None:
             self._outputs, *kept = self._view.normalize_accurately(
                 state.gamma, state.beta, state.epsilon
@@ -257,17 +258,34 @@ class FusedStep:
         local = Moments(self._view.count, shift, residual, variance)
         self.moments = pool_moments(local, state.moving_mean, pool)
 
+    def branch(self, opening: Tensor | None) -> None:
+        """From here on computes as batch normalization if the gate is shut.
+
+        That is six passes over a tensor less. For graphs of which no derivative
+        is taken: a conditional has none in forward mode.
+        """
+        if opening is not None and not self._is_shared:
+            self._is_shut = tf.reshape(opening, []) == 0
+
+    def _if_shut(self, shut: Any, otherwise: Any) -> Any:
+        if self._is_shut is None:
+            return otherwise()
+        return tf.cond(self._is_shut, shut, otherwise)
+
     def outputs(self, scale: Tensor | None, offset: Tensor | None) -> Tensor:
         """x̂ times scale plus offset."""
         outputs = self._outputs
         if scale is not self._state.gamma or self._is_shared:
-            outputs, *_ = self._view.normalize(
-                self._view.inputs,
-                scale,
-                offset,
-                self._state.epsilon,
-                mean=self.moments.mean,
-                variance=self.moments.variance,
+            outputs = self._if_shut(
+                lambda: self._outputs,
+                lambda: self._view.normalize(
+                    self._view.inputs,
+                    scale,
+                    offset,
+                    self._state.epsilon,
+                    mean=self.moments.mean,
+                    variance=self.moments.variance,
+                )[0],
             )
         return self._view.restore(outputs)
 
@@ -275,29 +293,39 @@ class FusedStep:
         self, upstream: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of the inputs, of scale and of offset; Algorithm 1's."""
-        d_x, d_scale, d_offset = self._view.gradient(
+        d_x, d_scale, d_offset = self._gradient(upstream, scale)
+        return self._view.restore(d_x), d_scale, d_offset
+
+    def _gradient(
+        self, upstream: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._view.gradient(
             self._view.of(upstream),
             self._view.inputs,
             scale,
             self._state.epsilon,
             self._reserves,
         )
-        return self._view.restore(d_x), d_scale, d_offset
 
     def sums(
         self, upstream: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `plain.PlainStep.sums`."""
-        return self._view.gradient_by(
-            self._view.of(upstream),
-            self._view.inputs,
-            self.moments.mean,
-            self.moments.variance,
-            scale,
-            self._state.epsilon,
+        """As `plain.PlainStep.sums`; if shut, with the gradient itself."""
+        return self._if_shut(
+            lambda: self._gradient(upstream, scale),
+            lambda: self._view.gradient_by(
+                self._view.of(upstream),
+                self._view.inputs,
+                self.moments.mean,
+                self.moments.variance,
+                scale,
+                self._state.epsilon,
+            ),
         )
 
-    def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def by_example(
+        self, upstream: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As `plain.PlainStep.by_example`."""
         return by_example_of_rows(
             upstream, self._view.inputs, self.moments.mean, self._view.shape
@@ -318,13 +346,19 @@ class FusedStep:
         factor = -tf.math.rsqrt(self.moments.variance + self._state.epsilon)
         if scale is not None:
             factor = factor * scale
-        d_x = held + self._view.normalize_by(
-            self._view.inputs,
-            self.moments.mean,
-            self.moments.variance,
-            factor * scale_mean,
-            factor * offset_mean,
-            self._state.epsilon,
+        d_x = self._if_shut(
+            lambda: held,
+            lambda: (
+                held
+                + self._view.normalize_by(
+                    self._view.inputs,
+                    self.moments.mean,
+                    self.moments.variance,
+                    factor * scale_mean,
+                    factor * offset_mean,
+                    self._state.epsilon,
+                )
+            ),
         )
         return self._view.restore(d_x)
 

@@ -22,6 +22,8 @@ HALF_OPEN_EXAMPLES = 1.7
 LEAST_WORTH = 0.05
 HALF_SHUT_PERSISTENCE = 0.4
 STEEPNESS = 12.0
+# What is open by less is shut, and costs what batch normalization costs.
+LEAST_OPENING = 0.05
 
 
 class Gate(NamedTuple):
@@ -50,13 +52,14 @@ def openness(agreement: Any, gate: Gate) -> Any:
             * (1 - H(persistence, 0.4) (1 - H(1 / n, 0.35)))
         H(x, h) = x¹² / (x¹² + h¹²)
 
-    1 / u is the number of independent examples that a batch of n is worth, by
-    its gradients or its means: f is 1/n for independent examples, and more
-    where a batch's have something in common. So it is open where a batch is
-    worth fewer than three examples, or few and far fewer than it has; and shut
-    where successive gradients point the same way, as where data are sorted. One
-    or two examples are too few whatever their order is, and of an output layer
-    of a U-Net gradients may point the same way although its images are drawn.
+    and 0 where that is less than 0.05. 1 / u is the number of independent
+    examples that a batch of n is worth, by its gradients or its means: f is 1/n
+    for independent examples, and more where a batch's have something in common.
+    So it is open where a batch is worth fewer than three examples, or few and
+    far fewer than it has; and shut where successive gradients point the same
+    way, as where data are sorted. One or two examples are too few whatever
+    their order is, and of an output layer of a U-Net gradients may point the
+    same way although its images are drawn.
     """
     whole = gate.between + gate.within
     # None of it is 0, not a number.
@@ -68,7 +71,8 @@ def openness(agreement: Any, gate: Gate) -> Any:
     shut = (1.0 - _switch(inverse, HALF_OPEN_WORTH)) * (1.0 - excess)
     few = _switch(1.0 / ops.maximum(gate.examples, 1.0), HALF_OPEN_WORTH)
     persists = _switch(gate.persistence, HALF_SHUT_PERSISTENCE) * (1.0 - few)
-    return (1.0 - shut) * (1.0 - persists)
+    opening = (1.0 - shut) * (1.0 - persists)
+    return ops.where(opening < LEAST_OPENING, 0.0, opening)
 
 
 def _switch(value: Any, half: float) -> Any:

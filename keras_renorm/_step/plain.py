@@ -79,6 +79,9 @@ class PlainStep:
     def _scaled(self, scale: Tensor | None) -> Tensor:
         return self._rsigma if scale is None else self._rsigma * scale
 
+    def branch(self, opening: Tensor | None) -> None:
+        """As `fused.FusedStep.branch`; nothing is saved here."""
+
     def outputs(self, scale: Tensor | None, offset: Tensor | None) -> Tensor:
         """x̂ times scale plus offset."""
         return self._restored(
@@ -96,10 +99,13 @@ class PlainStep:
         d_scale = ops.sum(products, self._axes) * self._rsigma
         return upstream, d_scale, ops.sum(upstream, self._axes)
 
-    def by_example(self, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each example Σ dy, and its mean's distance from the batch's.
+    def by_example(
+        self, upstream: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sums of squares over the examples, and how many have an element.
 
-        Both `(examples, channels)`; and how many have an element, a vector.
+        Of each one's Σ dy, and of its mean's distance from the batch's. All are
+        vectors; `None` for the second is the variance times the examples.
         """
         if self._shape is not None:
             return by_example_of_rows(
@@ -131,7 +137,7 @@ class PlainStep:
 
 def by_example_of_rows(
     upstream: Tensor, values: Tensor, mean: Tensor | None, shape: Sequence[Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """`PlainStep.by_example` of rows of inputs that were of `shape` once.
 
     Channels last, in the order of the inputs, none masked. `values` are inputs
@@ -141,25 +147,29 @@ def by_example_of_rows(
     # Not -1 elements an example: a batch may be empty.
     elements = math.prod(others)
 
-    def sum_of(values: Tensor) -> Tensor:
-        view = tf.reshape(values, [count, elements, channels])
-        if not others:
-            return view[:, 0]
-        # A product with ones reads at the speed of a copy, `reduce_sum` over an
-        # axis in the middle at 0.6 of it on a CPU.
-        ones = tf.ones([count, 1, elements], values.dtype)
-        return tf.matmul(ones, view)[:, 0]
+    def sum_of(values: Tensor, sizes: Sequence[Any]) -> Tensor:
+        # A product with ones reads at the speed of a copy, `reduce_sum` over
+        # all but the last axis at 0.6 of it on a CPU.
+        ones = tf.ones([*sizes[:-2], 1, sizes[-2]], values.dtype)
+        return tf.matmul(ones, tf.reshape(values, sizes))
 
+    def square_of(values: Tensor) -> Tensor:
+        return sum_of(tf.square(values), [count, channels])[0]
+
+    examples = tf.reshape(count, [1])
+    if not others:
+        return square_of(upstream), None, examples
+    sizes = [count, elements, channels]
     divisor = tf.maximum(tf.cast(elements, values.dtype), 1.0)
-    distances = sum_of(values) / divisor
+    distances = sum_of(values, sizes) / divisor
     if mean is not None:
         distances -= mean
-    return sum_of(upstream), distances, tf.reshape(count, [1])
+    return square_of(sum_of(upstream, sizes)), square_of(distances), examples
 
 
 def _by_example_of_any(
     upstream: Tensor, values: Tensor, axis: int, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """`PlainStep.by_example`; what is masked is 0.
 
     Examples lie on the first axis that is not the channels'.
@@ -171,17 +181,23 @@ def _by_example_of_any(
         sums = ops.sum(values, others)
         return ops.transpose(sums) if is_turned else sums
 
+    def square_of(values: Tensor) -> Tensor:
+        return ops.sum(ops.square(values), axis=0)
+
     sums = sum_of(upstream)
     elements = element_count(values, tuple(sorted((first, axis))), mask)
     if len(elements.shape) == 2 and is_turned:
         elements = ops.transpose(elements)
-    distances = sum_of(values) / ops.maximum(elements, ops.ones_like(elements))
     if mask is None:
         count = ops.cast(ops.shape(sums)[0], sums.dtype)
-        return sums, distances, ops.reshape(count, (1,))
-    # A mask of size 1 is for every example.
-    present = ops.broadcast_to(
-        elements > 0, (ops.shape(sums)[0], ops.shape(elements)[1])
-    )
-    examples = ops.sum(ops.cast(present, sums.dtype), axis=0)
-    return sums, distances, examples
+        examples = ops.reshape(count, (1,))
+    else:
+        # A mask of size 1 is for every example.
+        present = ops.broadcast_to(
+            elements > 0, (ops.shape(sums)[0], ops.shape(elements)[1])
+        )
+        examples = ops.sum(ops.cast(present, sums.dtype), axis=0)
+    if not others:
+        return square_of(sums), None, examples
+    distances = sum_of(values) / ops.maximum(elements, ops.ones_like(elements))
+    return square_of(sums), square_of(distances), examples

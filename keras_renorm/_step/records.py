@@ -133,6 +133,7 @@ class Correction(NamedTuple):
             Algorithm 1's scale, that is taken as if the statistics were
             constants.
         rest: With it, the share that is Algorithm 1's own.
+        opening: With it, how far the gate is open, a scalar; 1 without a gate.
     """
 
     r: Tensor | None
@@ -141,6 +142,7 @@ class Correction(NamedTuple):
     moving_variance: Tensor
     held: Tensor | None = None
     rest: Tensor | None = None
+    opening: Tensor | None = None
 
     def scale_and_offset(
         self, gamma: Tensor | None, beta: Tensor | None

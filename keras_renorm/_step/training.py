@@ -153,7 +153,7 @@ def _parameter_gradients(
 def _subtracted_means(
     d_offset: Tensor,
     d_scale: Tensor,
-    by_example: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    by_example: Callable[[], tuple[Tensor, Tensor | None, Tensor]],
     others: Sequence[Tensor],
     moments: Moments,
     state: State,
@@ -163,12 +163,9 @@ def _subtracted_means(
     """The two means that the gradient of the inputs subtracts.
 
     Over all that share `moments`, of sums of a replica; corrected, if that is
-    asked for. `by_example` then gives the gradient's sums
-    of each example, `(examples, channels)`, the distances of each example's
-    mean of the inputs from the batch's, likewise, and the number of examples
-    that have an element, a vector. `others` are the gradients that arrive at
-    what a step returns besides its outputs (`_moved`). Gradients of gamma and
-    beta remain the replica's own: the optimizer adds them up.
+    asked for, with what `by_example` then gives. `others` are the gradients
+    that arrive at what a step returns besides its outputs (`_moved`). Gradients
+    of gamma and beta remain the replica's own: the optimizer adds them up.
 
     Returns:
         The mean to subtract everywhere and the one along x̂; and the changes of
@@ -176,12 +173,11 @@ def _subtracted_means(
     """
     sums = [d_offset, d_scale]
     if state.memory is not None:
-        parts, distances, examples = by_example()
-        sums += [
-            ops.sum(ops.square(parts), axis=0),
-            ops.sum(ops.square(distances), axis=0),
-            ops.cast(examples, d_offset.dtype),
-        ]
+        square, scatter, examples = by_example()
+        examples = ops.cast(examples, d_offset.dtype)
+        if scatter is None:
+            scatter = examples * moments.variance
+        sums += [square, scatter, examples]
     if pool.spans_replicas:
         sums = pooling.sum_over_replicas(sums)
     if state.memory is not None:
@@ -232,10 +228,12 @@ def _step_of(
 
 
 def _forward(
-    way: Way, inputs: Tensor, state: State
+    way: Way, inputs: Tensor, state: State, is_node: bool = False
 ) -> tuple[Any, Correction, Tensor]:
     run = _step_of(way, inputs, state)
     correction = respond(run.moments, state)
+    if is_node:
+        run.branch(correction.opening)
     scale, offset = correction.scale_and_offset(state.gamma, state.beta)
     return run, correction, run.outputs(scale, offset)
 
@@ -276,7 +274,7 @@ def _backward(
 def _forward_of(
     way: Way, inputs: Tensor, state: State
 ) -> tuple[Tensor, Correction, tuple[Tensor, ...]]:
-    run, correction, outputs = _forward(way, inputs, state)
+    run, correction, outputs = _forward(way, inputs, state, is_node=True)
     return outputs, correction, run.kept
 
 
@@ -290,6 +288,7 @@ def _backward_of(
     others: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     run = _step_of(way, inputs, state, kept)
+    run.branch(correction.opening)
     return _backward(run, correction, upstream, others, state, way.pool)
 
 
@@ -352,7 +351,7 @@ def _of_nodes(step: Any) -> Any:
         own = known.with_trained(parameters)
         outputs, correction, kept = forward(way, x, own)
         tracing.set_shape(outputs, x)
-        for value in correction:
+        for value in correction[:-1]:
             tracing.set_shape(value, own.moving_mean)
 
         def gradient(*upstream: Tensor) -> tuple[Tensor, ...]:
