@@ -189,7 +189,8 @@ def advice():
     ]
 
 
-OURS = ("our BN", "our renorm")
+OURS = ("our BN", "our renorm", "our renorm, corrected")
+SHUT = "our renorm, gate shut"
 
 
 def speed():
@@ -199,6 +200,7 @@ def speed():
         "Keras 3 renorm",
         "Keras 2 BN",
         *OURS,
+        SHUT,
         "floor",
     )
     rows = []
@@ -510,7 +512,7 @@ def step_ratios():
     return {
         case["label"]: {
             name: round(case["ratios"][name]["median"], 3)
-            for name in ("Keras 3 renorm", *OURS, "floor")
+            for name in ("Keras 3 renorm", *OURS, SHUT, "floor")
         }
         for case in read("speed_cpu.json")["cases"]
         if _kind(case) == ("training step", "graph", "float32")
@@ -523,14 +525,18 @@ def draw_speed(plt, shown):
     report = _networks_report()
     colors = {
         "Keras 3 renorm": report["COLORS"][report["RIVAL"]],
-        **{name: report["COLORS"][name] for name in OURS},
+        **{name: report["COLORS"][name] for name in (*OURS, SHUT)},
         "floor": report["COLORS"][report["FLOOR"]],
     }
+    width = 0.8 / len(colors)
     for at, (name, color) in enumerate(colors.items()):
         axes.bar(
-            [place + 0.2 * (at - 1.5) for place in range(len(shown))],
+            [
+                place + width * (at + 0.5 - len(colors) / 2)
+                for place in range(len(shown))
+            ],
             [ratios[name] for ratios in shown.values()],
-            0.19,
+            0.95 * width,
             color=color,
             label=name,
         )

@@ -14,7 +14,9 @@ floor in a training step, Keras's = 1.
 
 - inference: in a graph (`tf.function`), 224 x 224 images, and in bfloat16
   (`mixed_bfloat16`); predict: by `predict`. Our layers do the same there;
-- training step: `train_on_batch` with SGD, images as in the table;
+- training step: `train_on_batch` with SGD, images as in the table. The layer
+  that measures its minibatches ("corrected") corrects in the first tens of
+  steps; "gate shut" is the same one when it has found them good;
 - frozen: the same with all normalization held by `trainable = False`; and with
   frozen statistics alone, gamma and beta trained: Keras's layer is called with
   `training=False` for that, ours is told by `freeze_statistics`;
@@ -41,8 +43,8 @@ import networks_report
 import numpy as np
 import tensorflow as tf
 import timing
-from networks_made import application, contenders, replaced
-from networks_report import BASELINE, FLOOR, FOLDED, NETWORKS, RIVAL
+from networks_made import application, contenders, replaced, shut_gates
+from networks_report import BASELINE, FLOOR, FOLDED, NETWORKS, RIVAL, SHUT
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -80,19 +82,15 @@ def first_and_later_steps(name, order, seconds, is_quick):
             for each in names
         }
     }
-    steps = {}
-    for each in names:
-        network = networks[each]
-        network.compile(
-            keras.optimizers.SGD(1e-3), "sparse_categorical_crossentropy"
-        )
-        steps[each] = lambda network=network: network.train_on_batch(
-            images, labels
-        )
+    steps = _steps_of({each: networks[each] for each in names}, images, labels)
     result["first train_on_batch"] = {
         each: [seconds_of(steps[each])] for each in names
     }
-    result["training step"] = timing.interleaved(steps, seconds, 1, CLOCK)
+    shut = keras_renorm.convert(application(name, size))
+    steps |= _steps_of({SHUT: shut}, images, labels)
+    result["training step"] = timing.interleaved(
+        steps, seconds, 1, CLOCK, {SHUT: lambda: shut_gates(shut.layers)}
+    )
     return result
 
 
@@ -134,6 +132,12 @@ def _steps(networks, name, seconds):
     batch_size, size = NETWORKS[name]
     images = tf.random.normal((batch_size, size, size, 3))
     labels = np.arange(batch_size) % 10
+    steps = _steps_of(networks, images, labels)
+    return timing.interleaved(steps, seconds, 2, CLOCK)
+
+
+def _steps_of(networks, images, labels):
+    """Training steps, by name."""
     steps = {}
     for each, network in networks.items():
         network.compile(
@@ -142,7 +146,7 @@ def _steps(networks, name, seconds):
         steps[each] = lambda network=network: network.train_on_batch(
             images, labels
         )
-    return timing.interleaved(steps, seconds, 2, CLOCK)
+    return steps
 
 
 def inference(name, batch_size, seconds, is_quick):

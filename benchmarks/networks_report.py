@@ -12,6 +12,7 @@ BASELINE = "Keras BN"
 RIVAL = "Keras renorm"
 FLOOR = "no normalization"
 FOLDED = "folded"
+SHUT = "our renorm, gate shut"
 # Those of `documents.py` for what is there too.
 COLORS = {
     BASELINE: "#d55e00",
@@ -19,6 +20,7 @@ COLORS = {
     "our BN": "#e69f00",
     "our renorm": "#56b4e9",
     "our renorm, corrected": "#0072b2",
+    SHUT: "#332288",
     "group norm.": "#999999",
     FOLDED: "#009e73",
     FLOOR: "#dddddd",

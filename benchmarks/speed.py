@@ -27,7 +27,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 import timing
-from networks_made import CLIPPING, layers_of
+from networks_made import CLIPPING, layers_of, shut_gates
+from networks_report import SHUT
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -96,8 +97,10 @@ def run_case(mode, dtype, shape, what, seconds):
     """Ratios of one case, the floor among them."""
     inputs = tf.cast(tf.random.normal(shape), dtype)
     upstream = tf.cast(tf.random.normal(shape), dtype)
-    functions = {}
-    for name, layer in contenders(dtype).items():
+    functions, layers = {}, contenders(dtype)
+    if what == "train" and mode == "graph":
+        layers[SHUT] = layers_of(dtype)[OURS[-1]]
+    for name, layer in layers.items():
         layer(inputs)
         function = operation(layer, what)
         if mode != "eager":
@@ -106,7 +109,11 @@ def run_case(mode, dtype, shape, what, seconds):
             function(inputs, upstream)
         )
     functions["copy"] = timing.copier(inputs.numpy())
-    times = timing.interleaved(functions, seconds)
+    times = timing.interleaved(
+        functions,
+        seconds,
+        prepare={SHUT: lambda: shut_gates([layers[SHUT]])},
+    )
     result = timing.ratios(times, BASELINE)
     tensors = {"train": 8, "forward": 3, "inference": 2}[what]
     copy = result.pop("copy")

@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 
 
-def interleaved(functions, seconds, settle=2, clock=time.perf_counter):
+def interleaved(
+    functions, seconds, settle=2, clock=time.perf_counter, prepare=None
+):
     """Seconds a call of each function, by a clock: arrays, one value a round.
 
     All functions take turns within each round, so that what else the machine
     does hits them alike. `functions` maps names to callables that return when
-    their work is done.
+    their work is done. `prepare` maps names to what is called before a turn,
+    and not timed.
     """
+    prepare = prepare or {}
     for function in functions.values():
         for _ in range(settle):
             function()
@@ -27,6 +31,8 @@ def interleaved(functions, seconds, settle=2, clock=time.perf_counter):
     end = time.perf_counter() + seconds
     while len(times[next(iter(times))]) < 5 or time.perf_counter() < end:
         for name, function in functions.items():
+            if name in prepare:
+                prepare[name]()
             # Once for what the one before left behind: cold caches, memory
             # given back to the system.
             function()

@@ -289,6 +289,8 @@ def _backward_of(
 ) -> tuple[Tensor, ...]:
     run = _step_of(way, inputs, state, kept)
     run.branch(correction.opening)
+    # As tensors, what graphs know as a number.
+    others = [ops.cast(each, state.moving_mean.dtype) for each in others]
     return _backward(run, correction, upstream, others, state, way.pool)
 
 
@@ -363,7 +365,8 @@ def _of_nodes(step: Any) -> Any:
             known_still = known._replace(shares=(), limits=None)
 
             def taken(*tensors: Tensor) -> Any:
-                arriving, *others = tensors[:count]
+                # Statistics pass no gradient on.
+                arriving, _, _, *probe = tensors[:count]
                 inputs, *values = tensors[count:]
                 results = backward(
                     way,
@@ -373,7 +376,7 @@ def _of_nodes(step: Any) -> Any:
                     kept,
                     correction,
                     arriving,
-                    others,
+                    list(map(tracing.known, probe)),
                 )
                 for result, like in zip(results, tensors[count:], strict=True):
                     tracing.set_shape(result, like)
