@@ -386,3 +386,25 @@ def test_what_follows_has_the_type_that_it_had(is_sequential, policy, rng):
     expected, got = (each.predict(x, verbose=0) for each in (model, folded))
     assert got.dtype == expected.dtype == np.float32
     helpers.assert_close(got, expected, 0.1)
+
+
+def test_sequences_with_masks(rng):
+    """Where a sequential model calls each layer with a mask."""
+    model = keras.Sequential(
+        [
+            keras.Input((5, 3)),
+            layers.Masking(),
+            layers.Dense(4),
+            BatchNormalization(),
+            layers.GlobalAveragePooling1D(),
+        ]
+    )
+    randomize(model, rng)
+    x = networks.data_of(model, rng)
+    x[:, 3:] = 0.0
+    inputs = keras.Input((5, 3))
+    nested = keras.Model(inputs, layers.Dense(2)(model(inputs)))
+    for whole in (model, nested):
+        folded = fold(whole)
+        assert not networks.normalizations(folded)
+        helpers.assert_close(folded(x), helpers.to_numpy(whole(x)), 1e-5)

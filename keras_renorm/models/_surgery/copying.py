@@ -360,7 +360,8 @@ def _kind_of(layer: Any) -> type:
 
 def _changes_type(layer: Any) -> bool:
     """Of a layer in a graph: float32 between layers of float16."""
-    return layer.input.dtype != layer.output.dtype
+    inputs, *_ = keras.tree.flatten(layer.input)  # in a sequence, the mask too
+    return inputs.dtype != layer.output.dtype
 
 
 def graph_of(model: keras.Model) -> keras.Model:
