@@ -408,3 +408,25 @@ def test_sequences_with_masks(rng):
         folded = fold(whole)
         assert not networks.normalizations(folded)
         helpers.assert_close(folded(x), helpers.to_numpy(whole(x)), 1e-5)
+
+
+def test_layers_that_another_graph_called_first(rng, tmp_path):
+    """With inputs of another rank, and not as an output."""
+    dense, named = layers.Dense(4), BatchNormalization(name="named")
+    layers.Dense(2)(named(dense(keras.Input((3, 8)))))
+    inputs = keras.Input((3, 8))
+    model = randomize(keras.Model(inputs, named(dense(inputs))), rng)
+    folded = fold(model)
+    assert not networks.normalizations(folded)
+    folded.save(tmp_path / "folded.keras")
+    loaded = keras.saving.load_model(tmp_path / "folded.keras")
+    assert loaded.output_names == ["named"]
+    dense = layers.Dense(4, name="dense")
+    dense(keras.Input((8,)))
+    inputs = keras.Input((4, 8))
+    outputs = BatchNormalization(axis=1, name="bn")(dense(inputs))
+    model = randomize(keras.Model(inputs, outputs), rng)
+    x = networks.data_of(model, rng)
+    with pytest.warns(UserWarning, match=r"not folded: bn \(it normalizes"):
+        folded = fold(model)
+    helpers.assert_close(folded(x), helpers.to_numpy(model(x)), 1e-5)

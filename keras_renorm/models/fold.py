@@ -257,7 +257,7 @@ def _why_not(before: Any, normalization: Any) -> str:
         before, "lora_enabled", False
     ):
         return f"{before.name} is quantized or has LoRA weights"
-    rank = len(before.output.shape)
+    rank = normalization.input_spec.ndim
     channels = rank - 1
     if getattr(before, "data_format", "") == "channels_first":
         channels = 1

@@ -214,14 +214,14 @@ class _Copying:
                 kept = [self._inputs_of(nested, nested.inputs[0]), *kept]
             new: keras.Model = keras.Sequential(kept, name=nested.name)
         else:
-            outputs = {
-                id(tensor) for tensor in keras.tree.flatten(nested.output)
-            }
+            # Not `layer.output`, which is that of its first call: of another
+            # graph, it may be.
             for layer in nested.layers:
                 if id(layer) in self._dropped:
-                    self._stand_ins[id(self._copy(layer))] = id(
-                        layer.output
-                    ) in outputs or _changes_type(layer)
+                    self._stand_ins[id(self._copy(layer))] = (
+                        layer.name in nested.output_names
+                        or _changes_type(layer)
+                    )
             # Its graph alone: the constructor of a class of its own may take
             # other arguments, and what is compiled is cloned by names.
             new = keras.models.clone_model(
