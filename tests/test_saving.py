@@ -144,6 +144,35 @@ def test_a_layer_that_is_not_built_is_saved():
     assert not store
 
 
+class Trained(keras.Model):
+    """A model that data builds, in a loop of the user's."""
+
+    def __init__(self, masks, **arguments):
+        super().__init__(**arguments)
+        self.masks = masks
+        self.norm = BatchRenormalization()
+
+    def call(self, inputs, training=None):
+        mask = keras.ops.ones(inputs.shape[:-1]) if self.masks else None
+        return self.norm(inputs, training=training, mask=mask)
+
+    def get_config(self):
+        return {"masks": self.masks}
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_model_that_a_training_step_builds_is_saved(masks, rng, tmp_path):
+    """Keras asks for shapes by a symbolic call, which trains as the first."""
+    model = Trained(masks)
+    x = helpers.inputs_of(rng, (8, 4))
+    model(x, training=True)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(
+        tmp_path / "model.keras", custom_objects={"Trained": Trained}
+    )
+    helpers.assert_close(loaded(x), helpers.to_numpy(model(x)), 1e-6)
+
+
 @pytest.mark.tensorflow
 def test_tensorflow_checkpoints(trained, tmp_path):
     import tensorflow as tf

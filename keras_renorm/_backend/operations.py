@@ -58,6 +58,9 @@ if keras.backend.backend() == "torch":
             torch.clamp,
             lambda x, low, high: np.minimum(np.maximum(x, low), high),
         )
+        # Keras's, and its `max` from a value on, read numbers back from
+        # tensors, which those of a symbolic call have not.
+        full_like = _either(torch.full_like, np.full_like)
         isfinite = _either(torch.isfinite, np.isfinite)
         log = _either(torch.log, np.log)
         logical_and = staticmethod(operator.and_)
@@ -82,6 +85,9 @@ if keras.backend.backend() == "torch":
         def max(x: Any, axis: Any = None, **named: Any) -> Any:
             if isinstance(x, np.ndarray):
                 return x.max(axis, **named)
+            if "initial" in named and x.numel():
+                least = named.pop("initial")
+                return keras_ops.max(x, axis, **named).clamp(min=least)
             return keras_ops.max(x, axis, **named)
 
         @staticmethod

@@ -214,8 +214,10 @@ def may_scale_loss(inputs: Any, dtype: str) -> bool:
     """
     if runs_on("torch"):
         kind = inputs.device.type
-        if torch.is_autocast_enabled(kind) and (
-            torch.get_autocast_dtype(kind) == torch.float16
+        if (
+            kind != "meta"  # of a symbolic call, where PyTorch casts nothing
+            and torch.is_autocast_enabled(kind)
+            and torch.get_autocast_dtype(kind) == torch.float16
         ):
             return True
     if "float16" in (dtype, keras.config.dtype_policy().compute_dtype):
