@@ -1,5 +1,6 @@
 """`FreezeStatistics`: the last part of `fit` with frozen statistics."""
 
+import functools
 import gc
 import itertools
 
@@ -255,6 +256,26 @@ def test_converting_a_part_in_place_acts_at_once(data):
     model.fit(*data, batch_size=8, verbose=0, validation_data=data)
     assert int(part.layers[1].step) == 4
     assert_close(model.predict(data[0], verbose=0), model(data[0]), 1e-5)
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize(
+    "forget",
+    [
+        functools.partial(keras_renorm.revert, in_place=True),
+        functools.partial(
+            keras_renorm.convert, in_place=True, gradient_momentum=None
+        ),
+    ],
+)
+def test_an_optimizer_must_know_that_layers_forget(forget, data):
+    """What a layer remembers is the optimizer's: it would miss it, too."""
+    model = make_model()
+    fit(model, data, [], epochs=1)
+    with pytest.warns(UserWarning, match=r"Compile .* remember gradients\.$"):
+        forget(model)
+    model.compile("sgd", "mse")
+    fit(model, data, [], epochs=1)
 
 
 @pytest.mark.tensorflow

@@ -185,7 +185,8 @@ def revert(
     the Keras model that `model` was converted from. It needs no `keras_renorm`
     to load. As `convert` it makes a copy, or changes any built model in place,
     with the same weights, names, `trainable` flags, shared layers and
-    compilation. In place the optimizer keeps its state; a copy has a new one.
+    compilation. In place the optimizer keeps its state (on JAX, compile anew as
+    there); a copy has a new one.
 
     Features that Keras's layer lacks are dropped: limits and step counter,
     virtual batches, `frozen_statistics`. To train it with fixed statistics, set

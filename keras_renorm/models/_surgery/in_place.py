@@ -71,6 +71,7 @@ def replace_in_place(
             (_names(layer), _names(new))
             for layer, new in zip(layers, news, strict=True)
         ]
+    remembered = _remembering(layers)
     for layer, new, (old_names, new_names) in zip(
         layers, news, names, strict=True
     ):
@@ -83,37 +84,47 @@ def replace_in_place(
             for layer in find_layers(holder, keras.layers.Layer)
         )
     )
-    _warn_of_optimizers(model, layers)
+    _warn_of_optimizers(model, remembered, _remembering(layers))
+
+
+def _remembering(layers: Sequence[Any]) -> list[Any]:
+    return [
+        layer
+        for layer in layers
+        if getattr(layer, "gradient_momentum", None) is not None
+    ]
 
 
 def _is_built(model: Any) -> bool:
     return getattr(model, "built", False)  # others may be half made
 
 
-def _warn_of_optimizers(model: keras.Model, layers: Sequence[Any]) -> None:
-    """Warns where an optimizer does not know the weights that it must add to.
+def _warn_of_optimizers(
+    model: keras.Model, before: list[Any], after: list[Any]
+) -> None:
+    """Warns where an optimizer knows other weights than it must add to.
 
     Those of `Accumulator`. Keras says then how many there are.
+
+    Args:
+        model: The model that layers were changed in.
+        before: Those that remembered gradients.
+        after: Those that do so now.
     """
     if runtime.keeps_state_backwards():
         return
-    remembering = [
-        layer
-        for layer in layers
-        if getattr(layer, "gradient_momentum", None) is not None
-    ]
 
     def is_trained(model: Any) -> bool:
         return getattr(getattr(model, "optimizer", None), "built", False)
 
-    trained = models_with(model, remembering, is_trained)
+    trained = models_with(model, [*before, *after], is_trained)
     if trained:
         names = ", ".join(model.name for model in trained)
+        other = "" if before else " Or convert with gradient_momentum=None."
         warn(
             f"Compile {names} before the next training: on "
-            f"Keras's {runtime.name()} backend an optimizer must know the "
-            "weights in which a layer remembers gradients. Or convert with "
-            "gradient_momentum=None."
+            f"Keras's {runtime.name()} backend an optimizer must know in "
+            f"which weights layers remember gradients.{other}"
         )
 
 
