@@ -242,6 +242,13 @@ def test_config():
     )
 
 
+@pytest.mark.parametrize("seed", [np.int64(3), np.array(3)])
+def test_a_seed_of_numpy_is_that_seed(seed, rng):
+    x = rng.normal(size=(4, 3)).astype("float32")
+    outputs = [ActivationNoise(seed=s)(x, training=True) for s in (seed, 3)]
+    np.testing.assert_array_equal(*map(helpers.to_numpy, outputs))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

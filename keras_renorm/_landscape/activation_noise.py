@@ -88,7 +88,7 @@ class ActivationNoise(keras.layers.Layer):
         self.mean_spread = check("mean_spread", mean_spread, 0)
         self.scale_spread = check("scale_spread", scale_spread, 0)
         self.seed = None if seed is None else check_integer("seed", seed)
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = keras.random.SeedGenerator(self.seed)
         self.supports_masking = True
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
