@@ -812,6 +812,13 @@ def test_a_plot_without_matplotlib(monkeypatch, rng):
         line.plot()
 
 
+def test_a_step_size_is_any_number():
+    model = linear_network(3, 1)
+    for size in (np.array(0.1), np.float32(0.1), 0.1):
+        line = loss_along_gradient(model, "mse", BATCH, size)
+        assert line.step_sizes == pytest.approx([0.1])
+
+
 BATCH = np.ones((2, 3)), np.ones((2, 1))
 RULE = "`step_sizes` must be positive and finite, and at least one. Received: "
 KIND = "`step_sizes` must be a number or a sequence of numbers. Received: "

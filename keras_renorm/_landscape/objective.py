@@ -12,7 +12,7 @@ from keras import ops, tree
 from keras_renorm._backend import runtime, tracing
 from keras_renorm._backend.operations import Tensor
 from keras_renorm._backend.variables import read, to_numpy
-from keras_renorm._checks import is_number
+from keras_renorm._checks import is_number, python_value
 from keras_renorm._step import choice
 from keras_renorm.models._data.arrays import check_inputs
 from keras_renorm.models._layers.finding import (
@@ -239,6 +239,7 @@ def _names(structure: Any) -> list[Any]:
 
 def checked_step_sizes(step_sizes: Any) -> np.ndarray:
     """Step sizes as an array."""
+    step_sizes = python_value(step_sizes)
     sizes = [step_sizes]
     if hasattr(step_sizes, "__iter__") and not isinstance(step_sizes, str):
         sizes = list(step_sizes)
