@@ -140,6 +140,16 @@ def test_a_second_fit_stays_relaxed_and_a_reset_counter_begins_anew():
     assert fit(model, [RenormScheduler()])["r_max"][0] < 3.0
 
 
+@pytest.mark.filterwarnings("ignore:`RenormScheduler` scaled its ramps")
+def test_many_fits_of_one_step_each(rng):
+    layer = BatchRenormalization()
+    model = compiled([layer])
+    x = rng.normal(size=(8, 3)).astype("float32")
+    for _ in range(3):
+        model.fit(x, x, verbose=0, callbacks=[RenormScheduler()])
+    assert layer.r_max == ioffe2017(1)[0]
+
+
 def test_a_training_of_many_fits():
     """One epoch each, as in reinforcement and active learning."""
     whole = fit(compiled([BatchRenormalization()]), [RenormScheduler()])

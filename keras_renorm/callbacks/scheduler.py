@@ -222,7 +222,8 @@ class RenormScheduler(keras.callbacks.Callback):
                 end = getattr(start, name).end_step
                 # Of many, or it is rounded.
                 calls = round(1_000 * end / self._ramps(1_000)[name].end_step)
-                ramp = self._ramps(max(1, calls))[name]
+                calls = max(1, calls)  # of a run of one step, ramps end at 0
+                ramp = self._ramps(calls)[name]
                 return calls if ramp == getattr(start, name) else 1
         return 1
 
