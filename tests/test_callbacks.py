@@ -94,6 +94,14 @@ def test_a_function_acts_at_least_once_an_epoch():
     assert history["r_max"] == [2.0, 4.0]
 
 
+def test_a_schedule_of_keras_is_a_function():
+    layer = BatchRenormalization()
+    rises = keras.optimizers.schedules.PolynomialDecay(1.0, 32, 3.0)
+    history = fit(compiled([layer]), [RenormScheduler(rises, 0.0)], epochs=3)
+    assert layer.r_max == 3.0
+    assert history["r_max"][1:] == [3.0, 3.0]
+
+
 def test_a_layer_called_twice_a_step_gets_a_ramp_twice_as_long():
     shared, single = BatchRenormalization(), BatchRenormalization()
     inputs = keras.Input((3,))

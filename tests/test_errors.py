@@ -528,10 +528,14 @@ def test_a_function_that_gives_a_bad_limit():
     model = keras.Sequential([keras.Input((2,)), layer])
     model.compile("sgd", "mse")
     x = np.ones((4, 2))
-    with raises(ValueError, "`r_max` must be at least 1. Received: r_max=0.2."):
-        model.fit(
-            x, x, verbose=0, callbacks=[RenormScheduler(lambda step: 0.2)]
-        )
+    number = '`r_max` must be a number, a `LinearRamp`, or "auto" for a new '
+    for value, kind, message in (
+        (0.2, ValueError, "`r_max` must be at least 1. Received: r_max=0.2."),
+        (None, TypeError, f"{number}layer. Received: r_max=None."),
+    ):
+        scheduler = RenormScheduler(lambda step, value=value: value)
+        with raises(kind, message):
+            model.fit(x, x, verbose=0, callbacks=[scheduler])
 
 
 FUNCTIONS = {

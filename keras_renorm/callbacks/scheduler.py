@@ -1,13 +1,16 @@
 """The limits of renormalization in `fit`."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+from keras import ops
 
 from keras_renorm import schedules
 from keras_renorm._backend import runtime
+from keras_renorm._backend.variables import to_numpy
 from keras_renorm._checks import check_integer
 from keras_renorm.callbacks._executions import Executions
 from keras_renorm.layers.batch_renormalization import BatchRenormalization
@@ -51,7 +54,8 @@ class RenormScheduler(keras.callbacks.Callback):
     Args:
         r_max: `None` (default) for the paper's ramp scaled to the run; a
             number >= 1; a `LinearRamp` over the step; or a function from the
-            step (an `int`) to a number, asked before every batch.
+            step (an `int`) to a number, asked before every batch, such as one
+            of `keras.optimizers.schedules`.
         d_max: The same for d_max, >= 0.
         total_steps: Steps of the whole training, an integer >= 1, to which
             the paper's ramps are scaled. `None` (default) for the `epochs *
@@ -282,7 +286,10 @@ class RenormScheduler(keras.callbacks.Callback):
                 continue
             for layer in self._layers:
                 limit = value(layer.current_step())
-                if self._asked.get((id(layer), name)) != limit:
+                if ops.is_tensor(limit):  # of a schedule of Keras
+                    limit = to_numpy(limit)
+                # (What was never asked for differs from all, also from None.)
+                if self._asked.get((id(layer), name), math.nan) != limit:
                     setattr(layer, name, limit)
                     self._asked[id(layer), name] = limit
 
