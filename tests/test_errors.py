@@ -142,6 +142,13 @@ def raises(kind, message):
             "the layer `keras_renorm.BatchRenormalization`, whose limits are "
             "`r_max` and `d_max`. Received: renorm_clipping={'rmax': 3}.",
         ),
+        (
+            {"renorm_momentum": 0.9},
+            TypeError,
+            "`renorm_momentum` must not be given: batch renormalization is "
+            "the layer `keras_renorm.BatchRenormalization`, whose limits are "
+            "`r_max` and `d_max`. Received: renorm_momentum=0.9.",
+        ),
     ],
 )
 def test_arguments_of_both_layers(layer, arguments, kind, message):

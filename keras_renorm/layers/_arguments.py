@@ -69,7 +69,7 @@ class CheckedArguments(keras.layers.Layer):
     @classmethod
     def _check_layer_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
         """What is left for `keras.layers.Layer`, which knows what it takes."""
-        if given.get("renorm", False) is False:
+        if given.get("renorm", True) is False:
             # As Keras's layer has them where it does not renormalize.
             unset = {"renorm", "renorm_momentum"}
             if given.get("renorm_clipping") is None:
