@@ -372,6 +372,25 @@ def test_inputs_that_were_written_over_are_an_error(layer, training, rng):
 
 
 @pytest.mark.parametrize("layer", [BatchNormalization, BatchRenormalization])
+def test_statistics_move_between_inference_and_its_gradient(layer, rng):
+    layer = layer()
+    layer.build((None, 5))
+    helpers.randomize(layer, rng)
+    inputs = torch.tensor(
+        rng.normal(size=(4, 5)), dtype=torch.float32, requires_grad=True
+    )
+    weights = [inputs, layer.gamma.value, layer.beta.value]
+    loss = layer(inputs).square().sum()
+    expected = torch.autograd.grad(loss, weights)
+    loss = layer(inputs).square().sum()
+    layer(inputs, training=True)  # another loss of the same step
+    for value, right in zip(
+        torch.autograd.grad(loss, weights), expected, strict=True
+    ):
+        assert torch.equal(value, right)
+
+
+@pytest.mark.parametrize("layer", [BatchNormalization, BatchRenormalization])
 def test_statistics_are_constants_whoever_asks_for_gradients(layer, rng):
     """`requires_grad_(True)` of a whole network asks for theirs, too."""
     model = keras.Sequential([keras.Input((3,)), layer()])

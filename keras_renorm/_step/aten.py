@@ -151,9 +151,10 @@ def normalize_by(inputs: Tensor, axis: int, parameters: Parameters) -> Tensor:
     return view.restore(
         normalized(
             view.of(inputs),
-            # Constants, also where somebody asks for all gradients.
-            parameters.moving_mean.detach(),
-            parameters.moving_variance.detach(),
+            # Constants, also where somebody asks for all gradients; and copies,
+            # for a training step may write them over before the gradient.
+            parameters.moving_mean.detach().clone(),
+            parameters.moving_variance.detach().clone(),
             parameters.gamma,
             parameters.beta,
             parameters.epsilon,
