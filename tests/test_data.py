@@ -58,6 +58,7 @@ def examples(rng, count=40):
 def labelled(x, y):
     """Inputs with labels, in the forms that `fit` knows."""
     import pandas
+    import tensorflow as tf
 
     frame, labels = pandas.DataFrame(x), pandas.DataFrame(y, columns=["y"])
     one_hot = pandas.DataFrame(
@@ -69,6 +70,7 @@ def labelled(x, y):
         "frame and series": (frame, labels["y"]),
         "frame and labels as wide": (frame, one_hot),
         "array and series": (x, labels["y"]),
+        "tensors of TensorFlow": (tf.constant(x), tf.constant(y)),
         "no labels": (x, None),
         "no weights": (x, y, None),
         "weights without labels": (x, None, y[:, 0]),
@@ -83,6 +85,7 @@ FORMS = [
     "frame and series",
     "frame and labels as wide",
     "array and series",
+    "tensors of TensorFlow",
     "no labels",
     "no weights",
     "weights without labels",
@@ -104,11 +107,12 @@ def test_labels_are_not_inputs(form, rng):
 @pytest.mark.parametrize("form", FORMS)
 def test_comparisons_read_the_same_forms(form, rng):
     x, y = examples(rng)
-    report = diagnostics.discrepancy(
-        network(), labelled(x, y)[form], verbose=False
-    )
+    data = labelled(x, y)[form]
+    report = diagnostics.discrepancy(network(), data, verbose=False)
     (row,) = report.rows
     assert row["examples"] * row["batches"] == 40
+    report = diagnostics.discrepancy(network(), data, steps=1, verbose=False)
+    assert report.layers[0].batches == 1
 
 
 def test_a_series_is_a_column(rng):

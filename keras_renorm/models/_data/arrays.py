@@ -91,6 +91,8 @@ def rows_of(leaf: Any, rows: np.ndarray) -> Any:
         return leaf.tocsr()[rows]
     if ops.is_tensor(leaf):
         return ops.take(leaf, rows, axis=0)
+    if type(leaf).__module__.startswith("tensorflow"):  # they take no list
+        leaf = np.asarray(leaf)
     return leaf[rows]
 
 
