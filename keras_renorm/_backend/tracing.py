@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from keras import tree
 
 from keras_renorm._backend.derivatives import is_transformed
 from keras_renorm._backend.operations import Tensor
@@ -355,18 +356,22 @@ def _by_torch(function: Any) -> tuple[Any, Any]:
         with torch.no_grad():
             return same_dropout(weights, *arguments)
 
-    def differentiated(
-        weights: list[Tensor], *arguments: Any
-    ) -> tuple[Tensor, list[Tensor]]:
-        # The same numbers, at which no other history begins or ends.
-        weights = [weight.detach().requires_grad_() for weight in weights]
-        with torch.enable_grad():
+    def recordable(leaf: Any) -> Any:
+        made_unrecorded = leaf is not None and leaf.is_inference()
+        return leaf.clone() if made_unrecorded else leaf
+
+    def differentiated(*given: Any) -> tuple[Tensor, list[Tensor]]:
+        # In a `torch.inference_mode`, too, and of what was made in one.
+        with torch.inference_mode(False), torch.enable_grad():
+            weights, *arguments = tree.map_structure(recordable, given)
+            # The same numbers, at which no other history begins or ends.
+            weights = [weight.detach().requires_grad_() for weight in weights]
             value = same_dropout(weights, *arguments)
-        if not value.requires_grad:  # it depends on none
-            return value, [torch.zeros_like(weight) for weight in weights]
-        gradients = torch.autograd.grad(
-            value, weights, allow_unused=True, materialize_grads=True
-        )
+            if not value.requires_grad:  # it depends on none
+                return value, [torch.zeros_like(weight) for weight in weights]
+            gradients = torch.autograd.grad(
+                value, weights, allow_unused=True, materialize_grads=True
+            )
         return value.detach(), list(gradients)
 
     return evaluated, differentiated
