@@ -14,6 +14,7 @@ from keras_renorm import BatchNormalization, BatchRenormalization
 from keras_renorm._backend import tracing
 from keras_renorm._landscape.objective import Objective
 from keras_renorm.diagnostics import (
+    discrepancy,
     effective_smoothness,
     gradient_predictiveness,
     internal_covariate_shift,
@@ -339,6 +340,51 @@ def test_nothing_changes(function, rng):
     )
     model.train_on_batch(*batch)
     assert state_of(model) != before
+
+
+@pytest.mark.torch
+def test_modules_of_torch_keep_their_statistics(rng):
+    from torch import nn
+
+    class Wrapped(layers.Layer):
+        def __init__(self, module):
+            super().__init__()
+            self.wrapped = layers.TorchModuleWrapper(module)
+
+        def call(self, inputs, training=None):
+            return self.wrapped(inputs, training=training)
+
+        def compute_output_spec(self, inputs, training=None):
+            return keras.KerasTensor(inputs.shape)
+
+    module = nn.BatchNorm1d(6)
+    ours = [BatchNormalization(), layers.Dense(3)]
+    model = keras.Sequential([keras.Input((6,)), Wrapped(module), *ours])
+    batch = batch_of(rng)
+    before = {name: each.clone() for name, each in module.named_buffers()}
+    discrepancy(model, batch, verbose=False)
+    for function in FUNCTIONS:
+        function(model, LOSS, batch, STEP_SIZES)
+    for name, each in module.named_buffers():
+        np.testing.assert_array_equal(each, before[name])
+    model(batch[0], training=True)
+    assert module.num_batches_tracked == before["num_batches_tracked"] + 1
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_torch_may_be_in_inference_mode(function, rng):
+    import torch
+
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+    batch = batch_of(rng)
+    expected = function(model, LOSS, batch, STEP_SIZES).values
+    with torch.inference_mode():
+        found = function(model, LOSS, batch, STEP_SIZES).values
+        made_there = [torch.tensor(part) for part in batch]
+    np.testing.assert_array_equal(found, expected)
+    found = function(model, LOSS, made_there, STEP_SIZES).values
+    np.testing.assert_array_equal(found, expected)
 
 
 class FailsAtCall(layers.Layer):

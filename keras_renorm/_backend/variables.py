@@ -2,7 +2,8 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -20,6 +21,26 @@ def read(variable: Any, dtype: str) -> Tensor:
     if runs_on("tensorflow"):
         return tf.cast(tf.convert_to_tensor(variable.value), dtype)
     return ops.cast(variable.value, dtype)
+
+
+@contextmanager
+def kept_buffers(find: Callable[[], Iterable[Any]]) -> Iterator[None]:
+    """Puts back what modules of PyTorch in layers hold besides parameters.
+
+    `TorchModuleWrapper` makes variables of these alone: what a module assigns
+    to others, such as moving statistics, no scope of Keras drops.
+    """
+    before = {
+        buffer: buffer.clone()
+        for layer in (find() if runs_on("torch") else ())
+        for buffer in layer.buffers()
+    }
+    try:
+        yield
+    finally:
+        for buffer, value in before.items():
+            # A gradient that is yet to be taken must not know.
+            buffer.data.copy_(value)
 
 
 def kept_for_gradient(state: Any) -> Any:

@@ -11,7 +11,7 @@ from keras import ops, tree
 
 from keras_renorm._backend import runtime, tracing
 from keras_renorm._backend.operations import Tensor
-from keras_renorm._backend.variables import read, to_numpy
+from keras_renorm._backend.variables import kept_buffers, read, to_numpy
 from keras_renorm._checks import is_number, python_value
 from keras_renorm._step import choice
 from keras_renorm.models._data.arrays import check_inputs
@@ -146,9 +146,12 @@ def _function(model: keras.Model, loss: Any, training: bool) -> Any:
         learned, others = _variables(model)
         variables = learned + others
         values = list(weights) + list(state)
-        with keras.StatelessScope(
-            state_mapping=zip(variables, values, strict=True),
-            collect_losses=True,
+        with (
+            kept_buffers(lambda: find_layers(model, keras.layers.Layer)),
+            keras.StatelessScope(
+                state_mapping=zip(variables, values, strict=True),
+                collect_losses=True,
+            ),
         ):
             outputs = model(x, training=training)
             total = _loss_value(loss, y, outputs, sample_weight)

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_renorm._backend.operations import Tensor
+from keras_renorm._backend.variables import kept_buffers
 from keras_renorm._step import choice, pooling
 from keras_renorm._step.moments import Moments, centered_moments
 from keras_renorm.diagnostics._report.measurement import Gap, Measurement
@@ -24,7 +25,12 @@ from keras_renorm.models._data.passes import (
     example_moments,
     reached_layers,
 )
-from keras_renorm.models._layers.finding import Choice, built_layers, names_of
+from keras_renorm.models._layers.finding import (
+    Choice,
+    built_layers,
+    find_layers,
+    names_of,
+)
 from keras_renorm.models._layers.graphs import (
     compiled,
     forgotten_after_errors,
@@ -135,7 +141,10 @@ class Comparison:
         """Outputs and activity losses, in training mode and in inference."""
         if self._training is None:
             self._training = set()
-            self._run_mode("listening", x, named)
+            with kept_buffers(
+                lambda: find_layers(self._model(), keras.layers.Layer)
+            ):
+                self._run_mode("listening", x, named)
         self._called = []
         training = self._run_mode("training", x, named)
         inference = self._run_mode("inference", x, named)
