@@ -64,6 +64,24 @@ class Picks(Net):
         return super().train_step(*state, scaled((data["x"], data["y"])))
 
 
+@pytest.mark.parametrize(
+    ("unpack", "size"), [(list, 2), (lambda data: [data[0], data[1]], 8)]
+)
+def test_examples_are_not_taken_for_inputs_and_labels(unpack, size, rng):
+    class Unpacks(Net):
+        def train_step(self, *given):
+            *state, data = given
+            x, y = unpack(data)
+            return super().train_step(*state, (x, y))
+
+    x = rng.normal(3.0, 1.0, (16, 5, 3)).astype("float32")
+    model = Unpacks()
+    model(x)
+    recalibrate(model, x, batch_size=size, verbose=False)
+    mean = helpers.statistics(model.bn)[0]
+    helpers.assert_close(mean, x.mean(axis=(0, 1)), 1e-5)
+
+
 @pytest.mark.parametrize("is_batches", [False, True])
 def test_a_step_may_pick_parts_of_the_data(is_batches, rng):
     x = rng.integers(0, 256, (40, 3)).astype("uint8")

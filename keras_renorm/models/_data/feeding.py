@@ -90,6 +90,8 @@ class Feeder:
                 error = None
                 if called is None:  # it trains parts of the model
                     break
+                if _is_row(called.x, forms[at]):
+                    continue
                 self._form = at
                 return called
             del self._steps[0]
@@ -107,6 +109,15 @@ def _is_own(model: Any, name: str) -> bool:
     return name in vars(model) or getattr(type(model), name) is not getattr(
         keras.Model, name
     )
+
+
+def _is_row(x: Any, batch: Any) -> bool:
+    """Whether a step took an example of a bare batch for all inputs.
+
+    It unpacks inputs and labels, which two examples may be, too.
+    """
+    shapes = [getattr(each, "shape", None) for each in (x, batch)]
+    return None not in shapes and tuple(shapes[0]) == tuple(shapes[1][1:])
 
 
 def _first_call(model: Any, name: str, batch: Any) -> _Called | None:
