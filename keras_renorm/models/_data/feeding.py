@@ -116,8 +116,11 @@ def _is_row(x: Any, batch: Any) -> bool:
 
     It unpacks inputs and labels, which two examples may be, too.
     """
-    shapes = [getattr(each, "shape", None) for each in (x, batch)]
-    return None not in shapes and tuple(shapes[0]) == tuple(shapes[1][1:])
+    return (
+        hasattr(x, "shape")
+        and hasattr(batch, "shape")
+        and tuple(x.shape) == tuple(batch.shape[1:])
+    )
 
 
 def _first_call(model: Any, name: str, batch: Any) -> _Called | None:
