@@ -222,14 +222,14 @@ def test_frozen_layers_have_no_gap(rng):
             self.frozen = BatchNormalization(
                 name="frozen", frozen_statistics=True
             )
-            self.training = BatchNormalization(name="training")
+            self.moving = BatchNormalization(name="training")
 
         def call(self, x, training=None):
             return (
                 self.inferring(x, training=False)
                 + self.untrainable(x, training=training)
                 + self.frozen(x, training=training)
-                + self.training(x, training=training)
+                + self.moving(x, training=training)
             )
 
     model = Branches()
