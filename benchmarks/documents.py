@@ -82,10 +82,10 @@ def table(head, rows):
 def machine_of(results):
     """On what results were measured, as a sentence."""
     machine = results["machine"]
-    where, key = f"an {machine.get('device')}", "jax"
-    if "device" not in machine:
+    key = machine.get("backend", "jax" if "device" in machine else "tensorflow")
+    where = f"an {machine.get('device')}"
+    if machine.get("device", "cpu") == "cpu":
         where = f"{machine['cores']} cores of an {machine['processor']}"
-        key = machine.get("backend", "tensorflow")
     name = {"jax": "JAX", "torch": "PyTorch", "tensorflow": "TensorFlow"}[key]
     backend = f"{name} {machine[key]}"
     return (
@@ -306,8 +306,17 @@ def networks():
 
 def gpu_layer():
     """A layer on a GPU."""
-    results = read("speed_jax_gpu.json")
-    names = ("Keras 3 renorm", "our BN", "our renorm")
+    return _on_jax("speed_jax_gpu.json", OURS[:2])
+
+
+def jax_layer():
+    """A layer on JAX, on a CPU."""
+    return _on_jax("speed_jax_cpu.json", OURS)
+
+
+def _on_jax(path, ours):
+    results = read(path)
+    names = ("Keras 3 renorm", *ours)
     rows = []
     for case in results["cases"]:
         ratios = case["ratios"]
@@ -406,6 +415,7 @@ PARTS = {
     "replicas": replicas,
     "fold": fold,
     "networks": networks,
+    "JAX": jax_layer,
     "GPU": gpu_layer,
     "PyTorch": pytorch,
     "networks on a GPU": gpu_networks,

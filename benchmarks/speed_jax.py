@@ -42,13 +42,6 @@ BASELINE = "Keras 3 BN"
 TENSORS = {"train": 9, "inference": 2}
 
 
-def contenders(dtype):
-    layers = layers_of(dtype)
-    # A loop of its own would have to add what that remembers.
-    del layers["our renorm, corrected"]
-    return layers
-
-
 def chained(layer, what, inputs, upstream, length):
     """A chain of `length` steps of a layer."""
     layer.build(inputs.shape)
@@ -66,8 +59,13 @@ def chained(layer, what, inputs, upstream, length):
         outputs, upstream = jax.lax.optimization_barrier((outputs, upstream))
         gradients, d_inputs = pull(upstream)
         trained = [
-            weight - 1e-6 * gradient
-            for weight, gradient in zip(trained, gradients, strict=True)
+            # As Keras's optimizers.
+            gradient
+            if variable.overwrite_with_gradient
+            else weight - 1e-6 * gradient
+            for variable, weight, gradient in zip(
+                layer.trainable_variables, trained, gradients, strict=True
+            )
         ]
         return (trained, kept), [outputs, d_inputs]
 
@@ -90,7 +88,7 @@ def run_case(shape, dtype, what, length, seconds):
     inputs, upstream = (jax.random.normal(key, shape, dtype) for key in keys)
     functions = {
         name: chained(layer, what, inputs, upstream, length)
-        for name, layer in contenders(dtype).items()
+        for name, layer in layers_of(dtype).items()
     }
     functions["copy"] = copier(inputs, length)
     times = timing.interleaved(compiled(functions), seconds)

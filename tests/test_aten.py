@@ -129,12 +129,17 @@ def test_batch_normalization(layout, memory, dtype, rng):
 @pytest.mark.parametrize("memory", MEMORY[:3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_the_gated_step(layout, memory, dtype, rng, steps):
+@pytest.mark.parametrize("is_shut", [False, True])
+def test_the_gated_step(is_shut, layout, memory, dtype, rng, steps):
     shape, axis = LAYOUTS[layout]
     if len(shape) == 1:
         pytest.skip("no axis of examples")
     layer, reference = made(shape, rng, step=120, axis=axis, dtype=dtype)
+    if is_shut:  # as where data are sorted
+        reference.gate = np.array([0.5, 1.0, 16.0, 0.99])
+        layer.gate.assign(reference.gate)
     for _ in range(2):
+        assert (reference.opening() == 0) == is_shut
         inputs = helpers.inputs_of(rng, shape, axis, dtype)
         upstream = rng.normal(size=shape).astype(dtype)
         actual = stepped(layer, lying(inputs, memory), lying(upstream, memory))

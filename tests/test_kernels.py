@@ -661,6 +661,38 @@ def operations(function, *arguments):
     return names
 
 
+def test_calls_share_graphs_and_neither_kernels_nor_constants():
+    # Kernels of oneDNN that two layers ran at once corrupted memory. For each
+    # call with a constant of its own TensorFlow's optimizer makes a graph.
+    layers = [BatchRenormalization() for _ in range(2)]
+    for layer in layers:
+        layer.build(LARGE)
+
+    @tf.function
+    def step(inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layers[1](layers[0](inputs, training=True), training=True)
+        return tape.gradient(outputs, inputs)
+
+    graph = step.get_concrete_function(tf.zeros(LARGE)).graph
+    constants, instances = {}, set()
+    for operation in graph.get_operations():
+        if operation.type == "PartitionedCall":
+            function = operation.get_attr("f")
+            instances.add(function.SerializeToString())
+            constants.setdefault(function.name, []).append(
+                {
+                    each.name
+                    for each in operation.inputs
+                    if each.op.type == "Const"
+                }
+            )
+    assert [len(calls) for calls in constants.values()] == [2, 2]
+    assert len(instances) == 4
+    assert all(one == other for one, other in constants.values())
+
+
 def test_xla_is_recognized_wherever_it_comes_from():
     # If this fails, TensorFlow has changed how it marks what it compiles:
     # see `choice._is_compiled_by_xla`. The fused training operator computes

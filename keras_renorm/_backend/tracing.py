@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -70,12 +71,29 @@ def shared_call(function: Any, stays: bool = False) -> Any:
         outputs = tf.raw_ops.PartitionedCall(
             args=tensors,
             Tout=[each.dtype for each in graph.outputs],
-            f=graph,
+            f=_instance(graph),
             config_proto=_unoptimized(),
         )
         return _packed(graph, outputs)
 
     return called
+
+
+_calls = itertools.count()
+
+
+def _instance(graph: Any) -> Any:
+    """A graph with kernels of its own, for one call.
+
+    Calls of the same name and attributes share kernels, and some of these, such
+    as oneDNN's for normalization, keep in themselves what they work on. Two
+    layers at once, in branches of a network, would then write over each other's
+    memory.
+    """
+    graph.add_to_graph(tf.compat.v1.get_default_graph())
+    instance = tf.compat.v1.NameAttrList(name=graph.name)
+    instance.attr["_call"].i = next(_calls)
+    return instance
 
 
 @functools.cache

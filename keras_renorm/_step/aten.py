@@ -24,6 +24,7 @@ class AtenStep:
         self, inputs: Tensor, axis: int, state: State, pool: Pool
     ) -> None:
         self._inputs, self._axis, self._state = inputs, axis, state
+        self._is_shut = False
         self._view = _View(inputs, axis)
         self._values = self._view.of(inputs)
         channels = inputs.shape[axis]
@@ -43,6 +44,10 @@ class AtenStep:
         """Whether no mean is large beside the spread, or not a number."""
         limit = LARGE_MEAN**2 * self._variance
         return bool((torch.square(self.moments.shift) <= limit).all())
+
+    def branch(self, opening: Tensor | None) -> None:
+        """As `fused.FusedStep.branch`."""
+        self._is_shut = opening is not None and bool(opening == 0)
 
     def outputs(self, scale: Tensor | None, offset: Tensor | None) -> Tensor:
         """x̂ times scale plus offset."""
@@ -67,7 +72,9 @@ class AtenStep:
     def sums(
         self, upstream: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `plain.PlainStep.sums`."""
+        """As `plain.PlainStep.sums`; if shut, with the gradient itself."""
+        if self._is_shut:
+            return self.gradients(upstream, scale)
         _, d_scale, d_offset = self._backward(upstream, None, False)
         return upstream, d_scale, d_offset
 
@@ -117,6 +124,8 @@ class AtenStep:
         scale_mean: Tensor,
     ) -> Tensor:
         """Scale / σ_B (dy − offset_mean − x̂ scale_mean), as A dy + B x + C."""
+        if self._is_shut:
+            return upstream
         rank = self._inputs.dim()
         scale = scale * self._rsigma
         of_inputs = -scale * scale_mean * self._rsigma

@@ -232,7 +232,7 @@ def _forward(
 ) -> tuple[Any, Correction, Tensor]:
     run = _step_of(way, inputs, state)
     correction = respond(run.moments, state)
-    if is_node:
+    if is_node or way.path == "aten":
         run.branch(correction.opening)
     scale, offset = correction.scale_and_offset(state.gamma, state.beta)
     return run, correction, run.outputs(scale, offset)
