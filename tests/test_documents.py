@@ -230,6 +230,7 @@ def test_formulas_have_the_numbers_of_the_code():
     assert f"{persists} (1 - H(1 / n, {gating.HALF_OPEN_WORTH:g})))" in (
         text.replace("−", "-")
     )
+    assert f"Below {gating.LEAST_OPENING:g}, g is 0" in text
     raised = f"{gating.STEEPNESS:g}".translate(
         str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
     )
