@@ -190,7 +190,6 @@ def advice():
 
 
 OURS = ("our BN", "our renorm", "our renorm, corrected")
-SHUT = "our renorm, gate shut"
 
 
 def speed():
@@ -200,7 +199,7 @@ def speed():
         "Keras 3 renorm",
         "Keras 2 BN",
         *OURS,
-        SHUT,
+        _networks_report()["SHUT"],
         "floor",
     )
     rows = []
@@ -519,10 +518,11 @@ def draw_accuracies(plt, shown):
 
 def step_ratios():
     """Input -> layer -> a training step's time over Keras's."""
+    shut = _networks_report()["SHUT"]
     return {
         case["label"]: {
             name: round(case["ratios"][name]["median"], 3)
-            for name in ("Keras 3 renorm", *OURS, SHUT, "floor")
+            for name in ("Keras 3 renorm", *OURS, shut, "floor")
         }
         for case in read("speed_cpu.json")["cases"]
         if _kind(case) == ("training step", "graph", "float32")
@@ -535,7 +535,7 @@ def draw_speed(plt, shown):
     report = _networks_report()
     colors = {
         "Keras 3 renorm": report["COLORS"][report["RIVAL"]],
-        **{name: report["COLORS"][name] for name in (*OURS, SHUT)},
+        **{name: report["COLORS"][name] for name in (*OURS, report["SHUT"])},
         "floor": report["COLORS"][report["FLOOR"]],
     }
     width = 0.8 / len(colors)

@@ -162,16 +162,6 @@ def set_shape(value: Tensor | None, like: Tensor) -> None:
         value.set_shape(like.shape)
 
 
-def known(value: Tensor) -> Any:
-    """A scalar as a number, if a graph knows it.
-
-    TensorFlow's optimizer makes a graph of its own for each call that has a
-    constant among its tensors.
-    """
-    number = tf.get_static_value(value) if shares_nodes() else None
-    return value if number is None else float(number)
-
-
 def shares_nodes() -> bool:
     """Whether `shared_call` makes a node here and now.
 

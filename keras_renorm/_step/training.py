@@ -289,8 +289,6 @@ def _backward_of(
 ) -> tuple[Tensor, ...]:
     run = _step_of(way, inputs, state, kept)
     run.branch(correction.opening)
-    # As tensors, what graphs know as a number.
-    others = [ops.cast(each, state.moving_mean.dtype) for each in others]
     return _backward(run, correction, upstream, others, state, way.pool)
 
 
@@ -353,7 +351,7 @@ def _of_nodes(step: Any) -> Any:
         own = known.with_trained(parameters)
         outputs, correction, kept = forward(way, x, own)
         tracing.set_shape(outputs, x)
-        for value in correction[:-1]:
+        for value in correction._replace(opening=None):
             tracing.set_shape(value, own.moving_mean)
 
         def gradient(*upstream: Tensor) -> tuple[Tensor, ...]:
@@ -376,7 +374,7 @@ def _of_nodes(step: Any) -> Any:
                     kept,
                     correction,
                     arriving,
-                    list(map(tracing.known, probe)),
+                    probe,
                 )
                 for result, like in zip(results, tensors[count:], strict=True):
                     tracing.set_shape(result, like)
