@@ -516,6 +516,32 @@ def test_models_that_cannot_be_frozen(data):
         assert int(model.optimizer.iterations) == 0
 
 
+def test_what_a_model_never_calls_need_not_be_ours(data):
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.norm = keras.layers.BatchNormalization(name="norm")
+            self.unused = keras.layers.BatchNormalization(name="unused")
+
+        def build(self, shape):
+            self.norm.build(shape)
+
+        def call(self, inputs, training=None):
+            return self.norm(inputs, training=training)
+
+    model = make_model(Block())
+    keras_renorm.convert(
+        model, in_place=True, layers=lambda layer: layer.built, momentum=0.5
+    )
+    before, *_, last = fit(model, data, [FreezeStatistics()])[-3:]
+    assert not np.array_equal(before["moving_mean"], last["moving_mean"])
+    keras_renorm.freeze_statistics(model)
+    assert model.layers[1].norm.frozen_statistics
+    keras_renorm.unfreeze_statistics(model)
+    assert not model.layers[1].norm.frozen_statistics
+    assert type(model.layers[1].unused) is keras.layers.BatchNormalization
+
+
 def test_one_epoch_has_no_last_part(data):
     with pytest.raises(
         ValueError, match=r"at least 1 / begin.* epochs=1, begin=0.8"

@@ -927,3 +927,40 @@ def test_a_layer_without_a_mask_argument_is_watched(rng):
     )
     report = diagnostics.discrepancy(model, x, verbose=False)
     assert [row.gap for row in report.layers] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "parent", [keras.layers.BatchNormalization, BatchRenormalization]
+)
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_what_a_class_hands_to_its_parent_is_measured(
+    layer_by_layer, parent, rng
+):
+    class OfGraphs(parent):  # values of nodes, and which of them count
+        def build(self, shapes):
+            super().build(shapes[0])
+            self.input_spec = None
+
+        def compute_output_shape(self, shapes):
+            return shapes[0]
+
+        def call(self, inputs, training=None):
+            nodes, counted = inputs
+            return super().call(
+                keras.ops.square(nodes), training=training, mask=counted > 0
+            )
+
+    nodes, counted = keras.Input((3,)), keras.Input(())
+    layer = OfGraphs()
+    outputs = keras.layers.BatchNormalization()(layer([nodes, counted]))
+    model = keras.Model([nodes, counted], outputs)
+    x = rng.normal(2.0, 1.0, (32, 3)).astype("float32")
+    data = [x, (np.arange(32) < 24).astype("float32")]
+    recalibrate(model, data, layer_by_layer=layer_by_layer, verbose=False)
+    squares = x[:24].astype("float64") ** 2
+    mean, variance = helpers.statistics(layer)
+    helpers.assert_close(mean, squares.mean(axis=0), 1e-5)
+    helpers.assert_close(variance, squares.var(axis=0), 1e-5)
+    report = diagnostics.discrepancy(model, data, verbose=False)
+    assert all(row.gap < 1e-5 for row in report.layers)
+    assert type(layer) is OfGraphs

@@ -29,8 +29,9 @@ def freeze_statistics(model: keras.Model, *, layers: Choice = None) -> None:
 
     Raises:
         ValueError: If the model has none, or Keras's batch normalization is
-            among `layers`, which cannot do this (`convert` the model); if
-            `layers` chooses none, or layers that are not in the model.
+            among `layers`, which cannot do this (`convert` the model), but
+            for what a built model never called; if `layers` chooses none, or
+            layers that are not in the model.
 
     Warns:
         UserWarning: If statistics are as they were made, mean 0 and variance
@@ -122,10 +123,15 @@ def normalization_layers(
 ) -> list[BatchNormalization]:
     """The layers that can be frozen; an error if there are others, or none."""
     chosen = choose_layers(model, layers)
+    ours = [layer for layer in chosen if isinstance(layer, BatchNormalization)]
     others = [
-        layer for layer in chosen if not isinstance(layer, BatchNormalization)
+        layer
+        for layer in chosen
+        # What a built model never called does not matter.
+        if not isinstance(layer, BatchNormalization)
+        and (layer.built or not model.built)
     ]
-    if others or not chosen:
+    if others or not ours:
         found = "none at all"
         if others:
             found = f"Keras's own layers {describe(others, model)}"
@@ -134,4 +140,4 @@ def normalization_layers(
             f"`keras_renorm.convert` makes it. Received: model={model.name}, "
             f"which has {found}."
         )
-    return chosen
+    return ours

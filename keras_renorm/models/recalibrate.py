@@ -57,7 +57,8 @@ def recalibrate(
     are those of other batches. This computes mean and variance of each layer's
     input over the dataset, with the weights as they are ("precise BN", Wu and
     Johnson 2021): pooled by count, with the law of total variance, so that how
-    the data is cut into batches does not matter for a layer's own input.
+    the data is cut into batches does not matter for a layer's own input. (In a
+    class of your own, that is what its `call` hands to `super().call`, if so.)
 
     In one pass, batch normalization normalizes with the statistics of the batch
     on the way, everything else infers: deeper layers see the outputs of that.

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -21,7 +22,11 @@ from keras_renorm._step.moments import (
 from keras_renorm.models._data.batches import Batches
 from keras_renorm.models._data.feeding import Feed, Feeder
 from keras_renorm.models._data.totals import Total
-from keras_renorm.models._layers.calls import has_own_call, replaced_calls
+from keras_renorm.models._layers.calls import (
+    has_own_call,
+    replaced_bases,
+    replaced_calls,
+)
 from keras_renorm.models._layers.finding import describe
 
 # Of a batch: layers, and the arrays that a call of one reported.
@@ -136,6 +141,8 @@ class Reports:
         self._error: ValueError | None = None
         self._places = 0
         self._is_running = False
+        # Layers with a `call` of their own whose `super().call` was watched.
+        self._seen_inside: set[int] = set()
 
     def report(self, layer: Any, found: Any, outputs: Tensor) -> Tensor:
         """The outputs of a call, which reports a structure of tensors."""
@@ -151,6 +158,26 @@ class Reports:
 
         tensors = [ops.convert_to_tensor(leaf) for leaf in tree.flatten(found)]
         return watching.report(receive, tensors, outputs)
+
+    def _watched(
+        self, layer: Any, call: Callable[..., Any], hook: Hook
+    ) -> Callable[..., Any]:
+        """A layer's `call`, of which a hook sees what it normalizes."""
+        hooked = self._hooked(layer, call, hook)
+        if not has_own_call(layer):
+            return hooked
+
+        def watched(*arguments: Any, **named: Any) -> Tensor:
+            if not self._is_running:
+                return call(*arguments, **named)
+            self._seen_inside.discard(id(layer))
+            with keras.StatelessScope():
+                outputs = call(*arguments, **named)
+            if id(layer) in self._seen_inside:
+                return outputs
+            return hooked(*arguments, **named)  # without `super().call`
+
+        return watched
 
     def _hooked(
         self, layer: Any, call: Callable[..., Any], hook: Hook
@@ -226,10 +253,14 @@ class Reports:
             feed = feeder(batch)
             count(feed, *self._run(function, feed))
 
-        def hooked(layer: Any, call: Callable[..., Any]) -> Any:
-            return self._hooked(layer, call, hook)
+        def inside(layer: Any, call: LayerCall) -> Tensor:
+            self._seen_inside.add(id(layer))
+            return hook(layer, call)
 
-        with replaced_calls(layers, hooked):
+        with (
+            replaced_bases(layers, partial(self._hooked, hook=inside)),
+            replaced_calls(layers, partial(self._watched, hook=hook)),
+        ):
             return data.read(receive, verbose)
 
 
