@@ -181,6 +181,32 @@ def constant_channel(layer):
     return f"a constant 10000.7 gives |y| = {np.abs(outputs).max():.2g}"
 
 
+def gradient_penalty(layer):
+    """The gradient of a squared gradient through two layers, as in WGAN-GP."""
+    layers = [layer(dtype="float64"), layer(dtype="float64")]
+    x = tf.constant(np.random.default_rng(0).normal(size=(16, 4)))
+    shift = tf.Variable(np.zeros(4))
+
+    def penalty():
+        inputs = x
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            hidden = (layers[0](inputs, training=True) + shift) ** 3
+            outputs = layers[1](hidden, training=True) ** 3
+        return tf.reduce_sum(tape.gradient(outputs, inputs) ** 2)
+
+    with tf.GradientTape() as tape:
+        value = penalty()
+    gradient = tape.gradient(value, shift).numpy()
+    difference = np.zeros(4)
+    for channel, step in enumerate(1e-6 * np.eye(4)):
+        for sign in (1, -1):
+            shift.assign(sign * step)
+            difference[channel] += sign * penalty().numpy() / 2e-6
+    error = np.abs(gradient - difference).max() / np.abs(difference).max()
+    return f"off by {error:.0e} of its size"
+
+
 def strategy():
     """Two replicas; one strategy for all cases, since two clash."""
     if not hasattr(strategy, "made"):
@@ -293,6 +319,7 @@ CASES = [
             ("`float16` policy, 2,000 steps", pure_float16),
             ("a constant channel, float32", constant_channel),
             ("invalid arguments", invalid_arguments),
+            ("a gradient penalty through two layers", gradient_penalty),
             ("replicas with other data", replicas_with_other_data),
             ("a last batch that leaves a replica empty", empty_replica),
             ("`synchronized=True` and a mask", synchronized_mask),

@@ -742,6 +742,34 @@ def test_second_derivatives_equal_central_differences(rng):
     helpers.assert_close(actual, expected, 1e-6)
 
 
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("shape", [(16, 4), (4, 3, 3, 4)])
+def test_a_gradient_penalty_through_two_layers(shape, rng):
+    """As in WGAN-GP, where Keras's layer is off by 10 %, or more."""
+    import tensorflow as tf
+
+    layers = [
+        keras_renorm.BatchNormalization(dtype="float64") for _ in range(2)
+    ]
+    inputs = tf.constant(rng.normal(size=shape))
+
+    def penalty(offset):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            hidden = (layers[0](inputs, training=True) + offset) ** 3
+            outputs = layers[1](hidden, training=True) ** 3
+        return tf.reduce_sum(tape.gradient(outputs, inputs) ** 2)
+
+    offset = tf.zeros(4, "float64")
+    with tf.GradientTape() as tape:
+        tape.watch(offset)
+        value = penalty(offset)
+    expected = central_difference(
+        lambda values: float(penalty(tf.constant(values))), offset.numpy()
+    )
+    helpers.assert_close(tape.gradient(value, offset), expected, 1e-6)
+
+
 @pytest.mark.jax
 @pytest.mark.parametrize("case", ["all", "mask", "groups"])
 def test_second_derivatives_in_both_directions(case, rng):
