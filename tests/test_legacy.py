@@ -299,6 +299,24 @@ def test_what_a_layer_knows_besides_its_weights(
         helpers.assert_close(np.asarray(function(model)(x)), expected, 1e-5)
 
 
+def test_bins_of_numbers_that_are_no_integers(rng, tf_keras):
+    layers = tf_keras.layers
+    model = tf_keras.Sequential(
+        [
+            tf_keras.Input((4,)),
+            layers.Discretization([-1.5, -0.5, 0.0, 0.7]),
+            layers.Embedding(5, 2),
+            layers.Flatten(),
+            layers.BatchNormalization(),
+        ]
+    )
+    x = rng.normal(size=(32, 4)).astype("float32")
+    expected, output = (
+        each.predict(x, verbose=0) for each in (model, convert(model))
+    )
+    helpers.assert_close(output, expected, 1e-5)
+
+
 def test_weights_of_a_vocabulary_are_refused(tf_keras):
     layer = tf_keras.layers.StringLookup(output_mode="tf_idf", name="words")
     layer.adapt(np.array([["a"], ["b"]]))

@@ -196,6 +196,9 @@ class Layers:
             # Its boundaries are no weights in Keras 3.
             boundaries = [float(boundary) for boundary in layer.bin_boundaries]
             arguments |= {"bin_boundaries": boundaries, "num_bins": None}
+            # Of integers as outputs, Keras 3 would make integers of the inputs.
+            if layer.output_mode == "int":
+                arguments["dtype"] = "float32"
         return kind(**arguments)
 
     def _arguments(
