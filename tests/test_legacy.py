@@ -712,6 +712,21 @@ def test_which_examples_share_statistics(to, rng, tf_keras):
             helpers.assert_close(output, wanted, 1e-6)
 
 
+def test_a_layer_of_version_1(rng, tf_keras):
+    from tf_keras.api._v1.keras import layers as old
+
+    model = tf_keras.Sequential(
+        [tf_keras.Input((5, 3)), old.BatchNormalization(axis=1, name="bn")]
+    )
+    randomized(model, rng)
+    x = networks.data_of(model, rng)
+    (expected,) = networks.outputs_of(model, x)
+    new = convert(model)
+    (output,) = networks.outputs_of(new, x)
+    helpers.assert_close(output, expected, 1e-6)
+    assert new.get_layer("bn").axis == 1
+
+
 def test_an_adjustment_is_an_error(tf_keras):
     model = tf_keras.Sequential(
         [

@@ -98,10 +98,8 @@ class Layers:
             raise NoCounterpartError(f"of class {type(layer).__name__}")
         if type(layer).__name__ == "CustomScaleLayer":  # of InceptionResNetV2
             return lambda inputs: inputs[0] + inputs[1] * layer.scale
-        if type(layer) in (
-            kinds.BatchNormalization,
-            kinds.experimental.SyncBatchNormalization,
-        ):
+        # Of version 1 of Keras 2, and `SyncBatchNormalization`, too.
+        if isinstance(layer, kinds.BatchNormalization.__base__):
             new = self._normalization(self._normalization_config(layer))
         elif isinstance(layer, kinds.Bidirectional):
             return self._bidirectional(layer)
