@@ -767,6 +767,30 @@ def test_states_and_flags_of_inner_layers_are_the_models(rng, tf_keras):
     assert not new.get_layer(both.name).forward_layer.trainable
 
 
+def test_nothing_trains_in_what_does_not(rng, tf_keras):
+    """Whatever the flags of layers inside: that is different in Keras 3."""
+    layers = tf_keras.layers
+    shared = layers.Dense(4, name="shared")
+    base = tf_keras.Sequential(
+        [
+            tf_keras.Input((4,)),
+            layers.Dense(4),
+            layers.BatchNormalization(name="bn"),
+            shared,
+        ],
+        name="base",
+    )
+    base.trainable = False
+    shared.trainable = base.get_layer("bn").trainable = True
+    inputs = tf_keras.Input((4,))
+    model = tf_keras.Model(inputs, shared(layers.Dense(4)(base(inputs))))
+    new = convert(model)
+    assert len(model.trainable_weights) == len(new.trainable_weights) == 4
+    assert new.get_layer("shared").trainable  # it is outside, too
+    new.get_layer("base").trainable = True
+    assert len(new.trainable_weights) == 8
+
+
 def blocks(framework):
     """The same custom block for Keras 2 and 3; weights in an odd order."""
     layers = framework.layers
