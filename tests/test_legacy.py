@@ -651,6 +651,19 @@ def test_a_shape_that_only_data_tell_is_an_error(tf_keras):
         convert(tf_keras.Model(inputs, again))
 
 
+def test_a_slice_that_only_data_tell_is_an_error(tf_keras):
+    import tensorflow as tf
+
+    inputs = tf_keras.Input((None, 4))
+    x = tf_keras.layers.BatchNormalization()(inputs)
+    with pytest.raises(
+        ValueError,
+        match=r"the operation tf.__operators__.getitem of a size that is not "
+        r"known\.$",
+    ):
+        convert(tf_keras.Model(inputs, x[:, : tf.shape(x)[1] - 1]))
+
+
 def test_a_shape_with_the_size_of_another_tensor(rng, tf_keras):
     import tensorflow as tf
 

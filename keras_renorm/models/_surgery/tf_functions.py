@@ -92,7 +92,12 @@ def _of_values(
 
 
 def _has_unknown(*structures: Any) -> bool:
-    return any(leaf is _UNKNOWN for leaf in tree.flatten(structures))
+    for leaf in tree.flatten(structures):
+        is_slice = isinstance(leaf, slice)
+        parts = (leaf.start, leaf.stop, leaf.step) if is_slice else (leaf,)
+        if any(part is _UNKNOWN for part in parts):
+            return True
+    return False
 
 
 def _of_the_type(new: Any, old: Any) -> Any:
