@@ -3,6 +3,7 @@
 What is made so is part of a Keras graph, and of its file.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -166,6 +167,20 @@ def _shape(tensor: Any, *out_type: Any) -> tuple[Any, ...]:
     return tuple(_UNKNOWN if size is None else size for size in tensor.shape)
 
 
+def _with_lists(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation of one tensor, with lists for arrays: for its file."""
+
+    def as_list(value: Any) -> Any:
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    @functools.wraps(operation)
+    def with_lists(tensor: Any, *arguments: Any, **named: Any) -> Any:
+        given = tree.map_structure(as_list, (arguments, named))
+        return operation(tensor, *given[0], **given[1])
+
+    return with_lists
+
+
 def _pad(
     tensor: Any, paddings: Any, mode: str = "CONSTANT", constant_values: Any = 0
 ) -> Any:
@@ -301,9 +316,10 @@ _MATH_NAMES = (
 )
 _NN_NAMES = "elu leaky_relu log_softmax relu relu6 selu silu softmax softsign"
 _SAME_NAMES = (
-    "broadcast_to cast einsum expand_dims ones_like repeat reshape squeeze "
-    "stack stop_gradient tensordot tile transpose where zeros_like"
+    "cast einsum ones_like reshape stack stop_gradient tensordot where "
+    "zeros_like"
 )
+_SHAPING_NAMES = "broadcast_to expand_dims repeat squeeze tile transpose"
 # Of later versions of Keras.
 _NEW_NAMES = ("depth_to_space", "space_to_depth")
 # By their public names, those that the operators of Python call as well.
@@ -311,11 +327,14 @@ _NEW_NAMES = ("depth_to_space", "space_to_depth")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"math.{name}": getattr(ops, name) for name in _MATH_NAMES.split()},
     **{
-        f"math.reduce_{name}": getattr(ops, name)
+        f"math.reduce_{name}": _with_lists(getattr(ops, name))
         for name in ("all", "any", "max", "mean", "min", "prod", "std", "sum")
     },
     **{f"nn.{name}": getattr(ops, name) for name in _NN_NAMES.split()},
     **{name: getattr(ops, name) for name in _SAME_NAMES.split()},
+    **{
+        name: _with_lists(getattr(ops, name)) for name in _SHAPING_NAMES.split()
+    },
     **{
         f"nn.{name}": getattr(ops, name)
         for name in _NEW_NAMES
@@ -325,7 +344,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "__operators__.eq": ops.equal,
     "__operators__.getitem": lambda tensor, item: tensor[item],
     "__operators__.ne": ops.not_equal,
-    "clip_by_value": ops.clip,
+    "clip_by_value": _with_lists(ops.clip),
     "concat": ops.concatenate,
     "floor_div": ops.floor_divide,
     "gather": _gather,
@@ -346,8 +365,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "math.l2_normalize": _l2_normalize,
     "math.log_sigmoid": ops.log_sigmoid,
     "math.pow": ops.power,
-    "math.reduce_logsumexp": ops.logsumexp,
-    "math.reduce_variance": ops.var,
+    "math.reduce_logsumexp": _with_lists(ops.logsumexp),
+    "math.reduce_variance": _with_lists(ops.var),
     "math.squared_difference": lambda x, y: ops.square(ops.subtract(x, y)),
     "math.truediv": ops.divide,
     "nn.avg_pool2d": _pool(ops.average_pool),
