@@ -808,6 +808,38 @@ def test_nothing_trains_in_what_does_not(rng, tf_keras):
     assert len(new.trainable_weights) == 8
 
 
+def test_losses_of_activities_are_the_models(rng, tf_keras):
+    layers, l2 = tf_keras.layers, tf_keras.regularizers.L2(0.1)
+    model = tf_keras.Sequential(
+        [
+            tf_keras.Input((4,)),
+            layers.Lambda(lambda x: 2 * x, activity_regularizer=l2),
+            layers.BatchNormalization(activity_regularizer=l2),
+            layers.Activation("relu", activity_regularizer=l2),
+        ]
+    )
+    new = convert(model)
+    x = networks.data_of(model, rng)
+    for each in (model, new):
+        each(x)
+    assert len(new.losses) == 3
+    helpers.assert_close(sum(new.losses), sum(model.losses), 1e-5)
+
+
+def test_a_loss_that_was_added_is_an_error(tf_keras):
+    import tensorflow as tf
+
+    layer = tf_keras.layers.Dense(2, kernel_regularizer="l2", name="mine")
+    model = tf_keras.Sequential(
+        [tf_keras.Input((4,)), layer, tf_keras.layers.BatchNormalization()]
+    )
+    layer.add_loss(lambda: tf.reduce_sum(layer.kernel**2))
+    with pytest.raises(
+        ValueError, match=r"with layer mine, with a loss given to `add_loss`\.$"
+    ):
+        convert(model)
+
+
 def blocks(framework):
     """The same custom block for Keras 2 and 3; weights in an odd order."""
     layers = framework.layers

@@ -92,6 +92,8 @@ class Layers:
         custom = self._custom_objects.get(type(layer).__name__)
         if custom is not None:
             return self._custom(layer, custom)
+        if any(map(_is_added, layer._callable_losses)):
+            raise NoCounterpartError("with a loss given to `add_loss`")
         if isinstance(layer, self._tf_keras.Model):
             return self._graph(layer)
         if not is_of_tf_keras(type(layer)):
@@ -327,6 +329,12 @@ def reason_of(error: Exception) -> str:
         if line.strip() and not line.startswith("Exception encountered")
     ]
     return reported[0] if reported else ""
+
+
+def _is_added(loss: Any) -> bool:
+    """Whether a loss of a layer is not that of a regularizer of a weight."""
+    function = getattr(loss.args[0], "func", None)
+    return getattr(function, "__name__", None) != "_loss_for_variable"
 
 
 def _parameters(kind: type) -> set[str]:
