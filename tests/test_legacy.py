@@ -914,10 +914,14 @@ def test_functions_make_what_takes_its_place(rng, tf_keras):
     def fourth(x):
         return tf.raw_ops.Pow(x=x, y=4.0)
 
+    def power(x):
+        return x**4
+
     layers = tf_keras.layers
     inputs = tf_keras.Input((4, 3))
     local = layers.LocallyConnected1D(2, 4, name="local")
-    x = tf.math.cumsum(renorm(tf_keras)(inputs), 1, reverse=True)
+    x = layers.Lambda(fourth, name="power")(renorm(tf_keras)(inputs))
+    x = tf.math.cumsum(x, 1, reverse=True)
     x = layers.Dense(3, activation=fourth)(local(x))
     x = Columns(name="columns")(x)
     model = randomized(tf_keras.Model(inputs, layers.Dense(2)(x)), rng)
@@ -949,12 +953,13 @@ def test_functions_make_what_takes_its_place(rng, tf_keras):
             "Columns": lambda layer: keras.layers.Flatten(name=layer.name),
             "LocallyConnected1D": dense,
             "tf.math.cumsum": cumsum,
-            "fourth": lambda x: x**4,
+            "fourth": power,
         },
     )
     (output,) = networks.outputs_of(new, x)
     helpers.assert_close(output, expected, 1e-5)
     assert new.get_layer("columns").output.shape == (None, 3)
+    assert new.get_layer("power").function is power
 
 
 def test_weights_that_do_not_fit_are_an_error(tf_keras):

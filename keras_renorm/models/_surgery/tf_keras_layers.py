@@ -175,8 +175,10 @@ class Layers:
         return made
 
     def _lambda(self, layer: Any) -> Any:
+        given = dict(self._members(layer))
+        kept = given.keys() & {"name", "dtype", "activity_regularizer"}
         return layers.Lambda(
-            layer.function,
+            self._function(layer.function),
             None,  # the shape of the output is found by calling it
             layer.mask,
             layer.arguments,
