@@ -182,8 +182,7 @@ class Layers:
             None,  # the shape of the output is found by calling it
             layer.mask,
             layer.arguments,
-            name=name_of(layer),
-            dtype=layer.dtype_policy.name,
+            **{name: given[name] for name in kept},
         )
 
     def _same_kind(self, layer: Any) -> Any:
@@ -231,6 +230,12 @@ class Layers:
         yield "name", name_of(layer)
         yield "dtype", layer.dtype_policy.name
         config = plain(layer.get_config())
+        if layer.activity_regularizer is not None:  # in few configurations
+            config["activity_regularizer"] = (
+                self._tf_keras.regularizers.serialize(
+                    layer.activity_regularizer
+                )
+            )
         for name in inspect.signature(type(layer)).parameters:
             # A few arguments are in no configuration.
             if name not in (*config, *_NO_ARGUMENTS) and hasattr(layer, name):
