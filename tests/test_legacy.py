@@ -668,6 +668,17 @@ def test_a_slice_that_only_data_tell_is_an_error(tf_keras):
         convert(tf_keras.Model(inputs, x[:, : tf.shape(x)[1] - 1]))
 
 
+def test_places_of_what_is_true_are_an_error(tf_keras):
+    import tensorflow as tf
+
+    inputs = tf_keras.Input((4,))
+    x = tf_keras.layers.BatchNormalization()(inputs)
+    with pytest.raises(
+        ValueError, match=r"the operation tf.where with these arguments\.$"
+    ):
+        convert(tf_keras.Model(inputs, tf.where(x > 0)))
+
+
 def test_a_shape_with_the_size_of_another_tensor(rng, tf_keras):
     import tensorflow as tf
 

@@ -315,11 +315,8 @@ _MATH_NAMES = (
     "subtract tan tanh"
 )
 _NN_NAMES = "elu leaky_relu log_softmax relu relu6 selu silu softmax softsign"
-_SAME_NAMES = (
-    "cast einsum ones_like reshape stack stop_gradient tensordot where "
-    "zeros_like"
-)
-_SHAPING_NAMES = "broadcast_to expand_dims repeat squeeze tile transpose"
+_SAME_NAMES = "cast einsum ones_like stack stop_gradient tensordot zeros_like"
+_SIZE_NAMES = "broadcast_to expand_dims repeat reshape squeeze tile transpose"
 # Of later versions of Keras.
 _NEW_NAMES = ("depth_to_space", "space_to_depth")
 # By their public names, those that the operators of Python call as well.
@@ -332,9 +329,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     },
     **{f"nn.{name}": getattr(ops, name) for name in _NN_NAMES.split()},
     **{name: getattr(ops, name) for name in _SAME_NAMES.split()},
-    **{
-        name: _with_lists(getattr(ops, name)) for name in _SHAPING_NAMES.split()
-    },
+    **{name: _with_lists(getattr(ops, name)) for name in _SIZE_NAMES.split()},
     **{
         f"nn.{name}": getattr(ops, name)
         for name in _NEW_NAMES
@@ -385,6 +380,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "split": _split,
     "strided_slice": _strided_slice,
     "unstack": lambda value, num=None, axis=0: ops.unstack(value, num, axis),
+    # Of a condition alone, TensorFlow gives the places in another form.
+    "where": lambda condition, x, y: ops.where(condition, x, y),
 }
 # What a function is as an activation of a layer, by its own name.
 ACTIVATIONS = {
