@@ -299,6 +299,24 @@ def test_what_a_layer_knows_besides_its_weights(
         helpers.assert_close(np.asarray(function(model)(x)), expected, 1e-5)
 
 
+def test_bins_of_numbers_that_are_no_integers(rng, tf_keras):
+    layers = tf_keras.layers
+    model = tf_keras.Sequential(
+        [
+            tf_keras.Input((4,)),
+            layers.Discretization([-1.5, -0.5, 0.0, 0.7]),
+            layers.Embedding(5, 2),
+            layers.Flatten(),
+            layers.BatchNormalization(),
+        ]
+    )
+    x = rng.normal(size=(32, 4)).astype("float32")
+    expected, output = (
+        each.predict(x, verbose=0) for each in (model, convert(model))
+    )
+    helpers.assert_close(output, expected, 1e-5)
+
+
 def test_weights_of_a_vocabulary_are_refused(tf_keras):
     layer = tf_keras.layers.StringLookup(output_mode="tf_idf", name="words")
     layer.adapt(np.array([["a"], ["b"]]))
@@ -491,6 +509,7 @@ def arithmetic(tf, k, x):
         y,
         x * tf.nn.relu6(x + 3) / 6,
         tf.clip_by_value(x, -1, 1),
+        tf.clip_by_value(x, -1, tf.constant([0.5, 1.0, 1.5, 2.0])),
         k.clip(x, -1, 1),
         tf.sqrt(tf.square(x) + 0.1),
         tf.maximum(tf.minimum(x, 0.5), -0.3),
@@ -513,6 +532,7 @@ def reductions(tf, k, x):
     return [
         mean,
         tf.reduce_max(x, 1),
+        tf.reduce_min(x, tf.range(1, 3)),
         tf.reduce_sum(x, -1),
         k.std(x, 1),
         tf.math.reduce_variance(x, axis=-1),
@@ -554,6 +574,8 @@ def shapes(tf, k, x):
         tf.squeeze(x[:, :1], [1]),
         tf.expand_dims(x, 1),
         tf.tile(x, [1, 2, 1, 1]),
+        tf.tile(x, tf.stack([1, 1, 2, 1])),
+        tf.transpose(x, tf.concat([[0, 3], tf.range(1, 3)], 0)),
         k.repeat_elements(x, 2, 1),
         tf.gather(x, [3, 0], axis=1),
         tf.reverse(x, [2]),
@@ -633,6 +655,30 @@ def test_a_shape_that_only_data_tell_is_an_error(tf_keras):
         convert(tf_keras.Model(inputs, again))
 
 
+def test_a_slice_that_only_data_tell_is_an_error(tf_keras):
+    import tensorflow as tf
+
+    inputs = tf_keras.Input((None, 4))
+    x = tf_keras.layers.BatchNormalization()(inputs)
+    with pytest.raises(
+        ValueError,
+        match=r"the operation tf.__operators__.getitem of a size that is not "
+        r"known\.$",
+    ):
+        convert(tf_keras.Model(inputs, x[:, : tf.shape(x)[1] - 1]))
+
+
+def test_places_of_what_is_true_are_an_error(tf_keras):
+    import tensorflow as tf
+
+    inputs = tf_keras.Input((4,))
+    x = tf_keras.layers.BatchNormalization()(inputs)
+    with pytest.raises(
+        ValueError, match=r"the operation tf.where with these arguments\.$"
+    ):
+        convert(tf_keras.Model(inputs, tf.where(x > 0)))
+
+
 def test_a_shape_with_the_size_of_another_tensor(rng, tf_keras):
     import tensorflow as tf
 
@@ -694,6 +740,21 @@ def test_which_examples_share_statistics(to, rng, tf_keras):
             helpers.assert_close(output, wanted, 1e-6)
 
 
+def test_a_layer_of_version_1(rng, tf_keras):
+    from tf_keras.api._v1.keras import layers as old
+
+    model = tf_keras.Sequential(
+        [tf_keras.Input((5, 3)), old.BatchNormalization(axis=1, name="bn")]
+    )
+    randomized(model, rng)
+    x = networks.data_of(model, rng)
+    (expected,) = networks.outputs_of(model, x)
+    new = convert(model)
+    (output,) = networks.outputs_of(new, x)
+    helpers.assert_close(output, expected, 1e-6)
+    assert new.get_layer("bn").axis == 1
+
+
 def test_an_adjustment_is_an_error(tf_keras):
     model = tf_keras.Sequential(
         [
@@ -732,6 +793,62 @@ def test_states_and_flags_of_inner_layers_are_the_models(rng, tf_keras):
         tuple(weight.shape) for weight in model.trainable_weights
     ]
     assert not new.get_layer(both.name).forward_layer.trainable
+
+
+def test_nothing_trains_in_what_does_not(rng, tf_keras):
+    """Whatever the flags of layers inside: that is different in Keras 3."""
+    layers = tf_keras.layers
+    shared = layers.Dense(4, name="shared")
+    base = tf_keras.Sequential(
+        [
+            tf_keras.Input((4,)),
+            layers.Dense(4),
+            layers.BatchNormalization(name="bn"),
+            shared,
+        ],
+        name="base",
+    )
+    base.trainable = False
+    shared.trainable = base.get_layer("bn").trainable = True
+    inputs = tf_keras.Input((4,))
+    model = tf_keras.Model(inputs, shared(layers.Dense(4)(base(inputs))))
+    new = convert(model)
+    assert len(model.trainable_weights) == len(new.trainable_weights) == 4
+    assert new.get_layer("shared").trainable  # it is outside, too
+    new.get_layer("base").trainable = True
+    assert len(new.trainable_weights) == 8
+
+
+def test_losses_of_activities_are_the_models(rng, tf_keras):
+    layers, l2 = tf_keras.layers, tf_keras.regularizers.L2(0.1)
+    model = tf_keras.Sequential(
+        [
+            tf_keras.Input((4,)),
+            layers.Lambda(lambda x: 2 * x, activity_regularizer=l2),
+            layers.BatchNormalization(activity_regularizer=l2),
+            layers.Activation("relu", activity_regularizer=l2),
+        ]
+    )
+    new = convert(model)
+    x = networks.data_of(model, rng)
+    for each in (model, new):
+        each(x)
+    assert len(new.losses) == 3
+    helpers.assert_close(sum(new.losses), sum(model.losses), 1e-5)
+
+
+def test_a_loss_that_was_added_is_an_error(tf_keras):
+    import tensorflow as tf
+
+    layer = tf_keras.layers.Dense(2, kernel_regularizer="l2", name="mine")
+    model = tf_keras.Sequential(
+        [tf_keras.Input((4,)), layer, tf_keras.layers.BatchNormalization()]
+    )
+    layer.add_loss(lambda: tf.reduce_sum(layer.kernel**2))
+    with pytest.raises(
+        ValueError, match=r"with layer mine, with a loss given to `add_loss`\.$"
+    ):
+        convert(model)
 
 
 def blocks(framework):
@@ -808,10 +925,14 @@ def test_functions_make_what_takes_its_place(rng, tf_keras):
     def fourth(x):
         return tf.raw_ops.Pow(x=x, y=4.0)
 
+    def power(x):
+        return x**4
+
     layers = tf_keras.layers
     inputs = tf_keras.Input((4, 3))
     local = layers.LocallyConnected1D(2, 4, name="local")
-    x = tf.math.cumsum(renorm(tf_keras)(inputs), 1, reverse=True)
+    x = layers.Lambda(fourth, name="power")(renorm(tf_keras)(inputs))
+    x = tf.math.cumsum(x, 1, reverse=True)
     x = layers.Dense(3, activation=fourth)(local(x))
     x = Columns(name="columns")(x)
     model = randomized(tf_keras.Model(inputs, layers.Dense(2)(x)), rng)
@@ -843,12 +964,13 @@ def test_functions_make_what_takes_its_place(rng, tf_keras):
             "Columns": lambda layer: keras.layers.Flatten(name=layer.name),
             "LocallyConnected1D": dense,
             "tf.math.cumsum": cumsum,
-            "fourth": lambda x: x**4,
+            "fourth": power,
         },
     )
     (output,) = networks.outputs_of(new, x)
     helpers.assert_close(output, expected, 1e-5)
     assert new.get_layer("columns").output.shape == (None, 3)
+    assert new.get_layer("power").function is power
 
 
 def test_weights_that_do_not_fit_are_an_error(tf_keras):

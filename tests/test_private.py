@@ -40,6 +40,10 @@ USED = {
         "tf_keras: its graph; tf_keras no longer changes",
         "test_legacy.py::test_inference_is_the_same",
     ),
+    ("models/_surgery/tf_keras_layers.py", "_callable_losses"): (
+        "tf_keras: losses of `add_loss`; in `losses`, all are tensors",
+        "test_legacy.py::test_a_loss_that_was_added_is_an_error",
+    ),
     ("models/_surgery/from_tf_keras.py", "_nodes_by_depth"): (
         "the same",
         "test_legacy.py::test_inference_is_the_same",

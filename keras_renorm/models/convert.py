@@ -106,8 +106,8 @@ def convert(
             copied, unless the new one is built already; Keras's batch
             normalization in it is converted, too. For a function of TensorFlow
             (`"tf.signal.fft"`): a function that takes the same arguments. For
-            a function that a layer is made with (an activation): a function.
-            Defaults to `None`.
+            a function that a layer is made with (an activation, that of a
+            `Lambda`): a function. Defaults to `None`.
         **layer_arguments: Arguments for each new layer, in place of the old
             layer's: `momentum=0.95`, `r_max=2.0`, `frozen_statistics=True`...
             Without them a new layer has those of the old one: a Keras layer

@@ -83,9 +83,14 @@ class _Translation(Layers):
             raise _no_counterparts(self._obstacles.values())
         if not find_layers(new, layers.BatchNormalization):
             raise no_normalization(model)
+        trained = {id(weight) for weight in model.trainable_weights}
         for old in [model, *inside_of(model)]:
             if isinstance(self._new.get(id(old)), layers.Layer):
-                self._new[id(old)].trainable = old.trainable
+                own = {id(weight) for weight in old.trainable_weights}
+                # In Keras 2 a layer inside a frozen one does not train,
+                # whatever its flag.
+                is_frozen = own and own.isdisjoint(trained)
+                self._new[id(old)].trainable = old.trainable and not is_frozen
         return new
 
     def _copy_weights(self, old: Any, new: Any) -> None:

@@ -3,6 +3,7 @@
 What is made so is part of a Keras graph, and of its file.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -92,7 +93,12 @@ def _of_values(
 
 
 def _has_unknown(*structures: Any) -> bool:
-    return any(leaf is _UNKNOWN for leaf in tree.flatten(structures))
+    for leaf in tree.flatten(structures):
+        is_slice = isinstance(leaf, slice)
+        parts = (leaf.start, leaf.stop, leaf.step) if is_slice else (leaf,)
+        if any(part is _UNKNOWN for part in parts):
+            return True
+    return False
 
 
 def _of_the_type(new: Any, old: Any) -> Any:
@@ -159,6 +165,20 @@ _RESHAPING = {"reshape": _new_shape, "image.resize": _new_size}
 
 def _shape(tensor: Any, *out_type: Any) -> tuple[Any, ...]:
     return tuple(_UNKNOWN if size is None else size for size in tensor.shape)
+
+
+def _with_lists(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation of one tensor, with lists for arrays: for its file."""
+
+    def as_list(value: Any) -> Any:
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    @functools.wraps(operation)
+    def with_lists(tensor: Any, *arguments: Any, **named: Any) -> Any:
+        given = tree.map_structure(as_list, (arguments, named))
+        return operation(tensor, *given[0], **given[1])
+
+    return with_lists
 
 
 def _pad(
@@ -295,10 +315,8 @@ _MATH_NAMES = (
     "subtract tan tanh"
 )
 _NN_NAMES = "elu leaky_relu log_softmax relu relu6 selu silu softmax softsign"
-_SAME_NAMES = (
-    "broadcast_to cast einsum expand_dims ones_like repeat reshape squeeze "
-    "stack stop_gradient tensordot tile transpose where zeros_like"
-)
+_SAME_NAMES = "cast einsum ones_like stack stop_gradient tensordot zeros_like"
+_SIZE_NAMES = "broadcast_to expand_dims repeat reshape squeeze tile transpose"
 # Of later versions of Keras.
 _NEW_NAMES = ("depth_to_space", "space_to_depth")
 # By their public names, those that the operators of Python call as well.
@@ -306,11 +324,12 @@ _NEW_NAMES = ("depth_to_space", "space_to_depth")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"math.{name}": getattr(ops, name) for name in _MATH_NAMES.split()},
     **{
-        f"math.reduce_{name}": getattr(ops, name)
+        f"math.reduce_{name}": _with_lists(getattr(ops, name))
         for name in ("all", "any", "max", "mean", "min", "prod", "std", "sum")
     },
     **{f"nn.{name}": getattr(ops, name) for name in _NN_NAMES.split()},
     **{name: getattr(ops, name) for name in _SAME_NAMES.split()},
+    **{name: _with_lists(getattr(ops, name)) for name in _SIZE_NAMES.split()},
     **{
         f"nn.{name}": getattr(ops, name)
         for name in _NEW_NAMES
@@ -320,7 +339,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "__operators__.eq": ops.equal,
     "__operators__.getitem": lambda tensor, item: tensor[item],
     "__operators__.ne": ops.not_equal,
-    "clip_by_value": ops.clip,
+    "clip_by_value": _with_lists(ops.clip),
     "concat": ops.concatenate,
     "floor_div": ops.floor_divide,
     "gather": _gather,
@@ -341,8 +360,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "math.l2_normalize": _l2_normalize,
     "math.log_sigmoid": ops.log_sigmoid,
     "math.pow": ops.power,
-    "math.reduce_logsumexp": ops.logsumexp,
-    "math.reduce_variance": ops.var,
+    "math.reduce_logsumexp": _with_lists(ops.logsumexp),
+    "math.reduce_variance": _with_lists(ops.var),
     "math.squared_difference": lambda x, y: ops.square(ops.subtract(x, y)),
     "math.truediv": ops.divide,
     "nn.avg_pool2d": _pool(ops.average_pool),
@@ -361,6 +380,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "split": _split,
     "strided_slice": _strided_slice,
     "unstack": lambda value, num=None, axis=0: ops.unstack(value, num, axis),
+    # Of a condition alone, TensorFlow gives the places in another form.
+    "where": lambda condition, x, y: ops.where(condition, x, y),
 }
 # What a function is as an activation of a layer, by its own name.
 ACTIVATIONS = {

@@ -92,16 +92,16 @@ class Layers:
         custom = self._custom_objects.get(type(layer).__name__)
         if custom is not None:
             return self._custom(layer, custom)
+        if any(map(_is_added, layer._callable_losses)):
+            raise NoCounterpartError("with a loss given to `add_loss`")
         if isinstance(layer, self._tf_keras.Model):
             return self._graph(layer)
         if not is_of_tf_keras(type(layer)):
             raise NoCounterpartError(f"of class {type(layer).__name__}")
         if type(layer).__name__ == "CustomScaleLayer":  # of InceptionResNetV2
             return lambda inputs: inputs[0] + inputs[1] * layer.scale
-        if type(layer) in (
-            kinds.BatchNormalization,
-            kinds.experimental.SyncBatchNormalization,
-        ):
+        # Of version 1 of Keras 2, and `SyncBatchNormalization`, too.
+        if isinstance(layer, kinds.BatchNormalization.__base__):
             new = self._normalization(self._normalization_config(layer))
         elif isinstance(layer, kinds.Bidirectional):
             return self._bidirectional(layer)
@@ -175,13 +175,14 @@ class Layers:
         return made
 
     def _lambda(self, layer: Any) -> Any:
+        given = dict(self._members(layer))
+        kept = given.keys() & {"name", "dtype", "activity_regularizer"}
         return layers.Lambda(
-            layer.function,
+            self._function(layer.function),
             None,  # the shape of the output is found by calling it
             layer.mask,
             layer.arguments,
-            name=name_of(layer),
-            dtype=layer.dtype_policy.name,
+            **{name: given[name] for name in kept},
         )
 
     def _same_kind(self, layer: Any) -> Any:
@@ -196,6 +197,9 @@ class Layers:
             # Its boundaries are no weights in Keras 3.
             boundaries = [float(boundary) for boundary in layer.bin_boundaries]
             arguments |= {"bin_boundaries": boundaries, "num_bins": None}
+            # Of integers as outputs, Keras 3 would make integers of the inputs.
+            if layer.output_mode == "int":
+                arguments["dtype"] = "float32"
         return kind(**arguments)
 
     def _arguments(
@@ -226,6 +230,12 @@ class Layers:
         yield "name", name_of(layer)
         yield "dtype", layer.dtype_policy.name
         config = plain(layer.get_config())
+        if layer.activity_regularizer is not None:  # in few configurations
+            config["activity_regularizer"] = (
+                self._tf_keras.regularizers.serialize(
+                    layer.activity_regularizer
+                )
+            )
         for name in inspect.signature(type(layer)).parameters:
             # A few arguments are in no configuration.
             if name not in (*config, *_NO_ARGUMENTS) and hasattr(layer, name):
@@ -326,6 +336,12 @@ def reason_of(error: Exception) -> str:
         if line.strip() and not line.startswith("Exception encountered")
     ]
     return reported[0] if reported else ""
+
+
+def _is_added(loss: Any) -> bool:
+    """Whether a loss of a layer is not that of a regularizer of a weight."""
+    function = getattr(loss.args[0], "func", None)
+    return getattr(function, "__name__", None) != "_loss_for_variable"
 
 
 def _parameters(kind: type) -> set[str]:
