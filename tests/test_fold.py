@@ -189,6 +189,22 @@ def test_networks_of_all_kinds(network, rng):
         helpers.assert_close(other, one, 1e-5)
 
 
+def test_an_error_names_the_layer_that_has_no_configuration():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(3),
+            layers.BatchNormalization(),
+            layers.Dense(2, "softmax", name="top"),
+        ]
+    )
+    functional = keras.Model(model.inputs, model.outputs)
+    model.layers[-1].activation = None  # logits, as for a class activation map
+    for each in (model, functional):
+        with pytest.raises(ValueError, match="layer top of class Dense"):
+            fold(each)
+
+
 def test_a_nested_sequential_model_folds(rng):
     model = randomize(networks.sequential(BatchNormalization), rng)
     inputs = keras.Input((6, 6, 2))

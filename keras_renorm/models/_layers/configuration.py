@@ -18,7 +18,25 @@ def config_of(owner: Any) -> dict[str, Any]:
     """`get_config`, without the warning that a lambda in a file is unsafe."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*includes a `lambda`")
-        return dict(owner.get_config())
+        try:
+            return dict(owner.get_config())
+        except (NotImplementedError, TypeError) as error:  # of the user's
+            for layer in getattr(owner, "layers", ()):
+                config_of(layer)
+            if isinstance(owner, keras.layers.Layer):
+                raise not_made_anew(owner) from error
+            raise
+
+
+def not_made_anew(layer: Any) -> ValueError:
+    """The error for a layer whose copy has other variables."""
+    return ValueError(
+        "`model` must have layers that their configuration makes anew, with "
+        "the same weights, and what they hold must be in one place "
+        "(`keras_renorm.convert` and `keras_renorm.revert` change any model "
+        f"with in_place=True). Received: layer {layer.name} of class "
+        f"{type(layer).__name__}."
+    )
 
 
 class Configurations:

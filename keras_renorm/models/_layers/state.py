@@ -14,7 +14,10 @@ import keras
 import numpy as np
 
 from keras_renorm._backend.variables import to_numpy
-from keras_renorm.models._layers.configuration import is_of_keras
+from keras_renorm.models._layers.configuration import (
+    is_of_keras,
+    not_made_anew,
+)
 from keras_renorm.models._layers.finding import has_graph, own_variables
 
 # Values that a copy may share: data, and Keras's objects without state.
@@ -316,17 +319,6 @@ def copy_assets(old: Any, new: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             old.save_assets(folder)
             new.load_assets(folder)
-
-
-def not_made_anew(layer: Any) -> ValueError:
-    """The error for a layer whose copy has other variables."""
-    return ValueError(
-        "`model` must have layers that their configuration makes anew, with "
-        "the same weights, and what they hold must be in one place "
-        "(`keras_renorm.convert` and `keras_renorm.revert` change any model "
-        f"with in_place=True). Received: layer {layer.name} of class "
-        f"{type(layer).__name__}."
-    )
 
 
 class NoConfigurationError(ValueError):

@@ -11,6 +11,7 @@ import keras
 from keras_renorm.models._layers.configuration import (
     Configurations,
     is_of_keras,
+    not_made_anew,
 )
 from keras_renorm.models._layers.finding import (
     describe,
@@ -24,7 +25,6 @@ from keras_renorm.models._layers.state import (
     copy_state,
     copy_variable,
     hand_on,
-    not_made_anew,
 )
 from keras_renorm.models._surgery.in_place import (
     Replace,
