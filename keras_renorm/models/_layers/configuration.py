@@ -21,15 +21,16 @@ def config_of(owner: Any) -> dict[str, Any]:
         try:
             return dict(owner.get_config())
         except (NotImplementedError, TypeError) as error:  # of the user's
-            for layer in getattr(owner, "layers", ()):
-                config_of(layer)
+            if isinstance(owner, keras.Model):
+                for layer in owner.layers:
+                    config_of(layer)
             if isinstance(owner, keras.layers.Layer):
                 raise not_made_anew(owner) from error
             raise
 
 
 def not_made_anew(layer: Any) -> ValueError:
-    """The error for a layer whose copy has other variables."""
+    """The error for a layer that its configuration does not make anew."""
     return ValueError(
         "`model` must have layers that their configuration makes anew, with "
         "the same weights, and what they hold must be in one place "
