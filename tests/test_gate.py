@@ -609,6 +609,40 @@ def test_open_it_is_the_corrected_layer(shape, wrapper, rng):
     assert_same_step(layer, corrected, shape, wrapper, rng, 1e-4)
 
 
+@pytest.mark.parametrize("gate", [[1.0, 0.0, 32.0, 0.0], [0.01, 1.0, 32.0, 0]])
+@pytest.mark.parametrize("wrapper", ["eager", "graph"])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("bfloat16", 2**-8), ("float16", 2**-11)]
+)
+def test_in_16_bits_a_large_step_is_rounded_once(
+    dtype, rounding, wrapper, gate, rng
+):
+    shape = (32, 60, 30, 4)
+    layer, reference = made(shape, rng, step=200, dtype=f"mixed_{dtype}")
+    layer.gate.assign(gate)
+    reference.gate = np.array(gate)
+    step = stepper(layer, wrapper=wrapper)
+    for _ in range(2):
+        # What is common to all examples is subtracted.
+        inputs, upstream = (
+            tf.cast(value, dtype)
+            for value in (rng.normal(size=shape), 30 + rng.normal(size=shape))
+        )
+        reference.gradient_mean = np.full(4, 300.0)
+        layer.gradient_mean.assign(reference.gradient_mean)
+        actual = step(inputs, upstream)
+        rows = (
+            to_rows(tf.cast(x, "float64").numpy(), 3)
+            for x in (inputs, upstream)
+        )
+        expected = reference.gated_step(*rows, examples_of(shape, 3))
+        for mine, value in zip(actual[:2], expected[:2], strict=True):
+            mine = to_rows(tf.cast(mine, "float64").numpy(), 3)
+            allowed = 1.01 * rounding * abs(value) + 1e-4
+            assert np.all(abs(mine - value) <= allowed)
+        assert_same_state(layer, reference, 1e-3)
+
+
 def openness(agreement, between, within, examples, persistence):
     gate = gating.Gate(
         *map(np.float32, (between, within, examples, persistence))

@@ -71,9 +71,8 @@ def choose(
     Neither does a GPU take more examples than `LARGEST_BATCH_OF_CUDNN`.
 
     Where replicas share statistics, or the gradient is corrected, the fused
-    path is for float32 with channels last: its gradient is a sum of two
-    tensors there, too coarse in 16 bits, and the operator for it takes no
-    other layout.
+    path is for channels last: the operator for its gradient takes no other
+    layout.
     """
     plain = "corrected" if is_corrected and not is_forward else "plain"
     if mask is not None or pool.virtual_batch_size is not None or is_forward:
@@ -89,9 +88,8 @@ def choose(
     is_last = axis == len(inputs.shape) - 1
     if _is_compiled_by_xla(inputs) or _is_too_large_for_cudnn(inputs, axis):
         return "matrix" if is_last else plain
-    is_sum = is_corrected or pool.spans_replicas
-    if is_sum and not (is_last and inputs.dtype == tf.float32):
-        return "matrix" if is_last else plain
+    if (is_corrected or pool.spans_replicas) and not is_last:
+        return plain
     if tf.executing_eagerly() and (
         is_moving or not runtime.runs_as_one_graph()
     ):

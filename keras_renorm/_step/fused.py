@@ -241,6 +241,7 @@ class FusedStep:
         kept: Sequence[Tensor] | None = None,
     ) -> None:
         self._view = FusedView(inputs, axis)
+        self._is_half = inputs.dtype != tf.float32
         self._state = state
         self._is_shared = pool.spans_replicas
         self._is_shut: Tensor | None = None
@@ -311,16 +312,21 @@ class FusedStep:
         self, upstream: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `plain.PlainStep.sums`; if shut, with the gradient itself."""
-        return self._if_shut(
-            lambda: self._gradient(upstream, scale),
-            lambda: self._view.gradient_by(
+
+        def by_held_statistics() -> tuple[Tensor, Tensor, Tensor]:
+            d_x, *sums = self._view.gradient_by(
                 self._view.of(upstream),
                 self._view.inputs,
                 self.moments.mean,
                 self.moments.variance,
                 scale,
                 self._state.epsilon,
-            ),
+            )
+            # A sum of two terms of 16 bits would be coarse.
+            return self._view.of(upstream) if self._is_half else d_x, *sums
+
+        return self._if_shut(
+            lambda: self._gradient(upstream, scale), by_held_statistics
         )
 
     def by_example(
@@ -340,27 +346,28 @@ class FusedStep:
     ) -> Tensor:
         """As `plain.PlainStep.inputs_gradient`.
 
-        `held` is the gradient as if the statistics were constants. What they
-        add is scale / σ_B times the two means, one of them along x̂.
+        `held` is the gradient as if the statistics were constants; in 16 bits
+        what arrives. They add scale / σ_B times the two means, one along x̂.
         """
         factor = -tf.math.rsqrt(self.moments.variance + self._state.epsilon)
         if scale is not None:
             factor = factor * scale
-        d_x = self._if_shut(
-            lambda: held,
-            lambda: (
-                held
-                + self._view.normalize_by(
-                    self._view.inputs,
-                    self.moments.mean,
-                    self.moments.variance,
-                    factor * scale_mean,
-                    factor * offset_mean,
-                    self._state.epsilon,
-                )
-            ),
-        )
-        return self._view.restore(d_x)
+
+        def moved() -> Tensor:
+            first = tf.cast(held, tf.float32)
+            if self._is_half:
+                first = self._view.scaled(first, -factor)
+            second = self._view.normalize_by(
+                tf.cast(self._view.inputs, tf.float32),
+                self.moments.mean,
+                self.moments.variance,
+                factor * scale_mean,
+                factor * offset_mean,
+                self._state.epsilon,
+            )
+            return tf.cast(first + second, held.dtype)
+
+        return self._view.restore(self._if_shut(lambda: held, moved))
 
 
 def _shifted(

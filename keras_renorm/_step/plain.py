@@ -143,6 +143,9 @@ def by_example_of_rows(
     Channels last, in the order of the inputs, none masked. `values` are inputs
     that have this mean; `None` is 0.
     """
+    upstream, values = (
+        tf.cast(each, tf.float32) for each in (upstream, values)
+    )
     count, *others, channels = shape
     # Not -1 elements an example: a batch may be empty.
     elements = math.prod(others)
