@@ -471,6 +471,31 @@ def test_the_scale_of_the_loss_is_seen_by_a_layer_in_float32(rng):
     helpers.assert_close(found[1], found[0], 1e-3)
 
 
+@pytest.mark.parametrize("gate", [[1.0, 0, 16.0, 0], [0.01, 1.0, 16.0, 0]])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("bfloat16", 2**-8), ("float16", 2**-11)]
+)
+@pytest.mark.parametrize("shape", [(16, 9, 8, 3), (16, 3)])
+def test_in_16_bits_a_gradient_is_rounded_once(
+    shape, dtype, rounding, gate, rng
+):
+    # What is common to all examples is subtracted.
+    values = rng.normal(size=shape), 30 + rng.normal(size=shape)
+    values = [ops.cast(ops.cast(each, dtype), "float64") for each in values]
+    found = []
+    for policy in (f"mixed_{dtype}", "float64"):
+        layer = gated_steps.made(shape, dtype=policy)
+        layer.step.assign(100)
+        layer.gate.assign(gate)
+        layer.gradient_mean.assign(np.full(3, 300.0))
+        layer.gradient_agreement.assign(np.full(3, 1 / 16))
+        assert layer.current_correction() == pytest.approx(float(gate[0] == 1))
+        step = gated_steps.stepper(layer, 1)
+        found.append(step(*([each] for each in values))[:2])
+    for mine, exact in zip(*found, strict=True):
+        assert np.all(abs(mine - exact) <= 1.01 * rounding * abs(exact) + 1e-3)
+
+
 def test_averages_of_weights_that_swap(rng):
     """An optimizer averages what it trains; on JAX the memory is among it."""
     x = helpers.inputs_of(rng, (16, 4))

@@ -99,9 +99,11 @@ class AtenStep:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As `plain.PlainStep.by_example`."""
         first, *others = reduction_axes(self._inputs.dim(), (self._axis,))
+        dtype = self._variance.dtype
 
         def sum_of(values: Tensor) -> Tensor:
-            sums = values.sum(others) if others else values
+            values = values.sum(others, dtype=dtype) if others else values
+            sums = values.to(dtype)
             return sums.T if first > self._axis else sums
 
         def square_of(values: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class AtenStep:
             for each in (scale, of_inputs, rest)
         )
         d_x = torch.addcmul(rest, self._inputs, of_inputs)
-        return d_x.addcmul_(upstream, scale)
+        return d_x.addcmul_(upstream, scale).to(upstream.dtype)
 
 
 def normalized(

@@ -311,9 +311,7 @@ def _written_out_batch(
     """
     given = state.trained
     known = kept_for_gradient(state)
-    is_aten = way.path == "aten" and state.memory is None
-    if way.path != "fused" and not is_aten:
-        # The corrected gradient is a sum, too coarse in 16 bits.
+    if way.path not in ("fused", "aten"):
         inputs = ops.cast(inputs, statistics_dtype(inputs.dtype))
 
     def step(
