@@ -248,6 +248,20 @@ def test_a_compiled_model_becomes_one_with_a_new_optimizer(rng):
     assert not convert(networks.nested(KERAS)).compiled
 
 
+def test_losses_in_a_nested_structure(rng):
+    inputs = keras.Input((3,))
+    x = KERAS()(inputs)
+    model = keras.Model(
+        inputs, {"boxes": [layers.Dense(2)(x), layers.Dense(1)(x)]}
+    )
+    model.compile("sgd", {"boxes": ["mse", "mae"]})
+    x = rng.normal(size=(8, 3)).astype("float32")
+    y = {"boxes": [np.zeros((8, 2)), np.zeros((8, 1))]}
+    expected = model.evaluate(x, y, verbose=0)
+    got = convert(model).evaluate(x, y, verbose=0)
+    helpers.assert_close(np.array(got), np.array(expected), 1e-5)
+
+
 def test_a_model_that_does_not_train_has_a_copy_that_does_not():
     inputs = keras.Input((4,))
     model = keras.Model(inputs, KERAS()(inputs))

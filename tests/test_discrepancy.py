@@ -462,6 +462,25 @@ def test_a_metric_of_several_values(rng):
     assert report.inference == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_metric_that_a_call_updates_is_left_out(rng):
+    class Watched(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.activity = keras.metrics.Mean(name="activity")
+
+        def call(self, inputs):
+            self.activity.update_state(inputs)
+            return inputs
+
+    model = keras.Sequential(
+        [keras.Input((3,)), BatchNormalization(), Watched()]
+    )
+    model.compile("sgd", "mse", metrics=["mae"])
+    x = helpers.inputs_of(rng, (20, 3))
+    report = discrepancy(model, (x, x), batch_size=8, verbose=False)
+    assert set(report.training) == set(report.inference) == {"loss", "mae"}
+
+
 def test_scores_in_training_mode(rng):
     layer = BatchNormalization()
     model = one_layer(layer, (3,))

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_renorm import BatchNormalization, diagnostics, recalibrate
+from keras_renorm import (
+    BatchNormalization,
+    BatchRenormalization,
+    diagnostics,
+    recalibrate,
+)
 from keras_renorm.callbacks import RecalibrateStatistics, RenormMonitor
 from tests import helpers
 
@@ -159,6 +164,53 @@ def test_a_step_that_trains_other_models_trains_nothing(rng):
     recalibrate(model, x, verbose=False)
     np.testing.assert_array_equal(helpers.to_numpy(model.dense.kernel), before)
     helpers.assert_close(helpers.statistics(model.bn)[0], x.mean(axis=0), 1e-5)
+
+
+class Differentiates(keras.Model):
+    """It takes a gradient where it is called, by its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = BatchRenormalization(name="bn")
+
+    def build(self, input_shape):
+        self.bn.build(input_shape)
+
+    def slope(self, inputs, training):
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = self.bn(inputs, training=training) ** 2
+        return tape.gradient(outputs, inputs)
+
+    def call(self, inputs, training=None):
+        return self.slope(inputs, training)
+
+
+class DifferentiatesInSteps(Differentiates):
+    """It takes a gradient in a step, and is not called itself."""
+
+    def call(self, inputs, training=None):
+        return self.bn(inputs, training=training)
+
+    def train_step(self, data):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        self.slope(x, training=True)
+        self.optimizer.apply([])
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("kind", [Differentiates, DifferentiatesInSteps])
+def test_gradients_that_a_model_takes_are_not_remembered(kind, rng):
+    x = rng.normal(4.0, 1.0, (40, 3)).astype("float32")
+    model = kind()
+    model(x)
+    model.compile("sgd", "mse")
+    before = list(map(helpers.to_numpy, model.variables))
+    diagnostics.discrepancy(model, x, verbose=False)
+    for old, new in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(helpers.to_numpy(new), old)
 
 
 class Refuses(Net):

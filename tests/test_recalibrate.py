@@ -46,10 +46,13 @@ class Endless(Sequence):
 
 def dataset_of(form, x, cuts):
     """Examples in one of the forms."""
-    if form == "tf.data":
+    if "tf.data" in form:
         tf = pytest.importorskip("tensorflow")
         dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x))))
-        return dataset.batch(5)
+        dataset = dataset.batch(5)
+        if form == "tf.data":
+            return dataset
+        return dataset.filter(lambda x, y: True)
     parts = np.split(x, cuts)
     return {
         "list": parts,
@@ -114,7 +117,16 @@ def test_the_split_into_batches_does_not_matter(kind, rng):
 
 
 @pytest.mark.parametrize(
-    "form", ["list", "generator", "PyDataset", "pairs", "array", "tf.data"]
+    "form",
+    [
+        "list",
+        "generator",
+        "PyDataset",
+        "pairs",
+        "array",
+        "tf.data",
+        "tf.data of unknown length",
+    ],
 )
 def test_every_kind_of_dataset(form, rng):
     x = helpers.inputs_of(rng, (20, 5, 3))

@@ -251,17 +251,10 @@ def _counts(seen: Any, gate: Tensor, replaced: Sequence[Tensor]) -> Tensor:
 
 def _targets(variables: Sequence[Any]) -> list[Any]:
     """What a backward pass adds to; `None` in a `keras.StatelessScope`."""
-    targets = [variable.value for variable in variables]
-    if runs_on("tensorflow"):
-        return [
-            each if isinstance(each, tf.Variable) else None for each in targets
-        ]
-    # In a scope an assigned tensor is the value; outside it is copied.
-    value = targets[0].detach().clone()
-    variables[0].assign(value)
-    if variables[0].value is value:
-        return [None] * len(targets)
-    return targets
+    # One that has no value of a variable hands out the variable itself.
+    with keras.StatelessScope(initialize_variables=False) as inner:
+        is_stateless = inner.original_scope is not None
+    return [None if is_stateless else each.value for each in variables]
 
 
 def _after_adding(

@@ -75,7 +75,8 @@ def predict_function(model: Any, receive: Callable[[Any], None]) -> Any:
         ):
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
-        for batch in itertools.islice(iterator, model.steps_per_execution):
+        receive(next(iterator))  # at the end of the data it ends Keras's loop
+        for batch in itertools.islice(iterator, model.steps_per_execution - 1):
             receive(batch)
         return ops.zeros((1,)), state
 

@@ -80,7 +80,8 @@ def recalibrate(
     by itself (`tf.function`, `jax.jit`), which is not traced again.
 
     The data is read by the model's own `predict`, and goes in as the model's
-    own `predict_step`, `test_step` or `train_step` calls the model with it.
+    own `predict_step`, `test_step` or `train_step` first calls the model with
+    it.
     A loop over calls of this function traces the model once.
 
     Only moving statistics change: no other weight, no step counter, no limit,

@@ -45,7 +45,8 @@ def discrepancy(
     Args:
         model: A built model with batch normalization, Keras's or ours, at any
             depth. With labels in the dataset and a compiled model, loss and
-            metrics are computed in both modes.
+            metrics are computed in both modes, but for metrics that a call
+            of the model updates.
         dataset: As for `recalibrate`: arrays, frames, a `tf.data.Dataset`, a
             `PyDataset` or another iterable of `x`, `(x, y)` or `(x, y,
             sample_weight)`.

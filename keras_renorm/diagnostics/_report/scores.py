@@ -29,6 +29,8 @@ class Scores:
         self._flag = {"training": training} if takes else {}
         self._state: list[tuple[Any, Any]] | None = None
         self._metrics: dict[str, Any] = {}
+        # Variables of metrics that were updated, by `id`.
+        self._updated: set[int] = set()
         self._loss = 0.0
         self._examples = 0
 
@@ -56,6 +58,10 @@ class Scores:
             if self._state is None:
                 for metric in self.model.metrics:
                     metric.reset_state()
+            before = {
+                id(variable): scope.get_current_value(variable)
+                for variable in self.model.metrics_variables
+            }
             loss = self.model.compute_loss(
                 x=feed.x,
                 y=y,
@@ -72,6 +78,11 @@ class Scores:
                 for variable in self.model.metrics_variables
             ]
         self._state = [pair for pair in found if pair[1] is not None]
+        self._updated |= {
+            id(variable)
+            for variable, value in found
+            if value is not before.get(id(variable))
+        }
         examples = examples_of(feed.x)
         self._loss += loss * examples
         self._examples += examples
@@ -82,13 +93,21 @@ class Scores:
         return getattr(self.model, "loss", None) is None and not is_own
 
     def values(self) -> dict[str, float]:
-        """By name, the loss first; empty without labels."""
+        """By name, the loss first; empty without labels.
+
+        Without metrics that the model updates in its call, which are dropped.
+        """
         if not self._examples:
             return {}
+        silent = {
+            metric.name
+            for metric in self.model.metrics
+            if not self._updated.intersection(map(id, metric.variables))
+        }
         values = {
             name: float(value)
             for name, value in _flat(self._metrics)
-            if name != "loss" and np.ndim(value) == 0
+            if name not in {"loss", *silent} and np.ndim(value) == 0
         }
         return {"loss": self._loss / self._examples, **values}
 

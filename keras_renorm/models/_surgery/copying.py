@@ -292,7 +292,8 @@ class _Copying:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(self._counterpart, value))
         if isinstance(value, list | tuple | set | frozenset):
-            return type(value)(map(self._counterpart, value))
+            # (A list of TensorFlow takes no iterator.)
+            return type(value)([self._counterpart(part) for part in value])
         if isinstance(value, dict):
             return {key: self._counterpart(part) for key, part in value.items()}
         if isinstance(value, functools.partial):
