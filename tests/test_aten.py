@@ -161,6 +161,22 @@ def test_the_gated_step(is_shut, layout, memory, dtype, rng, steps):
         assert set(steps) == {AtenStep}
 
 
+def test_large_images(rng):
+    x = rng.normal(size=(1, 1024, 1024, 2)).astype("float32")
+    upstream = rng.uniform(0.0, 0.1, x.shape).astype("float32")
+    layer = BatchNormalization(momentum=0.0)
+    layer(torch.tensor(x), training=True).backward(torch.tensor(upstream))
+    rows, gradients = (
+        each.reshape(-1, 2).astype("float64") for each in (x, upstream)
+    )
+    for value, expected in (
+        (layer.moving_variance, rows.var(axis=0)),
+        (layer.beta.value.grad, gradients.sum(axis=0)),
+    ):
+        value = helpers.to_numpy(value)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layer", [BatchNormalization, BatchRenormalization])
 def test_large_means(layer, rng, steps):
     """Where a mean is large, its digits are not lost."""

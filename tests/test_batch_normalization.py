@@ -454,6 +454,16 @@ def test_float32_variance_at_large_means(shape, ratio, tolerance, rng):
     np.testing.assert_allclose(mean, rows.mean(axis=0), rtol=1e-7)
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_one_channel_of_many_elements(axis, rng):
+    inputs = rng.normal(size=(1, 1024, 1024)).astype("float32")
+    layer = keras_renorm.BatchNormalization(axis=axis, momentum=0.0)
+    layer(np.expand_dims(inputs, axis), training=True)
+    variance = inputs.astype("float64").var()
+    _, actual = helpers.statistics(layer)
+    np.testing.assert_allclose(actual, [variance], rtol=1e-5)
+
+
 @pytest.mark.parametrize("value", [1e4, 10000.7, 1e7, -3.3e5, 0.1])
 @pytest.mark.parametrize("shape", [(64, 2), (32, 56, 56, 2)])
 def test_constant_channel_gives_beta(value, shape):

@@ -988,13 +988,13 @@ def test_a_gpu_gets_no_more_examples_than_cudnn_takes(a_gpu, monkeypatch):
             for is_moving in (True, False)
         ]
 
-    assert chosen((65_535, 2, 1), 2) == ["fused", "fused"]
-    assert chosen((65_536, 2, 1), 2) == ["matrix", "matrix"]
-    assert chosen((65_536, 2, 1), 1) == ["plain", "plain"]
+    assert chosen((65_535, 2, 2), 2) == ["fused", "fused"]
+    assert chosen((65_536, 2, 2), 2) == ["matrix", "matrix"]
+    assert chosen((65_536, 2, 2), 1) == ["plain", "plain"]
     # Rows, not examples.
     assert chosen((65_536, 2), 1) == ["fused", "fused"]
     monkeypatch.setattr(runtime, "has_gpu", lambda: False)
-    assert chosen((65_536, 2, 1), 2) == ["fused", "fused"]
+    assert chosen((65_536, 2, 2), 2) == ["fused", "fused"]
 
 
 @pytest.mark.slow

@@ -149,6 +149,16 @@ def test_steps_and_large_means(rng):
     assert np.all(np.abs(variance / rows.var(axis=0) - 1) < 5e-5)
 
 
+def test_large_images(rng):
+    x = rng.normal(size=(1, 1024, 1024, 2)).astype("float32")
+    model = keras.Sequential([keras.Input(x.shape[1:]), BatchNormalization()])
+    recalibrate(model, x, verbose=False)
+    rows = x.reshape(-1, 2).astype("float64")
+    mean, variance = helpers.statistics(model.layers[0])
+    np.testing.assert_allclose(mean, rows.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(variance, rows.var(axis=0), rtol=1e-5)
+
+
 def test_masks_count_right(rng):
     x = helpers.inputs_of(rng, (12, 6, 3))
     lengths = rng.integers(1, 7, 12)

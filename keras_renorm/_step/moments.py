@@ -62,6 +62,17 @@ def spread(values: Tensor, rank: int, kept: tuple[int, ...]) -> Tensor:
     return values
 
 
+def _sum(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The sum over ascending axes, the last of them first.
+
+    TensorFlow adds what has channels last one by one: in float32 a sum over
+    2**24 elements of (1, 4096, 4096, 3) at once is off by 3e-2 of its value.
+    """
+    if len(axes) > 1:
+        values, axes = ops.sum(values, axis=axes[-1]), axes[:-1]
+    return ops.sum(values, axis=axes)
+
+
 def element_count(
     inputs: Tensor, kept: tuple[int, ...], mask: Tensor | None
 ) -> Tensor:
@@ -94,7 +105,7 @@ def element_count(
     for size in unknown:
         count = count * size
     if mask is not None:
-        count = count * ops.sum(ops.cast(mask, inputs.dtype), axis=axes)
+        count = count * _sum(ops.cast(mask, inputs.dtype), axes)
     return count
 
 
@@ -155,11 +166,11 @@ def centered_moments(
     # No gradient passes through the shift: whatever it is, it cancels.
     shift = ops.stop_gradient(shift)
     shifted = inputs - spread(shift, rank, kept)
-    residual = ops.sum(unmasked(shifted), axis=axes) / divisor
+    residual = _sum(unmasked(shifted), axes) / divisor
     mean = ops.stop_gradient(residual) if is_mean_held else residual
     centered = shifted - spread(mean, rank, kept)
     # Selected, then squared: the gradient of a squared NaN is NaN times zero.
-    variance = ops.sum(ops.square(unmasked(centered)), axis=axes) / divisor
+    variance = _sum(ops.square(unmasked(centered)), axes) / divisor
     if is_mean_held:
         # What holds of the squared distances from any constant.
         variance = variance - ops.square(residual - mean)
