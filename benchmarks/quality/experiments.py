@@ -19,6 +19,7 @@ RATES = {
 FINE_TUNING_RATES = (0.00015, 0.0005, 0.0015, 0.005)
 _TIMES_TUNED = {
     "one_class": 2,
+    "two_classes": 3,
     **{f"iid_{size}": 3 for size in (128, 64, 32, 16, 8, 4)},
 }
 _SLOW_TASKS = ("cluttered_residual", "segments")
@@ -61,8 +62,9 @@ class Plan(NamedTuple):
             of networks that take several times as long as others.
         tuning_seeds: Trainings for each cell and rate before that, of other
             seeds, on another split of the data. Three times as many where
-            rates differ by less than seeds do (i.i.d. minibatches of 4 and
-            more), twice as many where seeds differ most (one class).
+            rates differ by less than seeds do (two classes, and i.i.d.
+            minibatches of 4 and more), twice as many where seeds differ most
+            (one class).
         steps: Steps of a training; fine-tuning takes a sixth.
     """
 
